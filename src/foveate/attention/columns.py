@@ -1,0 +1,106 @@
+"""How much attention each key received, without an attention map: a second pass over the scores with a known lse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foveate.attention.kernel import SCORES, fold
+from foveate.attention.scores import to_heads
+from foveate.attention.selection import ALL, Geometry, Selection, Span
+from foveate.errors import BadArgument
+
+
+def columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    selection: Selection | Sequence[Selection] = ALL,
+    geometry: Geometry | None = None,
+    *,
+    visible: Sequence[Span] = (),
+    scale: float | None = None,
+    softcap: float | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Column sums of the attention map: for each key, the probabilities exp(score - lse) of all queries that read it.
+
+    Goes query block by query block; no buffer grows with N x M. Parts of one read whose queries stand at different
+    angles (a frame) take one call each, with the queries of the part and the lse of the whole: the sums add up.
+
+    Args:
+        q: [B, H, N, Dk]; k: [B, Hk, M, Dk], query head h reads head h // (H / Hk).
+        lse: [B, H, N], of the whole read, all parts merged; -inf where a query saw nothing.
+        selection: the pairs that were read; several must be disjoint.
+        geometry, visible, scale, softcap: as given to `attend`.
+        valid: int [B], how many of the N queries count in each row; None: all.
+
+    Returns:
+        [B, Hk, M] float32 (float64 for float64), summed over the queries and the query heads of each group. The sum
+        over M is the number of queries that count, times H / Hk.
+
+    Raises:
+        BadArgument: shapes that do not fit each other.
+
+    Source: accumulated attention scores of H2O (Zhang et al. 2023, section 4), computed here from lse.
+    """
+    (batch, heads, queries, k_dim), (k_heads, keys) = q.shape, k.shape[1:3]
+    if k.shape[0] != batch or k.shape[3] != k_dim or heads % k_heads:
+        raise BadArgument("k", tuple(k.shape), f"it must fit q {tuple(q.shape)}")
+    if lse.shape != q.shape[:3]:
+        raise BadArgument("lse", tuple(lse.shape), f"one number per query: {tuple(q.shape[:3])}")
+    if valid is not None and valid.shape != (batch,):
+        raise BadArgument("valid", tuple(valid.shape), f"one number per row: ({batch},)")
+    geometry = geometry or Geometry(batch, queries, keys, device=q.device)
+    selections = (selection,) if isinstance(selection, Selection) else tuple(selection)
+    factor = k_dim**-0.5 if scale is None else scale
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.zeros(batch, k_heads, keys, dtype=wide, device=q.device)
+    if 0 in q.shape or keys == 0:
+        return out
+    turned = k.to(wide).transpose(-1, -2)
+    for start, stop in _blocks(selections, queries, max(1, SCORES // (batch * heads * keys))):
+        end = keys - queries + stop if geometry.plain else keys
+        mask = _union(selections, geometry, visible, start, stop)[..., :end]
+        rows = q[:, :, start:stop].to(wide)
+        scores = (fold(rows, k_heads) @ turned[..., :end]).mul_(factor).view(batch, heads, stop - start, end)
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        mass = lse[:, :, start:stop].to(wide)
+        counts = mass > -torch.inf
+        if valid is not None:
+            counts = counts & (torch.arange(start, stop, device=q.device) < valid.view(-1, 1, 1))
+        scores = scores.sub_(torch.where(counts, mass, torch.inf).unsqueeze(-1))
+        weights = scores.masked_fill_(~to_heads(mask, heads), -torch.inf).exp_()
+        out[..., :end] += weights.view(batch, k_heads, -1, end).sum(2)
+    return out
+
+
+def _blocks(selections: Sequence[Selection], queries: int, step: int) -> list[tuple[int, int]]:
+    """Runs of at most `step` queries that no selection's query block straddles but from its beginning."""
+    edges = {0, queries}
+    for selection in selections:
+        if selection.lists is not None and selection.q_block is not None:
+            size = selection.q_block
+            edges.update(range(0, queries, size * max(1, step // size)))
+    bounds = sorted(edges)
+    return [
+        (start, min(start + step, stop))
+        for low, stop in zip(bounds, bounds[1:], strict=False)
+        for start in range(low, stop, step)
+    ]
+
+
+def _union(
+    selections: Sequence[Selection], geometry: Geometry, visible: Sequence[Span], start: int, stop: int
+) -> Tensor:
+    """What queries start..stop-1 read of all selections together: bool [1 or B, 1, Hk or H, stop - start, M]."""
+    rows = geometry.rows(start, stop)
+    masks = [selection.rows(start, stop).seen(rows, visible) for selection in selections]
+    heads = max(mask.shape[1] for mask in masks)
+    union = to_heads(masks[0], heads)
+    for mask in masks[1:]:
+        union = union | to_heads(mask, heads)
+    return union

@@ -1,0 +1,177 @@
+"""The skipping backend: for each block of queries, fetch the slots that it reads and attend to these alone.
+
+Slots that nobody reads are never touched, so they may hold anything, NaN included. No buffer grows with N x M.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from foveate.attention.kernel import softmax_attention
+from foveate.attention.pieces import ROWS, Piece, blocks_first, pieces, reach_of, tightest
+from foveate.attention.request import Request
+from foveate.attention.scores import score_attention, to_heads
+from foveate.attention.selection import Partial, Span
+
+name = "gather"
+
+_OVERHEAD = 1.5
+"""What a pair read here costs against one read in place."""
+
+
+def can_run(request: Request) -> tuple[bool, str]:
+    """Anything; but unless it is forced it leaves reads to others in which there is too little to skip."""
+    r = request
+    if r.forced or r.lists is not None:
+        return True, ""
+    if not r.visible:
+        return False, "every pair is read, there is nothing to skip"
+    reach = reach_of(tightest(r.visible))
+    queries, keys = r.q.shape[2], r.k.shape[2]
+    if reach is None or _OVERHEAD * (reach + min(ROWS, queries) - 1) > keys - queries / 2:
+        return False, "the spans leave too little to skip"
+    return True, ""
+
+
+def run(request: Request) -> Partial:
+    """Block by block; heads one by one where their lists are of very different length."""
+    r = request
+    if r.lists is not None and r.lists.shape[1] > 1 and _uneven(r):
+        parts = [_run(_head(r, h)) for h in range(r.lists.shape[1])]
+        return Partial(torch.cat([part.out for part in parts], dim=1), torch.cat([part.lse for part in parts], dim=1))
+    return _run(r)
+
+
+def _run(r: Request) -> Partial:
+    parts = [_attend(r, piece) for piece in pieces(r)]
+    if len(parts) == 1:
+        return parts[0]
+    return Partial(torch.cat([part.out for part in parts], dim=2), torch.cat([part.lse for part in parts], dim=2))
+
+
+def _attend(r: Request, piece: Piece) -> Partial:
+    batch, heads, k_heads, _, keys = r.shape
+    q = r.q[:, :, piece.start : piece.stop]
+    blocks = piece.slots.shape[0] // batch
+    short = blocks * piece.rows - q.shape[2]
+    if short:
+        q = torch.cat([q, q[:, :, -1:].expand(-1, -1, short, -1)], dim=2)
+    slots, seen = piece.slots, piece.seen
+    if slots.shape[-1] == 0:
+        # Nobody reads anything; one slot that is hidden from all keeps the shapes.
+        slots, seen = slots.new_full((*slots.shape[:-1], 1), keys), seen.new_zeros(*seen.shape[:-1], 1)
+    # A slot that no query of its block reads may hold NaN, which no mask stops: fetch one that is read instead.
+    used = seen.any(-2)
+    some = slots.gather(-1, used.int().argmax(-1, keepdim=True))
+    slots = torch.where(used, slots, torch.where(used.any(-1, keepdim=True), some, 0))
+
+    held = max(k_heads, slots.shape[1])
+    k = _fetch(r.k, slots, held, blocks)
+    v = k[..., : r.v.shape[3]] if shares(r.k, r.v) else _fetch(r.v, slots, held, blocks)
+    rows = piece.rows
+    q = q.unflatten(2, (blocks, rows)).permute(0, 2, 1, 3, 4).reshape(batch * blocks, heads, rows, -1)
+    bias = None if r.bias is None else _bias(r.bias, piece, slots, heads, batch, blocks)
+    if slots.shape[1] > 1:
+        # Heads with slots of their own join the batch axis, so that no mask is repeated over the heads that share one.
+        q = q.unflatten(1, (held, -1)).flatten(0, 1)
+        k, v = k.flatten(0, 1).unsqueeze(1), v.flatten(0, 1).unsqueeze(1)
+        seen = to_heads(seen, held).flatten(0, 1).unsqueeze(1)
+        bias = None if bias is None else bias.unflatten(1, (held, -1)).flatten(0, 1)
+    one = rows == 1 and bias is None
+    if one:
+        # The group of a single query: rows of one matrix.
+        q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+    if r.math:
+        out, lse = score_attention(q, k, v, scale=r.scale, mask=seen, bias=bias, softcap=r.softcap)
+    else:
+        out, lse = softmax_attention(q, k, v, scale=r.scale, mask=seen)
+        assert lse is not None
+    empty = lse == -torch.inf
+    out = torch.where(empty.unsqueeze(-1), 0.0, out)
+    out = out.reshape(batch, blocks, heads, rows, -1).transpose(1, 2).flatten(2, 3)
+    lse = lse.reshape(batch, blocks, heads, rows).transpose(1, 2).flatten(2, 3)
+    if short:
+        out, lse = out[:, :, :-short], lse[:, :, :-short]
+    return Partial(out, lse)
+
+
+def _fetch(x: Tensor, slots: Tensor, held: int, blocks: int) -> Tensor:
+    """Rows of x [B, Hk, M, D] at slots [B x blocks, 1 or held, S]: [B x blocks, held, S, D]."""
+    batch, heads, _, dim = x.shape
+    if x.stride(3) != 1 or x.stride(2) < dim or x.stride(0) % x.stride(2) or x.stride(1) % x.stride(2):
+        x = x.contiguous()
+    # One table of rows over batch and heads, without a copy: index_select moves whole rows, index puts single numbers.
+    row, by_head, by_batch = x.stride(2), x.stride(1) // x.stride(2), x.stride(0) // x.stride(2)
+    total = (batch - 1) * by_batch + (heads - 1) * by_head + x.shape[2]
+    table = x.as_strided((total, dim), (row, 1))
+    head = torch.arange(held, device=x.device) // (held // heads) * by_head
+    base = torch.arange(batch, device=x.device).repeat_interleave(blocks) * by_batch
+    index = slots + (base.unsqueeze(1) + head).unsqueeze(-1)
+    return table.index_select(0, index.flatten()).view(*index.shape, dim)
+
+
+def shares(k: Tensor, v: Tensor) -> bool:
+    """Whether V is the beginning of every row of K (MLA in its absorbed form)."""
+    return v.shape[3] <= k.shape[3] and v.shape[:3] == k.shape[:3] and v.is_set_to(k[..., : v.shape[3]])
+
+
+def _bias(bias: Tensor, piece: Piece, slots: Tensor, heads: int, batch: int, blocks: int) -> Tensor:
+    """The bias of the fetched slots: [B x blocks, H, 1 or rows, 1 or S]."""
+    bias = to_heads(bias, heads).expand(batch, heads, -1, -1)
+    if bias.shape[2] > 1:
+        query = torch.arange(piece.start, piece.start + blocks * piece.rows, device=bias.device)
+        bias = bias.index_select(2, query.clamp_(max=bias.shape[2] - 1))
+        bias = blocks_first(bias.unflatten(2, (blocks, piece.rows)), batch)
+    else:
+        bias = bias.repeat_interleave(blocks, dim=0)
+    if bias.shape[3] > 1:
+        index = to_heads(slots, heads).unsqueeze(-2).expand(-1, heads, bias.shape[2], -1)
+        bias = bias.gather(-1, index)
+    return bias
+
+
+def _uneven(r: Request) -> bool:
+    """Whether the heads, each cut at its own longest list, would read much less than all cut at the longest of all."""
+    if r.lists is None or r.q.shape[2] == 1 or r.lists.numel() == 0:
+        return False
+    longest = (r.lists >= 0).sum(-1).amax((0, 2))
+    return bool(longest.max() * longest.numel() > 1.25 * longest.sum())
+
+
+def _head(r: Request, head: int) -> Request:
+    """What list head `head` says, for its own query heads."""
+    assert r.lists is not None
+    _, heads, k_heads, _, _ = r.shape
+    group = heads // r.lists.shape[1]
+    store = head * group // (heads // k_heads)
+
+    def own(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[1] == 1 else x[:, store : store + 1]
+
+    g = replace(
+        r.geometry,
+        lengths=own(r.geometry.lengths),
+        first=own(r.geometry.first),
+        k_positions=own(r.geometry.k_positions),
+    )
+    bias = None if r.bias is None else to_heads(r.bias, heads)
+    mine = slice(head * group, (head + 1) * group)
+    return replace(
+        r,
+        q=r.q[:, mine],
+        k=r.k[:, store : store + 1],
+        v=r.v[:, store : store + 1],
+        geometry=g,
+        lists=r.lists[:, head : head + 1],
+        span=None if r.span is None else _span_of(r.span, store),
+        visible=tuple(_span_of(span, store) for span in r.visible),
+        bias=bias if bias is None or bias.shape[1] == 1 else bias[:, mine],
+    )
+
+
+def _span_of(span: Span, store: int) -> Span:
+    wide = any(isinstance(x, Tensor) and x.numel() > 1 for x in (span.sink, span.window, span.beyond))
+    return span.for_head(store) if wide else span

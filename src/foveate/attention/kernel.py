@@ -1,0 +1,124 @@
+"""Softmax attention over all given keys by PyTorch's own kernels, with lse. Their private names live here alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FLASH_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FLASH_CUDA = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
+_EFFICIENT_CUDA = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
+
+SCORES = 1 << 24
+"""Most scores (heads x queries x keys) that are held at once where scores or masks are held at all."""
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False, lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of all queries over all keys, or those in `mask`, or (N == M only) those not in the future.
+
+    Args:
+        q: [B, H, N, Dk]; k: [B, Hk, M, Dk]; v: [B, Hk, M, Dv], Hk divides H; nothing is empty.
+        scale: factor of the scores.
+        mask: bool [1 or B, 1 or H, 1 or N, M]; a row may see nothing, which gives out 0 and lse -inf.
+        causal: query i sees keys 0..i.
+        lse: whether lse is needed; it may be returned all the same.
+
+    Returns:
+        out [B, H, N, Dv], and lse [B, H, N] in float32 (float64 for float64) or None.
+    """
+    k_dim, v_dim = q.shape[-1], v.shape[-1]
+    if k_dim != v_dim:
+        q, k, v = _same_dim(q, k, v)
+    out, mass = _attend(q, k, v, scale, mask, causal, lse)
+    if out.shape[-1] != v_dim:
+        out = out[..., :v_dim]
+    if lse and mask is not None:
+        assert mass is not None
+        # The kernels call the lse of an empty row 0 or leave it undefined.
+        mass = torch.where(mask.any(-1), mass, -torch.inf)
+    return out, mass
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool, lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`softmax_attention` with Dk == Dv. The lse of rows that see nothing is undefined."""
+    if q.device.type == "cpu" and _FLASH_CPU is not None:
+        out, mass = _FLASH_CPU(
+            q, k, v, 0.0, causal, attn_mask=None if mask is None else additive(mask, q.dtype), scale=scale
+        )
+        return out, mass
+    if q.device.type == "cuda":
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if mask is None and half and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and _FLASH_CUDA is not None:
+            return _FLASH_CUDA(q, k, v, 0.0, causal, False, scale=scale)[:2]
+        if lse and _EFFICIENT_CUDA is not None and q.dtype != torch.float64 and q.shape[-1] % 8 == 0:
+            return _efficient(q, k, v, scale, mask, causal)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if mask is not None:
+        out = torch.where(mask.any(-1, keepdim=True), out, 0.0)
+    return out, _lse(q, k, scale, mask, causal) if lse else None
+
+
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The memory-efficient CUDA kernel: no shared heads, masks aligned to 16 bytes, lse padded to whole tiles."""
+    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+    if heads != k.shape[1]:
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    bias = None
+    if mask is not None:
+        bias = q.new_zeros(*mask.shape[:-1], -(-keys // 16) * 16)
+        bias[..., :keys].masked_fill_(~mask, -torch.inf)
+        bias = bias[..., :keys].expand(batch, heads, queries, keys)
+    assert _EFFICIENT_CUDA is not None
+    out, lse = _EFFICIENT_CUDA(q, k, v, bias, True, 0.0, causal, scale=scale)[:2]
+    if mask is not None:
+        out = torch.where(mask.any(-1, keepdim=True), out, 0.0)
+    return out, lse[..., :queries]
+
+
+def _lse(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+    """lse alone, exactly, query block by query block, for devices whose kernel does not tell it."""
+    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    k = k.to(wide).transpose(-1, -2)
+    step = max(1, SCORES // (batch * heads * keys))
+    parts = []
+    for start in range(0, queries, step):
+        rows = q[:, :, start : start + step].to(wide)
+        scores = (fold(rows, k.shape[1]) @ k).mul_(scale)
+        scores = scores.view(batch, heads, rows.shape[2], keys)
+        if causal:
+            future = torch.ones(rows.shape[2], keys, dtype=torch.bool, device=q.device).triu_(start + 1)
+            scores.masked_fill_(future, -torch.inf)
+        if mask is not None:
+            scores.masked_fill_(~(mask if mask.shape[2] == 1 else mask[:, :, start : start + step]), -torch.inf)
+        parts.append(scores.logsumexp(-1))
+    return torch.cat(parts, dim=2)
+
+
+def fold(q: Tensor, k_heads: int) -> Tensor:
+    """[B, H, N, D] -> [B, Hk, G * N, D]: the query heads that share a key head, as rows of one matrix."""
+    return q.reshape(q.shape[0], k_heads, -1, q.shape[-1])
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what is added to scores: 0 where seen, -inf elsewhere."""
+    zero, hidden = torch.tensor([0.0, -torch.inf], dtype=dtype, device=mask.device)
+    return torch.where(mask, zero, hidden)
+
+
+def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with one head size. Zeros change no score and no output; K serves as V where V is its beginning (MLA)."""
+    k_dim, v_dim = k.shape[-1], v.shape[-1]
+    if v_dim < k_dim:
+        if v.data_ptr() == k.data_ptr() and v.stride() == k.stride():
+            return q, k, k
+        return q, k, F.pad(v, (0, k_dim - v_dim))
+    return F.pad(q, (0, v_dim - k_dim)), F.pad(k, (0, v_dim - k_dim)), v

@@ -1,0 +1,273 @@
+"""A band: (row, store head) pairs that share one capacity. Ragged stores are a few bands, never one padded tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.attention import Span
+from foveate.cache.column import AnyColumn, Column, Counts, PackedColumn, Side, stack_index
+from foveate.cache.state import Blocks, Tag
+
+GROWTH = 16
+"""Smallest number of spare slots when a band grows; more (1/16 of the length) once it is long."""
+
+
+class Band:
+    """Keys, values, positions, tags and summaries of P pairs, all [P, C, ...], compact from slot 0.
+
+    Args:
+        pairs: host int64 [P], row * Hs + head, ascending.
+        spans: the visibility these heads promise (host integers); what they hide may be freed.
+        k, v: exact tensors [P, C, Dk] and [P, C, Dv]; v None when values are a slice of the keys (MLA).
+        tags, blocks: what methods asked for.
+    """
+
+    def __init__(
+        self,
+        pairs: np.ndarray,
+        spans: tuple[Span, ...],
+        k: Tensor,
+        v: Tensor | None,
+        tags: Mapping[str, Tag],
+        blocks: Mapping[str, Blocks],
+        value_dim: int,
+    ) -> None:
+        self.pairs, self.spans, self.value_dim = pairs, spans, value_dim
+        self.k: AnyColumn = Column(k)
+        self.v: AnyColumn | None = None if v is None else Column(v)
+        self.positions: Column | None = None
+        """int32 [P, C], only once something was evicted; until then slot = position."""
+        self.tags = {
+            name: Column(k.new_full((k.shape[0], k.shape[1], t.width), t.fill, dtype=t.dtype), t.fill)
+            for name, t in tags.items()
+        }
+        self.declared = dict(blocks)
+        self.summaries: dict[str, Tensor] = {}
+        self.lengths: Counts = np.zeros(len(pairs), dtype=np.int64)
+        self.seen: Counts = np.zeros(len(pairs), dtype=np.int64)
+        """Tokens ever appended: the next token's logical position."""
+        self.floor: Counts = np.zeros(len(pairs), dtype=np.int64)
+        """A crop may not go back behind this many seen tokens: what it would need again was freed."""
+        self._index = torch.from_numpy(pairs).to(k.device)
+        self._device_lengths: Tensor | None = None
+
+    # -- what is held -------------------------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        return self.used + min(c.rooms(self.lengths) for c in self._columns())
+
+    @property
+    def used(self) -> int:
+        """Slots in use by the longest pair."""
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def even(self) -> bool:
+        """All pairs hold the same number of tokens."""
+        return bool((self.lengths == self.lengths[0]).all())
+
+    @property
+    def bounded(self) -> bool:
+        return any(s.window is not None for s in self.spans)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(c.nbytes for c in self._columns()) + sum(t.numel() * t.element_size() for t in self.summaries.values())
+
+    @property
+    def device(self) -> torch.device:
+        return self._index.device
+
+    @property
+    def index(self) -> Tensor:
+        """Pair numbers on the device, int64 [P]."""
+        return self._index
+
+    def device_lengths(self) -> Tensor:
+        """int32 [P]."""
+        if self._device_lengths is None:
+            self._device_lengths = torch.from_numpy(self.lengths.astype(np.int32)).to(self.device)
+        return self._device_lengths
+
+    def keys(self) -> Tensor:
+        """[P, used, Dk], decoded."""
+        return self.k.read(self.used)
+
+    def values(self, keys: Tensor | None = None) -> Tensor:
+        """[P, used, Dv], decoded; `keys` saves reading them twice where values are a slice of the keys."""
+        if self.v is None:
+            return (self.keys() if keys is None else keys)[..., : self.value_dim]
+        return self.v.read(self.used)
+
+    def slot_positions(self) -> Tensor:
+        """Logical position of each slot, int32 [P, used]."""
+        if self.positions is None:
+            return torch.arange(self.used, dtype=torch.int32, device=self.device).expand(len(self.pairs), -1)
+        return self.positions.read(self.used)
+
+    def _columns(self) -> list[AnyColumn]:
+        return [c for c in (self.k, self.v, self.positions, *self.tags.values()) if c is not None]
+
+    # -- arriving -----------------------------------------------------------------------------------------------------
+
+    def append(self, k: Tensor, v: Tensor | None, counts: Counts) -> None:
+        """Append the first counts[p] of N tokens: k [P, N, Dk], v [P, N, Dv]."""
+        need = int((self.lengths + counts).max())
+        short = need - self.used - min(c.rooms(self.lengths) for c in self._columns())
+        if short > 0:
+            # A prompt is allocated exactly; later tokens find spare slots that cost one copy per 16 or more of them.
+            self.reserve(need + (max(GROWTH, need // 16) if self.used else 0))
+        before = self.lengths
+        self.k.write(k, before, counts)
+        if self.v is not None and v is not None:
+            self.v.write(v, before, counts)
+        if self.positions is not None:
+            fresh = torch.from_numpy(self.seen[:, None] + np.arange(k.shape[1])).to(self.device, torch.int32)
+            self.positions.write(fresh, before, counts)
+        self.lengths = before + counts
+        self.seen = self.seen + counts
+        self._device_lengths = None
+        for tag in self.tags.values():
+            spot = tag.data.new_full((len(self.pairs), k.shape[1], *tag.data.shape[2:]), tag.fill)
+            tag.write(spot, before, counts)
+        self.refold(int(before.min()))
+
+    def reserve(self, capacity: int) -> None:
+        """Grow every column to `capacity` slots."""
+        used = self.used
+        for column in self._columns():
+            column.reserve(capacity, used)
+
+    def refold(self, start: int = 0) -> None:
+        """Recompute the summaries of every block that holds a slot >= start."""
+        for name, spec in self.declared.items():
+            first = start // spec.size
+            total = -(-self.used // spec.size)
+            kept = self.summaries.get(name)
+            if total <= first and kept is not None and kept.shape[1] >= total:
+                continue
+            lo, hi = first * spec.size, total * spec.size
+            keys = _pad_slots(self.keys()[:, lo:], hi - lo)
+            values = _pad_slots(self.values()[:, lo:], hi - lo)
+            slot = torch.arange(lo, hi, device=self.device)
+            valid = (slot < self.device_lengths()[:, None]).view(len(self.pairs), -1, spec.size)
+            shape = (len(self.pairs), total - first, spec.size)
+            fresh = spec.fold(keys.reshape(*shape, -1), values.reshape(*shape, -1), valid)
+            if kept is None or kept.shape[1] < total:
+                room = total + (max(1, total // 16) if kept is not None else 0)
+                bigger = fresh.new_zeros(len(self.pairs), room, fresh.shape[-1])
+                if kept is not None:
+                    bigger[:, : min(first, kept.shape[1])] = kept[:, :first]
+                kept = bigger
+            kept[:, first:total] = fresh
+            self.summaries[name] = kept
+
+    # -- leaving ------------------------------------------------------------------------------------------------------
+
+    def keep(self, slots: list[np.ndarray], spare: int = GROWTH, upcoming: Counts | None = None) -> None:
+        """Hold only the listed slots of each pair (host, ascending), in fresh tensors with `spare` free slots.
+
+        Tokens at or behind position upcoming[p] were all kept, so a crop may still go back to there.
+        """
+        counts = np.array([len(s) for s in slots], dtype=np.int64)
+        index = stack_index(slots, self.device)
+        if self.positions is None:
+            self.positions = Column(self.slot_positions().contiguous())
+        for column in self._columns():
+            assert isinstance(column, Column), "a packed body is cut by whole groups only"
+            column.gather(index, index.shape[1] + spare)
+        self.lengths = counts
+        self.floor = self.seen.copy() if upcoming is None else np.maximum(self.floor, upcoming)
+        self._device_lengths = None
+        self.summaries = {}
+        self.refold()
+
+    def drop_one(self, slots: Tensor, pairs: np.ndarray) -> None:
+        """Free one slot [len(pairs)] of each named pair: its newest token moves there, nothing else is copied."""
+        if self.positions is None:
+            self.positions = Column(self.slot_positions().contiguous())
+            self.positions.reserve(self.k.data.shape[1] if isinstance(self.k, Column) else self.used, self.used)
+        where = torch.from_numpy(pairs).to(self.device)
+        last = torch.from_numpy(self.lengths[pairs] - 1).to(self.device)
+        for column in self._columns():
+            assert isinstance(column, Column), "a packed body is cut by whole groups only"
+            column.move(slots.long(), last, where)
+        self.lengths = self.lengths.copy()
+        self.lengths[pairs] -= 1
+        self.floor[pairs] = self.seen[pairs]
+        self._device_lengths = None
+        if self.declared:
+            self.refold(int(slots.min()))
+
+    def settle(self, upcoming: Counts) -> None:
+        """Free what no query at or behind position upcoming[p] can see, then pack what may leave the exact tail."""
+        if self.bounded:
+            self._expire(upcoming)
+        for column in (self.k, self.v):
+            if column is not None:
+                column.settle(self.lengths)
+
+    def _expire(self, upcoming: Counts) -> None:
+        held = self.slot_positions().cpu().numpy().astype(np.int64)
+        alive = np.arange(self.used)[None, :] < self.lengths[:, None]
+        for span in self.spans:
+            if span.window is None:
+                continue
+            sink, window = int(span.sink), int(span.window)
+            alive &= (held < sink) | (upcoming[:, None] - held < window)
+        gone = self.lengths - alive.sum(1)
+        if not gone.any():
+            return
+        if gone.max() == 1:
+            pairs = np.nonzero(gone)[0]
+            dead = ~alive[pairs] & (np.arange(self.used)[None, :] < self.lengths[pairs, None])
+            self.drop_one(torch.from_numpy(dead.argmax(1)).to(self.device), pairs)
+            return
+        # One spare slot is all that a window needs: a token arrives, then the oldest leaves.
+        self.keep([np.nonzero(a)[0] for a in alive], spare=1, upcoming=upcoming)
+
+    def pack(self, key_side: Side | None, value_side: Side | None) -> None:
+        """From now on hold keys and values as the codec's sides say."""
+        dtype = self.k.data.dtype if isinstance(self.k, Column) else self.k.dtype
+        if key_side is not None and isinstance(self.k, Column):
+            self.k = PackedColumn(self.k, key_side, dtype)
+        if value_side is not None and isinstance(self.v, Column):
+            self.v = PackedColumn(self.v, value_side, dtype)
+
+    def crop(self, removed: Counts) -> None:
+        """Forget the newest removed[p] tokens of each pair (they are the last slots: nothing moved since)."""
+        self.lengths = self.lengths - removed
+        self.seen = self.seen - removed
+        self._device_lengths = None
+        for column in self._columns():
+            column.truncate(self.lengths)
+        if self.declared:
+            self.refold(int(self.lengths.min()))
+
+    def pick(self, source: np.ndarray, pairs: np.ndarray) -> Band:
+        """A copy of local pairs `source` under the names `pairs`."""
+        index = torch.from_numpy(source).to(self.device)
+        new = Band.__new__(Band)
+        new.pairs, new.spans, new.value_dim = pairs, self.spans, self.value_dim
+        new.k, new.v = self.k.pick(index), None if self.v is None else self.v.pick(index)
+        new.positions = None if self.positions is None else self.positions.pick(index)
+        new.tags = {name: c.pick(index) for name, c in self.tags.items()}
+        new.declared = self.declared
+        new.summaries = {name: t.index_select(0, index) for name, t in self.summaries.items()}
+        new.lengths, new.seen, new.floor = self.lengths[source], self.seen[source], self.floor[source]
+        new._index = torch.from_numpy(pairs).to(self.device)
+        new._device_lengths = None
+        return new
+
+
+def _pad_slots(x: Tensor, width: int) -> Tensor:
+    if x.shape[1] == width:
+        return x
+    out = x.new_zeros(x.shape[0], width, x.shape[2])
+    out[:, : x.shape[1]] = x
+    return out

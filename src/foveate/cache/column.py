@@ -1,0 +1,232 @@
+"""One growable value per slot: keys, values, positions and tags are all columns, exact or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Counts = np.ndarray
+"""Host counts, int64 [P]: one per (row, store head) pair."""
+
+
+class Side(Protocol):
+    """How one side (keys or values) is held once it left the exact tail.
+
+    `pack` may be called with any number of tokens that is a multiple of `unit`; packed tensors carry tokens on
+    dimension 1 at a rate of one row per `rows(tensor)` tokens, so that they grow and are cut like any column.
+    """
+
+    tail: int
+    """Newest tokens that are never packed (KIVI's values: R)."""
+    flush: int
+    """Tokens leave the tail in units of this many (KIVI's keys: R; its values: 1)."""
+    unit: int
+    """Tokens that share one packed row of some tensor: the packed body is cut only at multiples of it."""
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[P, n, D] exact -> tensors [P, n or n / unit, ...]."""
+        ...
+
+    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Inverse of `pack`: [P, n, D] in `dtype`."""
+        ...
+
+
+def slot_index(starts: Counts, counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Coordinates (pair, slot, token) of appending `counts` tokens behind `starts`."""
+    width = int(counts.max(initial=0))
+    token = np.arange(width)
+    pair, column = np.nonzero(token[None, :] < counts[:, None])
+    return pair, starts[pair] + column, column
+
+
+class Column:
+    """A tensor [P, C, ...] of which pair p uses the first slots. It knows no lengths: its band does."""
+
+    def __init__(self, data: Tensor, fill: float = 0.0) -> None:
+        self.data, self.fill = data, fill
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+    def reserve(self, capacity: int, used: int) -> None:
+        """Grow to `capacity` slots, keeping the first `used`."""
+        if capacity == self.data.shape[1]:
+            return
+        new = self.data.new_full((self.data.shape[0], capacity, *self.data.shape[2:]), self.fill)
+        new[:, :used] = self.data[:, :used]
+        self.data = new
+
+    def write(self, x: Tensor, starts: Counts, counts: Counts) -> None:
+        """Write x [P, N, ...]: the first counts[p] of its tokens behind slot starts[p]."""
+        n, first = x.shape[1], int(starts[0])
+        if (counts == n).all() and (starts == first).all():
+            self.data[:, first : first + n] = x
+            return
+        pair, slot, token = (torch.from_numpy(i).to(self.data.device) for i in slot_index(starts, counts))
+        self.data[pair, slot] = x[pair, token].to(self.data.dtype)
+
+    def read(self, used: int) -> Tensor:
+        """The first `used` slots [P, used, ...]; a view."""
+        return self.data[:, :used]
+
+    def gather(self, index: Tensor, capacity: int) -> None:
+        """Keep slots index [P, n] in that order, in a fresh tensor of `capacity` slots."""
+        tail = self.data.shape[2:]
+        new = self.data.new_full((self.data.shape[0], capacity, *tail), self.fill)
+        new[:, : index.shape[1]] = self.data.gather(1, index.view(*index.shape, *[1] * len(tail)).expand(-1, -1, *tail))
+        self.data = new
+
+    def move(self, target: Tensor, source: Tensor, pairs: Tensor) -> None:
+        """data[pairs, target] = data[pairs, source]: the newest token takes a freed slot."""
+        self.data[pairs, target] = self.data[pairs, source]
+
+    def pick(self, pairs: Tensor) -> Column:
+        """A copy with pairs taken (and repeated) in the order given."""
+        return Column(self.data.index_select(0, pairs), self.fill)
+
+    def truncate(self, lengths: Counts) -> None:
+        """Forget what lies behind lengths[p] (nothing to do: writing starts there again)."""
+
+    def settle(self, lengths: Counts) -> None:
+        """Pack what may leave the tail (an exact column has none)."""
+
+    def rooms(self, lengths: Counts) -> int:
+        """Tokens that fit before the column must grow, for the fullest pair."""
+        return self.data.shape[1] - int(lengths.max(initial=0))
+
+
+class PackedColumn:
+    """A packed body and an exact tail, with the surface of a `Column`."""
+
+    def __init__(self, exact: Column, side: Side, dtype: torch.dtype) -> None:
+        self.tail, self.side, self.dtype = exact, side, dtype
+        self.body: tuple[Tensor, ...] = ()
+        self.rates: tuple[int, ...] = ()
+        """Tokens per packed row of each body tensor."""
+        self.packed = np.zeros(exact.data.shape[0], dtype=np.int64)
+        """Tokens of each pair that are in the body."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.tail.nbytes + sum(t.numel() * t.element_size() for t in self.body)
+
+    def settle(self, lengths: Counts) -> None:
+        """Pack every token that the side's tail and flush rules release, and shrink the tail to what is left."""
+        free = np.maximum(lengths - self.packed - self.side.tail, 0)
+        due = free // self.side.flush * self.side.flush
+        if not due.any():
+            return
+        for amount in np.unique(due[due > 0]):
+            self._pack(np.nonzero(due == amount)[0], int(amount))
+        left = lengths - self.packed
+        old, width = self.tail.data, int(left.max())
+        # What remains exact moves to the front of its buffer; the buffer shrinks when the prompt has left it.
+        shift = torch.from_numpy(due).to(old.device)[:, None] + torch.arange(width, device=old.device)
+        shift = shift.clamp_max(old.shape[1] - 1)
+        kept = old.gather(1, shift.unsqueeze(-1).expand(-1, -1, old.shape[-1]))
+        room = width + max(self.side.flush, 16)
+        if old.shape[1] > 2 * room:
+            self.tail.data = old.new_zeros(old.shape[0], room, old.shape[-1])
+        self.tail.data[:, :width] = kept
+
+    def _pack(self, pairs: np.ndarray, amount: int) -> None:
+        index = torch.from_numpy(pairs).to(self.tail.data.device)
+        fresh = self.side.pack(self.tail.data[index, :amount])
+        if not self.body:
+            self.body = tuple(t.new_zeros((len(self.packed), 0, *t.shape[2:])) for t in fresh)
+            self.rates = tuple(amount // t.shape[1] for t in fresh)
+        end = int(self.packed[pairs].max()) + amount
+        grown = []
+        for held, new, rate in zip(self.body, fresh, self.rates, strict=True):
+            need = end // rate
+            if held.shape[1] < need:
+                room = need + (max(self.side.flush, need * rate // 16) // rate if held.shape[1] else 0)
+                bigger = held.new_zeros((held.shape[0], room, *held.shape[2:]))
+                bigger[:, : held.shape[1]] = held
+                held = bigger
+            starts = self.packed[pairs] // rate
+            if (starts == starts[0]).all() and len(pairs) == held.shape[0]:
+                held[:, starts[0] : starts[0] + new.shape[1]] = new
+            else:
+                slots = torch.from_numpy(starts).to(held.device)[:, None] + torch.arange(
+                    new.shape[1], device=held.device
+                )
+                held[index[:, None], slots] = new
+            grown.append(held)
+        self.body = tuple(grown)
+        self.packed[pairs] += amount
+
+    def _unpacked(self) -> Tensor:
+        """The body as tokens [P, max packed, D]."""
+        longest = int(self.packed.max())
+        return self.side.unpack(
+            tuple(t[:, : longest // rate] for t, rate in zip(self.body, self.rates, strict=True)), self.dtype
+        )
+
+    def read(self, used: int) -> Tensor:
+        """Unpacked tokens in slot order [P, used, D]: one layer's transient copy."""
+        if not self.packed.any():
+            return self.tail.read(used)
+        body = self._unpacked()
+        same = int(self.packed[0])
+        if (self.packed == same).all():
+            return torch.cat([body[:, :same], self.tail.data[:, : used - same]], dim=1)
+        out = body.new_zeros(body.shape[0], max(used, body.shape[1]), body.shape[2])
+        out[:, : body.shape[1]] = body
+        counts = np.minimum(used - self.packed, self.tail.data.shape[1])
+        Column(out).write(self.tail.data, self.packed, counts)
+        return out[:, :used]
+
+    def reserve(self, capacity: int, used: int) -> None:
+        """`capacity` and `used` are slots; the tail needs only what is not packed, and few spare slots."""
+        exact = used - int(self.packed.min())
+        spare = min(capacity - used, max(self.side.flush, 16))
+        self.tail.reserve(max(exact + spare, self.tail.data.shape[1]), min(exact, self.tail.data.shape[1]))
+
+    def rooms(self, lengths: Counts) -> int:
+        return self.tail.data.shape[1] - int((lengths - self.packed).max(initial=0))
+
+    def write(self, x: Tensor, starts: Counts, counts: Counts) -> None:
+        self.tail.write(x, starts - self.packed, counts)
+
+    def pick(self, pairs: Tensor) -> PackedColumn:
+        new = PackedColumn(self.tail.pick(pairs), self.side, self.dtype)
+        new.body, new.rates = tuple(t.index_select(0, pairs) for t in self.body), self.rates
+        new.packed = self.packed[pairs.cpu().numpy()]
+        return new
+
+    def truncate(self, lengths: Counts) -> None:
+        """Packed groups that are cut open return to the tail (at packed precision)."""
+        cut = self.packed > lengths
+        if not cut.any():
+            return
+        keep = np.where(cut, lengths // self.side.unit * self.side.unit, self.packed)
+        opened = self.packed - keep
+        body = self._unpacked()
+        width = int((lengths - keep).max())
+        old = self.tail.data
+        new = old.new_zeros(old.shape[0], max(width + 16, old.shape[1]), old.shape[2])
+        for p in np.nonzero(cut)[0]:
+            n = int(lengths[p] - keep[p])
+            new[p, :n] = body[p, keep[p] : keep[p] + n]
+        same = torch.from_numpy(np.nonzero(opened == 0)[0]).to(old.device)
+        new[same, : old.shape[1]] = old[same]
+        self.tail.data, self.packed = new, keep
+
+
+AnyColumn = Column | PackedColumn
+
+
+def stack_index(lists: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Ragged host lists as one index [P, max], short ones padded with their last element (or 0)."""
+    width = max((len(x) for x in lists), default=0)
+    index = np.zeros((len(lists), width), dtype=np.int64)
+    for i, x in enumerate(lists):
+        index[i, : len(x)] = x
+    return torch.from_numpy(index).to(device)

@@ -1,0 +1,270 @@
+"""The one file that knows transformers' versions (5.15 to 5.23) and reaches into it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache as CacheBase
+from transformers.cache_utils import CacheLayerMixin as CacheLayerBase
+from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from foveate.errors import Refused
+
+__all__ = ["CacheBase", "CacheLayerBase"]
+
+NAME = "foveate"
+"""The attention implementation's name. Never with "flash" in it: transformers tests for that substring."""
+
+KEYWORD = "foveate_call"
+"""The keyword that carries one forward's context from the model's pre-hook to the attention function."""
+
+_attention: Callable[..., tuple[Tensor, None]] | None = None
+
+
+def register(attention: Callable[..., tuple[Tensor, None]]) -> None:
+    """Register the attention function together with its mask function; one without the other loses causality."""
+    global _attention
+    _attention = attention
+    AttentionInterface.register(NAME, _dispatch)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _dispatch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):
+    """Ours where a call was announced by the model's pre-hook, stock SDPA elsewhere (vision towers, unbound models)."""
+    call = kwargs.pop(KEYWORD, None)
+    if call is None or _attention is None or not call.manages(module):
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = _four_d(attention_mask, query, key, kwargs.get("sliding_window"))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _attention(call, module, query, key, value, attention_mask, **kwargs)
+
+
+def _four_d(mask: Tensor, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    n, m = query.shape[2], key.shape[2]
+    i = torch.arange(m - n, m, device=query.device).unsqueeze(-1)
+    j = torch.arange(m, device=query.device)
+    seen = (j <= i) if window is None else (j <= i) & (i - j < window)
+    seen = seen & mask[:, None, None, :m].bool()
+    return seen | (j == i)  # a padded query sees itself, so that no row is empty
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """Padding only; causality and windows are the attention function's. Anything more is transformers' own mask."""
+    q_length = kwargs.get("q_length", args[1] if len(args) > 1 else None)
+    if kwargs.get("allow_is_causal_skip") is False and q_length != 1:
+        return sdpa_mask(*args, **kwargs)
+    if q_length == 1:
+        # Every row got one real token and the store knows its older ones; None keeps shapes constant over steps.
+        return None
+    return kwargs.get("attention_mask")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the decoder that generates text."""
+    return model.config.get_text_config(decoder=True)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The module that every forward of the decoder passes, below any head or adapter wrapper."""
+    return getattr(model, "base_model", model)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper. Adapters that inject keys are refused."""
+    if hasattr(model, "peft_config"):
+        for config in getattr(model, "peft_config", {}).values():
+            if getattr(config, "is_prompt_learning", False):
+                raise Refused(
+                    f"{config.peft_type} adapters put keys of their own into the cache; Foveate does not manage those"
+                )
+        inner = getattr(model, "get_base_model", None)
+        return inner() if inner is not None else model
+    return model
+
+
+def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The decoder's attention modules, in layer order."""
+    found = [
+        m
+        for m in base_model(model).modules()
+        if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "num_key_value_groups") and hasattr(m, "scaling")
+    ]
+    return iter(sorted(found, key=lambda m: m.layer_idx))  # type: ignore[arg-type, return-value]
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models whose attention cannot be reached or whose layers share keys.
+
+    Raises:
+        Refused: with the reason.
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "generate"):
+        raise Refused(f"{name} is not a transformers model that generates text")
+    if getattr(config, "is_encoder_decoder", False):
+        raise Refused(f"{name} is an encoder-decoder; Foveate manages decoder-only models")
+    text = text_config(model)
+    if getattr(text, "num_kv_shared_layers", 0) or getattr(text, "kv_sharing_modes", None):
+        raise Refused(f"{name}: some layers read another layer's keys, which Foveate does not manage")
+    modules = list(attention_modules(model))
+    if not modules:
+        raise Refused(f"{name}: no attention module with layer_idx, scaling and num_key_value_groups was found")
+    for module in modules:
+        source = sys.modules[type(module).__module__]
+        if not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+            raise Refused(f"{name}: {type(module).__name__} does not call transformers' attention interface")
+
+
+def stock_layers(model: nn.Module) -> list[Any]:
+    """Transformers' own cache layers for this model; layers of linear attention stay as they are."""
+    config = text_config(model)
+    layers = list(DynamicCache(config=config).layers)
+    count = max((m.layer_idx for m in attention_modules(model)), default=-1) + 1  # type: ignore[type-var]
+    while len(layers) < max(count, config.num_hidden_layers):
+        layers.append(DynamicCache(config=None).layer_class_to_replicate())  # type: ignore[misc]
+    return layers
+
+
+def is_linear_layer(layer: Any) -> bool:
+    """A recurrent or convolutional cache layer, which holds no keys per token."""
+    return not isinstance(layer, CacheLayerBase) or hasattr(layer, "recurrent_states")
+
+
+def private_config(model: nn.Module) -> tuple[Any, Callable[[], None]]:
+    """Give this model a configuration of its own with our attention selected.
+
+    Configurations are shared by construction; every module that holds the old object gets the copy.
+
+    Returns:
+        The copy, and a function that puts the old objects back.
+    """
+    old = model.config
+    new = copy.deepcopy(old)
+    pairs = {id(old): new}
+    old_text, new_text = old.get_text_config(decoder=True), new.get_text_config(decoder=True)
+    pairs[id(old_text)] = new_text
+    for name, sub in vars(old).items():
+        if hasattr(sub, "get_text_config") and id(sub) not in pairs:
+            pairs[id(sub)] = getattr(new, name)
+    new_text._attn_implementation_internal = NAME
+    rebound: list[tuple[nn.Module, Any]] = []
+    for module in model.modules():
+        held = module.__dict__.get("config")
+        if held is not None and id(held) in pairs:
+            rebound.append((module, held))
+            module.__dict__["config"] = pairs[id(held)]
+
+    def restore() -> None:
+        for module, held in rebound:
+            module.__dict__["config"] = held
+
+    return new, restore
+
+
+def prompt_columns(generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:
+    """Length at which a generate() call's prompt ends, padding included.
+
+    transformers 5.23 drops an all-ones mask before it prepares the cache and notes its length; older versions keep it.
+    """
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return int(mask.shape[1])
+    length = getattr(generation_config, "_mask_length", None)
+    if length is not None and length > 0:
+        return int(length)
+    positions = model_kwargs.get("position_ids")
+    if positions is not None:
+        return int(positions.shape[-1])
+    return None
+
+
+class Rotary:
+    """The decoder's rotary embedding for its full-attention layers."""
+
+    def __init__(self, inv_freq: Tensor) -> None:
+        self.inv_freq = inv_freq
+
+    def move(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Turn rotated x [B, H, N, D] by delta [B, N] positions (half-split layout, first dims if partial)."""
+        angle = delta.unsqueeze(-1).float() * self.inv_freq.to(x.device)
+        cos, sin = (torch.cat([t, t], dim=-1).unsqueeze(1) for t in (angle.cos(), angle.sin()))
+        width = cos.shape[-1]
+        head, rest = x[..., :width].float(), x[..., width:]
+        half = torch.cat([-head[..., width // 2 :], head[..., : width // 2]], dim=-1)
+        return torch.cat([(head * cos + half * sin).to(x.dtype), rest], dim=-1)
+
+
+def rotary(model: nn.Module) -> Rotary:
+    """The rotary embedding of this model.
+
+    Raises:
+        Refused: where angles depend on the length or are laid out in a way that cannot be turned by position.
+    """
+    name = type(model).__name__
+    module = next((m for m in base_model(model).modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+    if module is None:
+        raise Refused(f"{name} has no rotary embedding: positions cannot be moved")
+    kind = getattr(module, "rope_type", "default")
+    kind = kind.get("full_attention", "default") if isinstance(kind, dict) else kind
+    if kind in ("dynamic", "longrope"):
+        raise Refused(f"{name}: {kind} rotary angles depend on the length, so positions cannot be moved")
+    attention = next(attention_modules(model))
+    rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    probe = torch.arange(4.0)
+    if rotate is None or not torch.equal(rotate(probe), torch.tensor([-2.0, -3.0, 0.0, 1.0])):
+        raise Refused(f"{name}: its rotary layout is not half-split, so positions cannot be moved")
+    inv_freq = getattr(module, "inv_freq", None)
+    if inv_freq is None:
+        inv_freq = getattr(module, "full_attention_inv_freq", None)
+    if inv_freq is None:
+        raise Refused(f"{name}: no rotary frequencies were found for its full-attention layers")
+    return Rotary(inv_freq)
+
+
+class LatentProjection:
+    """The up-projection of an MLA layer: latent [.., r] -> keys without position [H, n] and values [H, v]."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.rank, self.rope_dim = module.kv_lora_rank, module.qk_rope_head_dim
+        self.nope, self.v_dim = module.qk_nope_head_dim, module.v_head_dim
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """W_UK [H, nope, r] and W_UV [H, v, r], adapters included."""
+        linear = self.module.kv_b_proj
+        if type(linear) is nn.Linear and linear.weight.device.type != "meta":
+            weight = linear.weight
+        else:
+            device, dtype = self.module.kv_a_layernorm.weight.device, self.module.kv_a_layernorm.weight.dtype
+            weight = linear(torch.eye(self.rank, device=device, dtype=dtype)).transpose(0, 1)
+        weight = weight.view(-1, self.nope + self.v_dim, self.rank)
+        return weight[:, : self.nope], weight[:, self.nope :]
+
+    def absorb(self, q: Tensor) -> Tensor:
+        """Queries [B, H, N, nope + rope] moved into latent space [B, H, N, r + rope]."""
+        w_uk, _ = self.weights()
+        latent = torch.einsum("bhnd,hdr->bhnr", q[..., : self.nope], w_uk)
+        return torch.cat([latent, q[..., self.nope :]], dim=-1)
+
+    def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored [B, 1, M, r + rope] -> keys [B, H, M, nope + rope], values [B, H, M, v]."""
+        return self.module.expand_kv(latent[..., : self.rank], latent[..., self.rank :])
+
+    def values(self, out: Tensor) -> Tensor:
+        """Attention over latents [B, H, N, r] -> head outputs [B, H, N, v]."""
+        _, w_uv = self.weights()
+        return torch.einsum("bhnr,hvr->bhnv", out, w_uv)
+
+
+def is_latent(module: nn.Module) -> bool:
+    """An MLA attention module that caches its latent."""
+    return hasattr(module, "kv_lora_rank") and hasattr(module, "expand_kv")

@@ -1,0 +1,74 @@
+"""The context a method's hooks receive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.attention import Parts
+from foveate.cache import Store, View
+from foveate.cache.cache import State
+from foveate.engine.read import Reading, read
+from foveate.methods.base import Result, Role, Rope
+from foveate.models.shape import LayerShape
+
+
+@dataclass
+class LayerContext:
+    """One method's view of one layer in one forward; see `methods.base.Context`."""
+
+    id: str
+    phase: str
+    layer: int
+    shape: LayerShape
+    role: Role
+    store: Store
+    how: Reading
+    rope: Rope
+    own: State
+    common: State
+    scratch: dict[str, dict[str, Any]]
+    window: Tensor | None = None
+    window_seen: Tensor | None = None
+    granted: np.ndarray | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.how.scale
+
+    @property
+    def softcap(self) -> float | None:
+        return self.how.softcap
+
+    @property
+    def window_valid(self) -> Tensor | None:
+        """Which of the window's queries are real, bool [B, W]: prompts may be shorter than the window."""
+        if self.window is None or self.window_seen is None:
+            return None
+        width = self.window.shape[2]
+        return torch.arange(width, device=self.window.device) >= width - self.window_seen[:, None]
+
+    @property
+    def limit(self) -> Tensor | None:
+        """Tokens per head that this layer may hold, int64 [B]."""
+        return None if self.granted is None else torch.from_numpy(self.granted)
+
+    @property
+    def mine(self) -> dict[str, Tensor]:
+        return self.own.setdefault(self.id, {})
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        return self.common.setdefault(self.id, {})
+
+    @property
+    def forward(self) -> dict[str, Any]:
+        return self.scratch.setdefault(self.id, {})
+
+    def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result:
+        """Attend now, over a part that `select` then returns as a Partial."""
+        return read(self.store, q, parts, self.how, lse=True, probs=probs)

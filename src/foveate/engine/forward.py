@@ -1,0 +1,289 @@
+"""The order of calls in one forward: append, select, attend, observe, settle or seal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foveate import compat
+from foveate.attention import ALL, Span
+from foveate.cache import Column, FoveateCache, Store, View
+from foveate.cache.cache import CourierLayer
+from foveate.engine import seal as sealing
+from foveate.engine.context import LayerContext
+from foveate.engine.plan import COLUMNS, LayerPlan
+from foveate.engine.read import Reading, column_sums, read
+from foveate.engine.rows import Rows
+from foveate.errors import Refused
+from foveate.methods.base import Method
+
+if TYPE_CHECKING:
+    from foveate.engine.binding import Binding
+
+
+class Call:
+    """One forward of the model: which cache it fills, and what kind of tokens it brings.
+
+    Args:
+        binding: the methods at work (those of the cache).
+        cache: None for forwards without one, which read sparsely but hold nothing.
+        queries: columns N of this forward.
+    """
+
+    def __init__(self, binding: Binding, cache: FoveateCache | None, queries: int) -> None:
+        self.binding, self.cache, self.queries = binding, cache, queries
+        self.scratch: dict[str, dict[str, Any]] = {}
+        self.rows: Rows | None = None
+        self.extra = 0
+        self.complete = False
+        if cache is None:
+            self.phase = "prompt"
+            return
+        if not cache.planned:
+            cache.owner.plan_cache(cache, max(cache.announced, queries))
+        if cache.announced > 0:
+            self.phase = "prompt"
+            self.extra = max(0, queries - cache.announced)
+            cache.announced = max(0, cache.announced - queries)
+            self.complete = cache.announced == 0
+        elif queries > 1 and not cache.managed:
+            self.phase, self.complete = "prompt", True
+        else:
+            self.phase = "decode"
+
+    def manages(self, module: nn.Module) -> bool:
+        """Whether this attention module is one of the decoder's that Foveate serves."""
+        return getattr(module, "layer_idx", None) in self.binding.layers and hasattr(module, "num_key_value_groups")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        return self
+
+
+def attention(
+    call: Call,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer: query [B, H, N, D], key and value of the new tokens -> [B, N, H, Dv]."""
+    index = module.layer_idx
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return _masked(call, module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
+    if call.rows is None:
+        call.rows = Rows.of(attention_mask, query.shape[0], query.shape[2])
+    rows = call.rows
+    q = rows.roll(query)
+    if call.cache is None:
+        plan = call.binding.transient_plan(call.queries)[index]
+        store = _expanded(plan, rows.roll(key), rows.roll(value), rows.fresh)
+        how = _reading(call, plan, rows, scale, softcap, s_aux)
+        layer = CourierLayer(store.spec)
+        layer.store = store
+        out, _ = _attend(call, plan, layer, store, q, how)
+        return rows.unroll(out).transpose(1, 2).contiguous(), None
+    layer: CourierLayer = call.cache.layers[index]
+    plan = call.cache.owner.plans(call.cache)[index]
+    if layer.dirty and not layer.record_past:
+        call.cache.owner.settle(layer)
+    clean = layer.sealed and not layer.dirty
+    first = not layer.store.bands
+    latent = _append(layer, plan, module, rows)
+    call.cache.touch(index)
+    how = _reading(call, plan, rows, scale, softcap, s_aux, skip_spans=clean and call.queries == 1)
+    projection = compat.LatentProjection(module) if latent else None
+    if first and projection is None and torch.is_grad_enabled() and key.requires_grad:
+        # What is held is detached; the prompt itself is read from the live tensors, so that gradients reach k and v.
+        store = _expanded(plan, rows.roll(key), rows.roll(value), rows.fresh)
+        out, _ = _attend(call, plan, layer, store, q, how)
+    elif projection is not None and call.phase == "prompt":
+        store = _expand_latent(plan, layer, projection, key, value, rows)
+        out, _ = _attend(call, plan, layer, store, q, how, absorbed=projection.absorb)
+    elif projection is not None:
+        out, _ = _attend(call, plan, layer, layer.store, projection.absorb(q), how)
+        out = projection.values(out)
+    else:
+        out, _ = _attend(call, plan, layer, layer.store, q, how)
+    _finish(call, plan, layer, index, how)
+    return rows.unroll(out).transpose(1, 2).contiguous(), None
+
+
+def _reading(
+    call: Call,
+    plan: LayerPlan,
+    rows: Rows,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    skip_spans: bool = False,
+) -> Reading:
+    spans: tuple[Span, ...] | None = None
+    if skip_spans:
+        spans = ()  # everything held is visible to the one new query
+    elif call.phase == "prompt" and not plan.settles_in_prompt:
+        spans = plan.prompt_spans
+    meter = None
+    if call.cache is not None and call.cache.meter is not None:
+        tally, phase = call.cache.meter, call.phase
+
+        def meter(pairs: float) -> None:
+            tally[f"{phase}_read"] = tally.get(f"{phase}_read", 0.0) + pairs
+
+    return Reading(rows.fresh, spans, scale, softcap, sinks, call.binding.move, meter)
+
+
+def _append(layer: CourierLayer, plan: LayerPlan, module: Any, rows: Rows) -> bool:
+    """Move the staged tokens into the store. Returns whether it holds latents."""
+    k, v = layer.take()
+    latent = plan.value_dim is not None
+    if latent:
+        k, v = torch.cat([k, v], dim=-1), None
+    if torch.is_grad_enabled() and k.requires_grad:
+        k, v = k.detach(), None if v is None else v.detach()
+    k = rows.roll(k)
+    v = None if v is None else rows.roll(v)
+    if layer.store.rows and k.shape[0] != layer.store.rows:
+        raise Refused(f"the cache holds {layer.store.rows} rows, but this forward has {k.shape[0]}")
+    layer.store.append(k, v, rows.fresh)
+    layer.columns += k.shape[2]
+    layer.dirty = True
+    if rows.order is not None:
+        layer.padded = layer.columns
+    return latent
+
+
+def _expanded(plan: LayerPlan, key: Tensor, value: Tensor, fresh: np.ndarray) -> Store:
+    """A store that lives for one layer of one forward."""
+    store = Store(plan.store_spec(heads=key.shape[1], latent=False))
+    store.append(key, value, fresh)
+    return store
+
+
+def _expand_latent(
+    plan: LayerPlan, layer: CourierLayer, projection: compat.LatentProjection, key: Tensor, value: Tensor, rows: Rows
+) -> Store:
+    """Heads of an MLA prompt: the module expanded the new tokens; older ones are expanded from the store here."""
+    (band,) = layer.store.bands
+    if (band.lengths == rows.fresh).all():
+        return _expanded(plan, rows.roll(key), rows.roll(value), rows.fresh)
+    k, v = projection.expand(band.keys().unsqueeze(1))
+    store = _expanded(plan, k, v, band.lengths)
+    store.seen = layer.store.seen.copy()
+    for wide in store.bands:
+        wide.seen = band.seen[wide.pairs // store.spec.heads]
+        if band.positions is not None:
+            wide.positions = Column(band.slot_positions()[torch.from_numpy(wide.pairs // store.spec.heads)].contiguous())
+    return store
+
+
+def _attend(
+    call: Call, plan: LayerPlan, layer: CourierLayer, store: Store, q: Tensor, how: Reading, absorbed: Any = None
+) -> tuple[Tensor, Any]:
+    """Select, attend, capture, observe."""
+    binding = call.binding if call.cache is None else call.cache.owner
+    view = View(store, how.fresh)
+    chooser: Method | None = binding.composition.filling("prefill" if call.phase == "prompt" else "decode")
+    managed = plan.shape.kind == "full"
+    parts: Any = ALL
+    if chooser is not None and managed:
+        parts = chooser.select(q, view, _context(call, plan, layer, store, chooser, how))
+    columns = bool(plan.needs.columns) and call.phase == "prompt" and call.cache is not None and managed
+    probs = plan.needs.probs and call.phase == "decode" and managed
+    result = read(store, q, parts, how, lse=columns, probs=probs)
+    window = plan.needs.window if call.phase == "prompt" and call.cache is not None and not layer.sealed else 0
+    if managed and (window or columns):
+        captured = q if absorbed is None else absorbed(q)
+        if window:
+            _capture_window(layer, captured, how.fresh, call.extra, window)
+        if columns:
+            assert result.lse is not None
+            over = parts if absorbed is None else ALL
+            for band, mass in zip(layer.store.bands, column_sums(layer.store, captured, over, result.lse, how), strict=True):
+                band.tags[COLUMNS].data[:, : band.used, 0] += mass
+    out = result.out
+    for method in binding.observers if managed else ():
+        changed = method.attended(q, view, result, _context(call, plan, layer, store, method, how))
+        if changed is not None:
+            out = changed
+    return out, result
+
+
+def _context(call: Call, plan: LayerPlan, layer: CourierLayer, store: Store, method: Method, how: Reading) -> LayerContext:
+    return LayerContext(
+        id=method.id,
+        phase=call.phase,
+        layer=plan.shape.index,
+        shape=plan.shape,
+        role=plan.roles[method.id],
+        store=store,
+        how=how,
+        rope=call.binding,
+        own=layer.mine,
+        common={} if call.cache is None else call.cache.shared,
+        scratch=call.scratch,
+        window=None if layer.window is None else layer.window[:, :, -plan.own[method.id].window :],
+        window_seen=layer.window_seen,
+        granted=layer.limit,
+    )
+
+
+def _capture_window(layer: CourierLayer, q: Tensor, fresh: np.ndarray, extra: int, width: int) -> None:
+    """Keep the last `width` prompt queries of each row, across chunks and without padding."""
+    real = fresh - extra
+    if layer.window is None:
+        layer.window = q.new_zeros(q.shape[0], q.shape[1], width, q.shape[3])
+        layer.window_seen = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    assert layer.window_seen is not None
+    if (real == real[0]).all() and real[0] >= width:
+        layer.window = q[:, :, real[0] - width : real[0]].detach().clone()
+    else:
+        joined = torch.cat([layer.window, q.detach()], dim=2)
+        index = torch.from_numpy(real).to(q.device)[:, None] + torch.arange(width, device=q.device)
+        layer.window = joined.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+    layer.window_seen = (layer.window_seen + torch.from_numpy(real).to(q.device)).clamp_max(width)
+
+
+def _finish(call: Call, plan: LayerPlan, layer: CourierLayer, index: int, how: Reading) -> None:
+    """Seal at the prompt's end; keep the steady state after it."""
+    assert call.cache is not None
+    owner = call.cache.owner
+    if call.phase == "prompt":
+        if owner.holds:  # a prompt that several methods will share stays whole
+            call.cache.touch(index)
+            return
+        if call.complete and not layer.sealed:
+            sealing.seal(
+                layer, plan, owner.shape, owner.keeper, lambda m: _context(call, plan, layer, layer.store, m, how), call.extra
+            )
+        elif (layer.sealed or plan.settles_in_prompt) and not call.extra and not layer.record_past:
+            owner.settle(layer)
+    elif call.queries == 1 and not layer.record_past:
+        owner.settle(layer)
+    call.cache.touch(index)
+
+
+def _masked(call: Call, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any):
+    """A 4-D mask from the user (or for packed sequences): dense attention under it, with nothing evicted."""
+    if call.cache is not None:
+        layer: CourierLayer = call.cache.layers[module.layer_idx]
+        plan = call.cache.owner.plans(call.cache)[module.layer_idx]
+        if layer.sealed and not layer.store.aligned:
+            raise Refused("a 4-D attention mask cannot be applied to a cache from which tokens were evicted")
+        latent = _append(layer, plan, module, Rows(np.full(query.shape[0], query.shape[2])))
+        call.cache.touch(module.layer_idx)
+        view = View(layer.store, np.full(query.shape[0], query.shape[2]))
+        key, value = compat.LatentProjection(module).expand(view.k()) if latent else (view.k(), view.v())
+        if mask.shape[-1] > key.shape[2]:
+            mask = mask[..., : key.shape[2]]
+    return compat.sdpa_attention_forward(module, query, key, value, mask, **{k: v for k, v in kwargs.items() if v is not None})
+

@@ -1,0 +1,217 @@
+"""Reading a store: the parts a method selected, band by band, merged by lse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.attention import Geometry, Partial, Parts, Selection, Span, attend, merge
+from foveate import attention as _A
+def columns(*a, **k):
+    return _A.columns(*a, **k)
+from foveate.cache import Band, Store
+from foveate.methods.base import Result
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Everything about one layer's read that is not the selection.
+
+    Args:
+        fresh: new tokens of each row (the rest of N is padding), host int64 [B].
+        spans: spans to intersect; None: those of each band (what its heads promise).
+        scale, softcap: of the logits.
+        sinks: learned logits [H] that take softmax mass without a value (gpt-oss), or None.
+        move: turns rotated queries by delta positions.
+        meter: called with (pairs read, dense pairs) when somebody counts.
+    """
+
+    fresh: np.ndarray
+    spans: tuple[Span, ...] | None
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    move: Callable[[Tensor, Tensor], Tensor] | None = None
+    meter: Callable[[float], None] | None = None
+
+
+def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = False, probs: bool = False) -> Result:
+    """Attend q [B, H, N, Dk] to the selected parts of what the store holds.
+
+    Parts must be disjoint; they are intersected with causality, the spans and what is held.
+    """
+    batch, heads, queries, dim = q.shape
+    group = heads // store.spec.heads
+    listed: list[Selection | Partial] = [parts] if isinstance(parts, Selection | Partial) else list(parts)
+    lse = lse or len(listed) > 1 or how.sinks is not None or probs
+    moved = [_moved(q, part, store, how) for part in listed]
+    outs: list[tuple[Band, Partial]] = []
+    weights: list[Tensor] = []
+    for band in store.bands:
+        keys = band.keys()
+        values = band.values(keys).unsqueeze(1)
+        keys = keys.unsqueeze(1)
+        geometry = _geometry(band, how, queries, store.spec.heads)
+        visible = how.spans if how.spans is not None else band.spans
+        got: list[Partial] = []
+        chosen: list[tuple[Tensor, Selection]] = []
+        for part, turned in zip(listed, moved, strict=True):
+            if isinstance(part, Partial):
+                got.append(Partial(_rows(part.out, band, group, store), _rows(part.lse, band, group, store)))
+                continue
+            selection = _local(part, band, group, store)
+            rows = _rows(turned, band, group, store)
+            got.append(
+                attend(rows, keys, values, selection, geometry, visible=visible, scale=how.scale, softcap=how.softcap, lse=lse)
+            )
+            chosen.append((rows, selection))
+            if how.meter is not None:
+                how.meter(float(_real_pairs(selection, geometry, group, visible, band, how, store)))
+        if how.sinks is not None:
+            mass = _rows(how.sinks.view(1, heads, 1).expand(batch, heads, queries).float(), band, group, store)
+            got.append(Partial(torch.zeros_like(got[0].out), mass))
+        part = got[0] if len(got) == 1 else merge(got)
+        outs.append((band, part))
+        if probs:
+            weights.append(_probs(chosen, keys, part.lse, geometry, visible, how))
+    out = _assemble([(b, p.out) for b, p in outs], store, heads)
+    total = _assemble([(b, p.lse) for b, p in outs], store, heads) if lse else None
+    rows = _assemble_probs(weights, store, heads) if probs else None
+    return Result(out, total, rows)
+
+
+def column_sums(store: Store, q: Tensor, parts: Parts, total: Tensor, how: Reading) -> list[Tensor]:
+    """Attention mass of each held key over the real queries, query heads of a group added: [P, used] per band."""
+    batch, heads, queries, _ = q.shape
+    group = heads // store.spec.heads
+    listed = [parts] if isinstance(parts, Selection | Partial) else list(parts)
+    sums = []
+    for band in store.bands:
+        geometry = _geometry(band, how, queries, store.spec.heads)
+        visible = how.spans if how.spans is not None else band.spans
+        valid = torch.from_numpy(how.fresh[band.pairs // store.spec.heads]).to(q.device)
+        mass = torch.zeros(len(band.pairs), 1, band.used, device=q.device)
+        for part in listed:
+            if isinstance(part, Selection):
+                rows = _rows(_moved(q, part, store, how), band, group, store)
+                mass += columns(
+                    rows,
+                    band.keys().unsqueeze(1),
+                    _rows(total, band, group, store),
+                    _local(part, band, group, store),
+                    geometry,
+                    visible=visible,
+                    scale=how.scale,
+                    softcap=how.softcap,
+                    valid=valid,
+                )
+        sums.append(mass.squeeze(1))
+    return sums
+
+
+def _geometry(band: Band, how: Reading, queries: int, heads: int) -> Geometry:
+    pairs, used = len(band.pairs), band.used
+    fresh = how.fresh[band.pairs // heads]
+    device = band.device
+    even = band.even and bool((fresh == queries).all())
+    lengths = first = None
+    if not even:
+        lengths = band.device_lengths().unsqueeze(1)
+        first = torch.from_numpy(band.lengths - fresh).to(device).unsqueeze(1)
+    q_positions = k_positions = None
+    if band.positions is not None or not even:
+        start = torch.from_numpy(band.seen - fresh).to(device)
+        q_positions = start.unsqueeze(1) + torch.arange(queries, device=device)
+    if band.positions is not None:
+        k_positions = band.slot_positions().unsqueeze(1)
+    return Geometry(pairs, queries, used, lengths, first, q_positions, k_positions, device)
+
+
+def _moved(q: Tensor, part: Selection | Partial, store: Store, how: Reading) -> Tensor:
+    if isinstance(part, Partial) or part.frame.query is None:
+        return q
+    assert how.move is not None, "a frame needs the model's rotary embedding"
+    start = torch.from_numpy(store.seen - how.fresh).to(q.device)
+    positions = start.unsqueeze(1) + torch.arange(q.shape[2], device=q.device)
+    return how.move(q, part.frame.query.to(q.device) - positions)
+
+
+def _rows(x: Tensor, band: Band, group: int, store: Store) -> Tensor:
+    """[B, H, ...] -> [P, G, ...], the query heads of each of the band's pairs."""
+    flat = x.reshape(x.shape[0] * store.spec.heads, group, *x.shape[2:])
+    return flat if len(band.pairs) == flat.shape[0] else flat[band.index]
+
+
+def _local(part: Selection, band: Band, group: int, store: Store) -> Selection:
+    """A layer's selection in terms of one band's pairs."""
+    if part.lists is None:
+        return part
+    batch, h, blocks, width = part.lists.shape
+    heads = store.spec.heads
+    if h == 1 and heads * group > 1:
+        lists = part.lists[band.index // heads]
+    elif h == heads:
+        lists = part.lists.reshape(batch * heads, 1, blocks, width)[band.index]
+    else:
+        lists = part.lists.reshape(batch * heads, group, blocks, width)[band.index]
+    return replace(part, lists=lists)
+
+
+def _probs(
+    chosen: Sequence[tuple[Tensor, Selection]],
+    keys: Tensor,
+    total: Tensor,
+    geometry: Geometry,
+    visible: Sequence[Span],
+    how: Reading,
+) -> Tensor:
+    """Probabilities over the slots, [P, G, N, used] float32; decode only, where N is small."""
+    out = None
+    for rows, selection in chosen:
+        logits = torch.einsum("pgnd,pmd->pgnm", rows.float(), keys.squeeze(1).float()) * how.scale
+        if how.softcap is not None:
+            logits = torch.tanh(logits / how.softcap) * how.softcap
+        part = (logits - total.float().unsqueeze(-1)).exp()
+        part = part.masked_fill(~selection.mask(geometry, rows.shape[1], visible), 0.0)
+        out = part if out is None else out + part
+    assert out is not None, "a read without selections has no probabilities over slots"
+    return out
+
+
+def _assemble(parts: Sequence[tuple[Band, Tensor]], store: Store, heads: int) -> Tensor:
+    if len(parts) == 1:
+        x = parts[0][1]
+        return x.reshape(store.rows, heads, *x.shape[2:])
+    first = parts[0][1]
+    out = first.new_empty(store.rows * store.spec.heads, *first.shape[1:])
+    for band, x in parts:
+        out[band.index] = x
+    return out.view(store.rows, heads, *first.shape[2:])
+
+
+def _assemble_probs(parts: Sequence[Tensor], store: Store, heads: int) -> Tensor:
+    width = max(x.shape[-1] for x in parts)
+    padded = [x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in parts]
+    return _assemble(list(zip(store.bands, padded, strict=True)), store, heads)
+
+
+def _real_pairs(
+    selection: Selection,
+    geometry: Geometry,
+    group: int,
+    visible: Sequence[Span],
+    band: Band,
+    how: Reading,
+    store: Store,
+) -> int:
+    """Pairs of real queries only (padding queries read too, but nobody asked them to)."""
+    fresh = how.fresh[band.pairs // store.spec.heads]
+    if (fresh == geometry.queries).all():
+        return int(selection.pairs(geometry, group, visible).sum())
+    mask = selection.mask(geometry, group, visible)
+    real = torch.arange(geometry.queries) < torch.from_numpy(fresh)[:, None]
+    return int((mask & real.to(mask.device)[:, None, :, None]).sum())

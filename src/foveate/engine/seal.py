@@ -1,0 +1,106 @@
+"""What happens to the held tokens when the prompt is over, and at each step after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.cache import View
+from foveate.cache.cache import CourierLayer
+from foveate.engine.plan import LayerPlan, feasible
+from foveate.methods.base import Method
+from foveate.models.shape import ModelShape
+
+if TYPE_CHECKING:
+    from foveate.engine.context import LayerContext
+
+MakeContext = Callable[[Method], "LayerContext"]
+
+
+def seal(
+    layer: CourierLayer,
+    plan: LayerPlan,
+    shape: ModelShape,
+    keeper: Method | None,
+    make: MakeContext,
+    extra: int = 0,
+) -> None:
+    """Evict, free what no span can see, pack: once, when the prompt is complete.
+
+    Args:
+        keeper: the method that evicts by score, or None.
+        extra: newest tokens that are not prompt (candidates of assisted decoding); they are never evicted or packed.
+    """
+    trailing = np.full(layer.store.rows, extra) if extra else None
+    if keeper is not None and plan.shape.kind == "full":
+        seen = layer.store.seen - extra
+        grants = [feasible(lambda n: keeper.total(shape, n), int(n), shape) for n in seen]
+        if all(g is not None for g in grants):
+            layer.limit = np.array(grants, dtype=np.int64)
+            evict(layer, keeper, make(keeper), trailing)
+    layer.sealed = True
+    layer.window = layer.window_seen = None
+    if plan.codec is not None:
+        layer.store.pack(plan.codec.keys, plan.codec.values)
+    if not extra:
+        layer.store.settle(layer.store.seen)
+        layer.dirty = False
+
+
+def settle(layer: CourierLayer, keeper: Method | None, make: MakeContext) -> None:
+    """The steady state after the prompt: evict what exceeds the grant, expire windows, flush tails."""
+    if keeper is not None and keeper.every_step and layer.limit is not None:
+        evict(layer, keeper, make(keeper), None)
+    layer.store.settle(layer.store.seen)
+    layer.dirty = False
+
+
+def evict(layer: CourierLayer, keeper: Method, ctx: LayerContext, trailing: np.ndarray | None) -> None:
+    """Hold at most what the keeper's rule grants each head, by its scores."""
+    store = layer.store
+    assert layer.limit is not None
+    view = View(store, np.zeros(store.rows, dtype=np.int64), trailing)
+    lengths = view.host_lengths
+    if (lengths <= layer.limit[:, None]).all():
+        return
+    scores = protected(keeper, keeper.score(view, ctx), view, layer.limit)
+    excess = lengths - layer.limit[:, None]
+    if trailing is None and (excess == 1).all():
+        victims = scores.masked_fill(~view.valid(), torch.inf).argmin(-1).flatten()
+        for band in store.bands:
+            band.drop_one(victims[band.index], np.arange(len(band.pairs)))
+        return
+    counts = keeper.rule(scores, view, torch.from_numpy(layer.limit), ctx).cpu().numpy()
+    order = scores.argsort(dim=-1, descending=True, stable=True).cpu().numpy()
+    kept: dict[int, np.ndarray] = {}
+    for b in range(store.rows):
+        for h in range(store.spec.heads):
+            if counts[b, h] < lengths[b, h]:
+                slots = np.sort(order[b, h, : counts[b, h]])
+                if trailing is not None:
+                    slots = np.concatenate([slots, lengths[b, h] + np.arange(trailing[b])])
+                kept[b * store.spec.heads + h] = slots
+    store.keep(kept, store.seen if trailing is None else store.seen - trailing)
+
+
+def protected(keeper: Method, scores: Tensor, view: View, limit: np.ndarray) -> Tensor:
+    """Scores [B, Hs, C] with +inf on protected slots and -inf behind the end of each row."""
+    lengths = view.lengths
+    scores = scores.float().expand(*lengths.shape, scores.shape[-1]).clone()
+    capacity = lengths.max()
+    if scores.shape[-1] > int(capacity):
+        scores = scores[..., : int(capacity)]
+    positions = view.positions[..., : scores.shape[-1]]
+    guard = keeper.protect
+    if guard.sink:
+        scores.masked_fill_(positions < guard.sink, torch.inf)
+    if guard.recent:
+        recent = torch.tensor([guard.recent_of(int(n)) for n in limit], device=scores.device)
+        newest = view.seen.to(scores.device)[:, None, None] - recent[:, None, None]
+        scores.masked_fill_(positions >= newest, torch.inf)
+    slot = torch.arange(scores.shape[-1], device=scores.device)
+    return scores.masked_fill(slot >= lengths.unsqueeze(-1), -torch.inf)

@@ -1,0 +1,1 @@
+"""Runs methods, budgets, lengths and tasks; keeps records; resumes."""

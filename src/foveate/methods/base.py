@@ -1,0 +1,358 @@
+"""The method protocol: what a paper's file overrides. Everything else is the machinery's business."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from foveate.attention import ALL, Partial, Parts, Span
+from foveate.cache import Blocks, Side, Tag, View
+from foveate.errors import BadArgument
+from foveate.methods.budget import Budget
+from foveate.models.shape import LayerShape, ModelShape
+
+SLOTS = ("prefill", "keep", "format", "decode", "weights")
+"""The parts of attention a method may change. `format` and `weights` take a chain, the others one method."""
+EXCLUSIVE = frozenset({"prefill", "keep", "format", "decode"})
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one layer does, decided before any token of a cache.
+
+    Args:
+        name: the method's own word for it; `select` and `attended` read it.
+        visible: what this layer's heads may ever see (per-head sinks and windows); intersected with everything.
+        in_prompt: False leaves the prompt's own attention dense and applies `visible` from its end on.
+        extra: small per-layer tables (thresholds, voters, budgets) for the method's hooks.
+    """
+
+    name: str = "dense"
+    visible: Span = field(default_factory=Span)
+    in_prompt: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the machinery must hand over in a layer; nothing is captured that nobody asked for.
+
+    Args:
+        window: `ctx.window`, the last this many prompt queries of every row, across chunks.
+        columns: "sum": `view.tag("columns")`, attention mass of each key over all prompt rows so far, query heads of a
+            group added up (float32).
+        probs: `result.probs` at decode.
+        tags, blocks: values per slot and per block that the method keeps.
+    """
+
+    window: int = 0
+    columns: str = ""
+    probs: bool = False
+    tags: Mapping[str, Tag] = field(default_factory=dict)
+    blocks: Mapping[str, Blocks] = field(default_factory=dict)
+
+
+class Result(NamedTuple):
+    """What attention gave.
+
+    Args:
+        out: [B, H, N, Dv].
+        lse: [B, H, N] or None when nobody needed it.
+        probs: float32 [B, H, N, C] over slots, only when needed and at decode; 0 where nothing was read.
+    """
+
+    out: Tensor
+    lse: Tensor | None
+    probs: Tensor | None = None
+
+
+class Rope(Protocol):
+    """The model's rotary embedding, as far as methods need it."""
+
+    def move(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Turn rotated x [B, H, N, D] by delta [B, N] positions."""
+        ...
+
+
+class Context(Protocol):
+    """Everything besides q and the view.
+
+    Attributes:
+        phase: "prompt" (announced tokens, or a whole bare forward) or "decode".
+        layer: index in the model; shape: its LayerShape; role: this method's role in it.
+        window: [B, H, W, D] last prompt queries, right-aligned, and `window_valid` [B, W], if needed.
+        scale: the softmax scale of the logits.
+        limit: tokens per head this layer may hold, [B] on the host (keep methods with a budget).
+        mine, shared: tensors of this method per layer / per cache, rows first; cleared by crop.
+        forward: this method's scratch of one forward, shared by its layers.
+    """
+
+    phase: str
+    layer: int
+    shape: LayerShape
+    role: Role
+    scale: float
+    softcap: float | None
+    window: Tensor | None
+    window_valid: Tensor | None
+    limit: Tensor | None
+    rope: Rope
+    mine: dict[str, Tensor]
+    shared: dict[str, Tensor]
+    forward: dict[str, Any]
+
+    def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result: ...
+
+
+class BudgetRule(Protocol):
+    """Who gets how many slots: (scores [B, Hs, C] with +inf on protected slots, view, total [B]) -> counts [B, Hs]."""
+
+    def __call__(self, scores: Tensor, view: View, total: Tensor, ctx: Context) -> Tensor: ...
+
+
+def uniform(scores: Tensor, view: View, total: Tensor, ctx: Context) -> Tensor:
+    """Every head of the layer holds the same number of tokens."""
+    heads = view.lengths.shape[1]
+    return total.to(scores.device).view(-1, 1).expand(-1, heads).minimum(view.lengths.to(total.dtype))
+
+
+@dataclass(frozen=True)
+class Protect:
+    """Tokens that are never evicted: the first `sink`, and the newest `recent` (a float is a share of the budget)."""
+
+    sink: int = 0
+    recent: int | float = 0
+
+    def recent_of(self, total: int) -> int:
+        return int(self.recent * total) if isinstance(self.recent, float) else self.recent
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a layer holds what left the exact tail; a side of None stays exact."""
+
+    keys: Side | None
+    values: Side | None
+
+
+class Probe(Protocol):
+    """What calibration may use: the model, its tokenizer and a way to report progress."""
+
+    model: Any
+    tokenizer: Any
+    seed: int
+
+    def progress(self, total: int, label: str) -> Callable[[int], None]: ...
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What calibration produced: a small table with provenance, saved as one JSON file.
+
+    Args:
+        method: id of the method it is for.
+        model: fingerprint of the model it was made on (`ModelShape.fingerprint`).
+        data: JSON values (lists of numbers, nested).
+        provenance: how it was made (settings, versions, date, seconds).
+    """
+
+    method: str
+    model: str
+    data: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A published technique. The paper's parameters are its fields, with the paper's defaults; override only what the
+    paper changes. Instances are frozen and hold no state: all state lives in the cache.
+
+    Class attributes:
+        id: the paper's name, lower case with dashes. name, paper: title for people, arXiv number.
+        slots: the parts of attention it changes, a subset of SLOTS.
+        causality: "strict", or "prompt" where prompt rows may be *selected for* with later prompt tokens.
+        chunked: "exact" | "approximate": what a prompt given in pieces changes.
+        aligned: True if it needs all heads and layers to hold the same tokens in the same slots.
+        every_step: True if `score` evicts at each decode step, not only when the prompt ends.
+        calibrated: True if `plan` needs a profile.
+    """
+
+    id: ClassVar[str]
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    slots: ClassVar[frozenset[str]]
+    causality: ClassVar[str] = "strict"
+    chunked: ClassVar[str] = "exact"
+    aligned: ClassVar[bool] = False
+    every_step: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
+
+    budget: Budget | float | int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", Budget.of(self.budget))
+
+    # -- before any token ---------------------------------------------------------------------------------------------
+
+    def calibrate(self, probe: Probe, data: Iterable[Any] | None = None) -> Profile:
+        """Make the profile that `plan` needs."""
+        raise BadArgument("--for", self.id, "this method needs no calibration")
+
+    def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
+        """One role per layer of the model, for a cache whose prompt has `length` tokens.
+
+        Raises:
+            Infeasible: when the budget cannot be met, with its floor.
+            Refused: when the model lacks what the method needs.
+        """
+        return [Role()] * len(shape.layers)
+
+    def floor(self, shape: ModelShape, length: int) -> float:
+        """Smallest share of the dense cache or pairs that this method can be asked for at this length."""
+        return 0.0
+
+    def needs(self, role: Role) -> Needs:
+        return Needs()
+
+    # -- per forward --------------------------------------------------------------------------------------------------
+
+    def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
+        """prefill, decode: which held pairs the queries q [B, H, N, D] read. The view ends with the queries' own keys."""
+        return ALL
+
+    def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> Tensor | None:
+        """After attention: observe, publish to later layers; only the weights slot may return a tensor, which replaces
+        the output."""
+        return None
+
+    # -- what is held -------------------------------------------------------------------------------------------------
+
+    @property
+    def protect(self) -> Protect:
+        """keep: slots that `score` need not worry about."""
+        return Protect()
+
+    @property
+    def rule(self) -> BudgetRule:
+        """keep: who gets how many slots."""
+        return uniform
+
+    def total(self, shape: ModelShape, length: int) -> int | None:
+        """keep: tokens per head to hold, for a row whose prompt has `length` tokens. None: everything."""
+        budget = Budget.of(self.budget)
+        return None if budget is None else budget.held_tokens(shape, length, name=self.id)
+
+    def score(self, view: View, ctx: Context) -> Tensor:
+        """keep: importance [B, Hs or 1, C]; higher stays. May use the view and what was asked for in `needs` only."""
+        raise AssertionError(f"{type(self).__name__} fills keep but scores nothing")
+
+    def codec(self, role: Role, shape: ModelShape, length: int) -> Codec | None:
+        """format: how this layer holds its tokens once the prompt is over."""
+        return None
+
+    # -- composition --------------------------------------------------------------------------------------------------
+
+    @property
+    def fills(self) -> frozenset[str]:
+        """The slots that this instance fills; fewer or more than the class's where a parameter decides."""
+        return self.slots
+
+    @property
+    def scores(self) -> bool:
+        """True if tokens are evicted by score."""
+        return type(self).score is not Method.score
+
+    def __or__(self, other: Method | Composition) -> Composition:
+        return Composition((self,)) | other
+
+    def settings(self) -> dict[str, Any]:
+        """Fields that differ from the defaults, as JSON values."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value != f.default:
+                out[f.name] = str(value) if isinstance(value, Budget) else value
+        return out
+
+    def with_budget(self, budget: Budget | float | int | None) -> Method:
+        """The same method under another budget."""
+        return replace(self, budget=Budget.of(budget))
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Methods that fill different slots, applied together. Order matters only inside a chain."""
+
+    methods: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        owner: dict[str, Method] = {}
+        for method in self.methods:
+            for slot in sorted(method.fills & EXCLUSIVE):
+                if slot in owner:
+                    raise BadArgument(
+                        "methods",
+                        f"{owner[slot].id} | {method.id}",
+                        f"both fill the slot {slot!r}; drop one",
+                    )
+                owner[slot] = method
+        for method in self.methods:
+            for other in self.methods:
+                reason = _clash(method, other) if other is not method else None
+                if reason:
+                    raise BadArgument("methods", f"{method.id} | {other.id}", reason)
+
+    def __or__(self, other: Method | Composition) -> Composition:
+        return Composition(self.methods + (other.methods if isinstance(other, Composition) else (other,)))
+
+    @property
+    def id(self) -> str:
+        return "|".join(m.id for m in self.methods)
+
+    def filling(self, slot: str) -> Method | None:
+        """The method in an exclusive slot."""
+        return next((m for m in self.methods if slot in m.fills), None)
+
+    def with_budget(self, budget: Budget | float | int | None) -> Composition:
+        """Give the budget to the one method that has none.
+
+        Raises:
+            BadArgument: if no method, or more than one, has a free budget.
+        """
+        if budget is None:
+            return self
+        free = [m for m in self.methods if m.budget is None and m.slots]
+        if len(free) != 1:
+            raise BadArgument(
+                "budget", str(budget), f"{self.id} has {len(free)} methods without a budget; give each its own"
+            )
+        return Composition(tuple(m.with_budget(budget) if m is free[0] else m for m in self.methods))
+
+
+def _clash(method: Method, other: Method) -> str | None:
+    if method.aligned and other.scores:
+        return f"{method.id} reads one list in all heads and layers, but {other.id} keeps different tokens in each"
+    if method.every_step and "format" in other.slots:
+        return f"{method.id} frees single tokens at every step, but {other.id} packs tokens in groups"
+    return None
+
+
+METHODS: dict[str, type[Method]] = {}
+"""Registry: id -> class."""
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Class decorator: enter a method into the registry. Bad declarations fail at import."""
+    if cls.id in METHODS:
+        raise ValueError(f"method id {cls.id!r} is taken by {METHODS[cls.id].__name__}")
+    unknown = cls.slots - set(SLOTS)
+    if unknown:
+        raise ValueError(f"{cls.__name__}: unknown slots {sorted(unknown)}")
+    METHODS[cls.id] = cls
+    return cls
+
+

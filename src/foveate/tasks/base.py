@@ -1,0 +1,124 @@
+"""What every task is made of: the sample, the task protocol and the seed of one sample."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from foveate.errors import BadArgument
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from foveate.tasks.corpora import Corpus
+
+Kind = Literal["generate", "perplexity"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with all that is needed to run, score and analyse it.
+
+    `context_ids + question_ids` is the whole prompt. A method that compresses with the question unseen is given
+    `context_ids` alone; neither the question nor the key it asks for can be read from them.
+    `len(context_ids) + len(question_ids) + len(target_ids) + max_new_tokens == length`.
+
+    Attributes:
+        task, length, index, seed: what the sample was made from; equal values give equal bytes (for one tokenizer,
+            one corpus and one minor version of Python).
+        context_ids: everything up to the question, head of the chat template included.
+        question_ids: the question, the end of the chat turn and the first words of the answer; may be empty.
+        references: the answers, in the order of `depths` and `evidence`.
+        depths: where each piece of evidence stands, 0 = first in the haystack, 1 = last, measured in tokens.
+        evidence: token spans [start, stop) in `context_ids` of the sentences that hold the answers.
+        max_new_tokens: what the length reserves for the answer.
+        target_ids: perplexity: the continuation that is scored; empty for tasks that generate.
+    """
+
+    task: str
+    length: int
+    index: int
+    seed: int
+    context_ids: tuple[int, ...]
+    question_ids: tuple[int, ...]
+    references: tuple[str, ...]
+    depths: tuple[float, ...]
+    evidence: tuple[tuple[int, int], ...]
+    max_new_tokens: int
+    target_ids: tuple[int, ...] = ()
+
+
+class Task(Protocol):
+    """A family of samples and the rule that scores them.
+
+    Attributes:
+        name: as in `TASKS`.
+        kind: "generate": the model writes an answer; "perplexity": the model scores `target_ids`.
+        category: what the task probes ("retrieval", "tracing", "language modelling").
+        description: one line for lists and reports.
+        metric: name and unit of the score.
+        higher_is_better: the direction of the score.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def category(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def higher_is_better(self) -> bool: ...
+
+    def minimum(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The smallest `length` in tokens for which samples can be made."""
+        ...
+
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        samples: int,
+        seed: int = 0,
+        corpus: Corpus | None = None,
+    ) -> list[Sample]:
+        """`samples` samples of `length` tokens, the answer's reserve counted in. corpus=None: Python's documentation.
+
+        Raises:
+            BadArgument: the length is below `minimum`, or the corpus is too short for it.
+        """
+        ...
+
+    def score(self, prediction: str | Sequence[float], sample: Sample) -> float:
+        """The value of one sample.
+
+        Args:
+            prediction: kind "generate": the generated text, special tokens left out; kind "perplexity": the natural
+                log-probability of each of `target_ids`.
+        """
+        ...
+
+    def done(self, text: str, sample: Sample) -> bool:
+        """True when no continuation of `text` can change the score, so that generation may stop."""
+        ...
+
+
+def sample_random(task: str, length: int, index: int, seed: int) -> random.Random:
+    """The generator of one sample, from a stable hash: equal in every process, unlike Python's `hash`."""
+    digest = hashlib.sha256(f"{task}/{length}/{index}/{seed}".encode()).digest()
+    return random.Random(int.from_bytes(digest[:8], "big"))
+
+
+def check_request(task: Task, tokenizer: PreTrainedTokenizerBase, length: int, samples: int) -> None:
+    """Raises BadArgument unless `samples` samples of `length` tokens can be asked of the task."""
+    if samples < 1:
+        raise BadArgument("samples", samples, "give at least 1")
+    minimum = task.minimum(tokenizer)
+    if length < minimum:
+        raise BadArgument("length", length, f"{task.name} needs at least {minimum} tokens with this tokenizer")

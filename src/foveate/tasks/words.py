@@ -1,0 +1,75 @@
+"""Adjectives and nouns for the keys of needles, taken from Python's documentation by their endings and neighbours."""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+
+from foveate.errors import BadArgument
+from foveate.tasks.corpora import corpus
+
+_ADJECTIVE = re.compile(r"[a-z]{2,7}(?:able|ible|ive|ous|al|ic|ful|less|ing|ed)")
+_BEFORE_WORD = re.compile(r"\b(?:the|an?|this|each|every|any|some|its|another) ([a-z]{4,11}) (?=[a-z]{3,})")
+_CLOSES_PHRASE = re.compile(
+    r"\b(?:the|an?|this|each|every|any|its|another) (?:[a-z]{3,} )?([a-z]{4,10})"
+    r"(?=[.,;:)]| (?:of|is|are|was|has|have|to|in|for|from|with|that|which|will|must|can|and|or)\b)"
+)
+_NO_NOUN = re.compile(r"(?:able|ible|ive|ous|al|ic|ful|less|ing|ed|ly|[^s]s)$")
+# Words of the needle sentence itself, and words that are no nouns although they stand where nouns do.
+_LEFT_OUT = frozenset(
+    "special magic number word string from that which they instead itself occurs left mean means fails starts "
+    "terminates awaits other wishes needs http".split()
+)
+
+
+@functools.cache
+def adjectives() -> tuple[str, ...]:
+    """Words with an adjective's ending that stand between a determiner and another word; most frequent first.
+
+    None ends in another, so that no key is the end of another key.
+    """
+    seen = Counter(match[1] for match in _BEFORE_WORD.finditer(corpus().text))
+    kept: list[str] = []
+    for word in _frequent(seen, lambda word: bool(_ADJECTIVE.fullmatch(word))):
+        if not any(word.endswith(other) or other.endswith(word) for other in kept):
+            kept.append(word)
+    return tuple(kept)
+
+
+@functools.cache
+def nouns() -> tuple[str, ...]:
+    """Words that close a phrase which a determiner opened; most frequent first. Plurals are left out.
+
+    None begins with another, so that no key is the beginning of another key.
+    """
+    text = corpus().text
+    seen = Counter(match[1] for match in _CLOSES_PHRASE.finditer(text))
+    before = Counter(match[1] for match in _BEFORE_WORD.finditer(text))
+    kept: list[str] = []
+    for word in _frequent(seen, lambda word: before[word] < 3 * seen[word] and not _NO_NOUN.search(word)):
+        if not any(word.startswith(other) or other.startswith(word) for other in kept):
+            kept.append(word)
+    return tuple(kept)
+
+
+def draw_keys(rng: random.Random, count: int) -> list[str]:
+    """`count` different keys, "adjective-noun"; none is part of another.
+
+    Beyond a quarter of the pairs there are, keys become "adjective-adjective-noun", so that drawing stays quick.
+    """
+    first, last = adjectives(), nouns()
+    words = 1 if 4 * count <= len(first) * len(last) else 2
+    if words == 2 and 4 * count > len(first) ** 2 * len(last):
+        raise BadArgument("keys", count, f"at most {len(first) ** 2 * len(last) // 4} different keys can be made")
+    keys: dict[str, None] = {}
+    while len(keys) < count:
+        keys.setdefault("-".join([*rng.sample(first, words), rng.choice(last)]))
+    return list(keys)
+
+
+def _frequent(counts: Counter[str], wanted: Callable[[str], bool]) -> list[str]:
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [word for word, count in ranked if count >= 2 and word not in _LEFT_OUT and wanted(word)]
