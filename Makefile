@@ -11,6 +11,8 @@ ARGS ?=
 # Triton's kernels are tested in its interpreter, so that no accelerator is needed. TRITON_INTERPRET=0 compiles them.
 TRITON_INTERPRET ?= 1
 export TRITON_INTERPRET
+# mkdocs-material advertises its successor on every build.
+export NO_MKDOCS_2_WARNING := 1
 
 BIN := .venv/bin
 READY := .venv/.ready

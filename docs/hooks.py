@@ -65,7 +65,8 @@ def page(paper: Paper) -> str:
         ("tier", str(paper.tier)),
     ]
     lines = [f"# {paper.name}", "", f"*{paper.title}*", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts), ""]
+    rows = [f"| {name} | {_cell(value)} |" for name, value in facts]
+    lines += [rows[0], "|---|---|", *rows[1:], ""]
     if paper.what:
         lines += ["## What it does", "", paper.what, ""]
     if paper.tests:

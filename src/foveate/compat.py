@@ -190,11 +190,18 @@ def prompt_columns(generation_config: Any, model_kwargs: dict[str, Any]) -> int 
 class Rotary:
     """The decoder's rotary embedding for its full-attention layers."""
 
-    def __init__(self, inv_freq: Tensor) -> None:
-        self.inv_freq = inv_freq
+    def __init__(self, inv_freq: Tensor, last: bool = False) -> None:
+        self.inv_freq, self.last = inv_freq, last
 
     def move(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Turn rotated x [B, H, N, D] by delta [B, N] positions (half-split layout, first dims if partial)."""
+        """Turn rotated x [B, H, N, D] by delta [B, N] positions.
+
+        Half-split layout. Where only some dims are rotated they are the first, or under MLA the last ones.
+        """
+        if self.last:
+            width = 2 * self.inv_freq.numel()
+            turned = Rotary(self.inv_freq).move(x[..., -width:], delta)
+            return torch.cat([x[..., :-width], turned], dim=-1)
         angle = delta.unsqueeze(-1).float() * self.inv_freq.to(x.device)
         cos, sin = (torch.cat([t, t], dim=-1).unsqueeze(1) for t in (angle.cos(), angle.sin()))
         width = cos.shape[-1]
@@ -227,7 +234,7 @@ def rotary(model: nn.Module) -> Rotary:
         inv_freq = getattr(module, "full_attention_inv_freq", None)
     if inv_freq is None:
         raise Refused(f"{name}: no rotary frequencies were found for its full-attention layers")
-    return Rotary(inv_freq)
+    return Rotary(inv_freq, last=is_latent(attention))
 
 
 class LatentProjection:

@@ -59,33 +59,29 @@ def make_records(
     records = []
     tasks = TASKS if tasks is None else tasks
     names = tasks + (["ppl"] if loss_task else [])
+    everyone = ([Character(DENSE, 0.0, 1.0, 1.0)] if dense else []) + (METHODS if methods is None else methods)
     for seen in questions:
         for length in lengths:
-            whole = length * 2 * 3 * 64 * 30 * 2
             for task in names:
                 luck = [rng.random() for _ in range(samples)]
-                for who in ([Character(DENSE, 0.0, 1.0, 1.0)] if dense else []) + (METHODS if methods is None else methods):
+                for who in everyone:
                     for budget in (None,) if who.name == DENSE else budgets:
-                        share = budget if budget is not None else 1.0
-                        records.append(
-                            _record(rng, who, share, budget, length, task, luck, whole, seen, timings, samples)
-                        )
+                        records.append(_record(rng, who, budget, length, task, luck, seen, timings))
     return records
 
 
 def _record(
     rng: random.Random,
     who: Character,
-    share: float,
     budget: float | None,
     length: int,
     task: str,
     luck: list[float],
-    whole: int,
     seen: bool,
     timings: bool,
-    samples: int,
 ) -> Record:
+    share = 1.0 if budget is None else budget
+    whole = length * 2 * 3 * 64 * 30 * 2
     cell = Cell(
         model=MODEL,
         method=who.name,
@@ -115,7 +111,7 @@ def _record(
     hit = 0.9 - who.fall * (1 - share) ** 0.7 - (0.0 if seen else who.fall * 0.8) - 0.03 * (length / 4096)
     loss = task == "ppl"
     scores, outcomes = [], []
-    for i in range(samples):
+    for i in range(len(luck)):
         depth = (i % 5) / 4
         dip = who.fall * 0.5 if 0.2 < depth < 0.8 else 0.0
         if loss:
@@ -133,7 +129,7 @@ def _record(
                 "kv_bytes": whole,
             }
         )
-    held = int(whole * (share * rng.uniform(0.97, 1.01) if who.held else 1.0 + 0.02 * (who.name != DENSE)))
+    held = whole if who.name == DENSE else int(whole * (share * rng.uniform(0.97, 1.01) if who.held else 1.02))
     speed = who.decode + (1 - who.decode) * 0.8 * (length < 2000) + 0.15 * (length < 2000) * (who.name != DENSE)
     times = {}
     if timings:

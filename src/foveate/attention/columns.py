@@ -61,7 +61,9 @@ def columns(
     if 0 in q.shape or keys == 0:
         return out
     turned = k.to(wide).transpose(-1, -2)
-    for start, stop in _blocks(selections, queries, max(1, SCORES // (batch * heads * keys))):
+    step = max(1, SCORES // (batch * heads * keys))
+    for start in range(0, queries, step):
+        stop = min(start + step, queries)
         end = keys - queries + stop if geometry.plain else keys
         mask = _union(selections, geometry, visible, start, stop)[..., :end]
         rows = q[:, :, start:stop].to(wide)
@@ -76,21 +78,6 @@ def columns(
         weights = scores.masked_fill_(~to_heads(mask, heads), -torch.inf).exp_()
         out[..., :end] += weights.view(batch, k_heads, -1, end).sum(2)
     return out
-
-
-def _blocks(selections: Sequence[Selection], queries: int, step: int) -> list[tuple[int, int]]:
-    """Runs of at most `step` queries that no selection's query block straddles but from its beginning."""
-    edges = {0, queries}
-    for selection in selections:
-        if selection.lists is not None and selection.q_block is not None:
-            size = selection.q_block
-            edges.update(range(0, queries, size * max(1, step // size)))
-    bounds = sorted(edges)
-    return [
-        (start, min(start + step, stop))
-        for low, stop in zip(bounds, bounds[1:], strict=False)
-        for start in range(low, stop, step)
-    ]
 
 
 def _union(

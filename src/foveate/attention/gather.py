@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from foveate.attention.kernel import softmax_attention
+from foveate.attention.kernel import any_of, softmax_attention
 from foveate.attention.pieces import ROWS, Piece, blocks_first, pieces, reach_of, tightest
 from foveate.attention.request import Request
 from foveate.attention.scores import score_attention, to_heads
-from foveate.attention.selection import Partial, Span
+from foveate.attention.selection import Ints, Partial, Span
 
 name = "gather"
 
@@ -37,12 +37,15 @@ def can_run(request: Request) -> tuple[bool, str]:
 
 
 def run(request: Request) -> Partial:
-    """Block by block; heads one by one where their lists are of very different length."""
+    """Block by block; heads and rows one by one where their lists are of very different length."""
     r = request
-    if r.lists is not None and r.lists.shape[1] > 1 and _uneven(r):
-        parts = [_run(_head(r, h)) for h in range(r.lists.shape[1])]
-        return Partial(torch.cat([part.out for part in parts], dim=1), torch.cat([part.lse for part in parts], dim=1))
-    return _run(r)
+    if not _uneven(r):
+        return _run(r)
+    assert r.lists is not None
+    batch, heads = r.lists.shape[:2]
+    rows = [[_run(_single(r, row, head)) for head in range(heads)] for row in range(batch)]
+    out = torch.cat([torch.cat([part.out for part in parts], dim=1) for parts in rows])
+    return Partial(out, torch.cat([torch.cat([part.lse for part in parts], dim=1) for parts in rows]))
 
 
 def _run(r: Request) -> Partial:
@@ -64,7 +67,7 @@ def _attend(r: Request, piece: Piece) -> Partial:
         # Nobody reads anything; one slot that is hidden from all keeps the shapes.
         slots, seen = slots.new_full((*slots.shape[:-1], 1), keys), seen.new_zeros(*seen.shape[:-1], 1)
     # A slot that no query of its block reads may hold NaN, which no mask stops: fetch one that is read instead.
-    used = seen.any(-2)
+    used = any_of(seen, -2)
     some = slots.gather(-1, used.int().argmax(-1, keepdim=True))
     slots = torch.where(used, slots, torch.where(used.any(-1, keepdim=True), some, 0))
 
@@ -134,44 +137,54 @@ def _bias(bias: Tensor, piece: Piece, slots: Tensor, heads: int, batch: int, blo
 
 
 def _uneven(r: Request) -> bool:
-    """Whether the heads, each cut at its own longest list, would read much less than all cut at the longest of all."""
-    if r.lists is None or r.q.shape[2] == 1 or r.lists.numel() == 0:
+    """Whether lists that are cut at their own longest read much less than all cut at the longest of all."""
+    if r.lists is None or r.lists.shape[0] * r.lists.shape[1] == 1 or r.q.shape[2] == 1 or r.lists.numel() == 0:
         return False
-    longest = (r.lists >= 0).sum(-1).amax((0, 2))
+    longest = (r.lists >= 0).sum(-1).amax(-1)
     return bool(longest.max() * longest.numel() > 1.25 * longest.sum())
 
 
-def _head(r: Request, head: int) -> Request:
-    """What list head `head` says, for its own query heads."""
+def _single(r: Request, row: int, head: int) -> Request:
+    """What list head `head` says in one row of the batch, for its own query heads."""
     assert r.lists is not None
     _, heads, k_heads, _, _ = r.shape
     group = heads // r.lists.shape[1]
-    store = head * group // (heads // k_heads)
-
-    def own(x: Tensor | None) -> Tensor | None:
-        return x if x is None or x.shape[1] == 1 else x[:, store : store + 1]
-
-    g = replace(
-        r.geometry,
-        lengths=own(r.geometry.lengths),
-        first=own(r.geometry.first),
-        k_positions=own(r.geometry.k_positions),
-    )
-    bias = None if r.bias is None else to_heads(r.bias, heads)
+    one = head * group // (heads // k_heads)
+    store = slice(0, k_heads) if r.lists.shape[1] == 1 else slice(one, one + 1)
     mine = slice(head * group, (head + 1) * group)
+
+    def own(x: Tensor | None, which: slice) -> Tensor | None:
+        if x is None:
+            return None
+        x = x if x.shape[0] == 1 else x[row : row + 1]
+        return x if x.shape[1] == 1 else x[:, which]
+
+    def ints(x: Ints) -> Ints:
+        return x[store] if isinstance(x, Tensor) and x.numel() > 1 else x
+
+    def span(x: Span) -> Span:
+        return Span(ints(x.sink), None if x.window is None else ints(x.window), ints(x.beyond))
+
+    g = r.geometry
+    q_positions = (
+        g.q_positions if g.q_positions is None or g.q_positions.shape[0] == 1 else g.q_positions[row : row + 1]
+    )
+    geometry = replace(
+        g,
+        batch=1,
+        lengths=own(g.lengths, store),
+        first=own(g.first, store),
+        q_positions=q_positions,
+        k_positions=own(g.k_positions, store),
+    )
     return replace(
         r,
-        q=r.q[:, mine],
-        k=r.k[:, store : store + 1],
-        v=r.v[:, store : store + 1],
-        geometry=g,
-        lists=r.lists[:, head : head + 1],
-        span=None if r.span is None else _span_of(r.span, store),
-        visible=tuple(_span_of(span, store) for span in r.visible),
-        bias=bias if bias is None or bias.shape[1] == 1 else bias[:, mine],
+        q=r.q[row : row + 1, mine],
+        k=r.k[row : row + 1, store],
+        v=r.v[row : row + 1, store],
+        geometry=geometry,
+        lists=r.lists[row : row + 1, head : head + 1],
+        span=None if r.span is None else span(r.span),
+        visible=tuple(span(x) for x in r.visible),
+        bias=None if r.bias is None else own(to_heads(r.bias, heads), mine),
     )
-
-
-def _span_of(span: Span, store: int) -> Span:
-    wide = any(isinstance(x, Tensor) and x.numel() > 1 for x in (span.sink, span.window, span.beyond))
-    return span.for_head(store) if wide else span

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.attention.kernel import SCORES
+from foveate.attention.kernel import SCORES, any_of
 from foveate.attention.request import Request
 from foveate.attention.scores import to_heads
 from foveate.attention.selection import Geometry, Ints, Span
@@ -135,6 +135,8 @@ def _piece(r: Request, first: int, last: int, rows: int, per_list: int) -> Piece
     if r.visible:
         k_at = g.k_positions
         groups = [(slots, _and(seen, _visible(r.visible, at, slots, k_at, last - first))) for slots, seen in groups]
+    if len(groups) == 1 and groups[0][0].shape[1] == groups[0][1].shape[1]:
+        return Piece(start, stop, rows, *groups[0])
     heads = max(x.shape[1] for group in groups for x in group)
     slots = torch.cat([to_heads(slots, heads).expand(-1, heads, -1) for slots, _ in groups], dim=-1)
     seen = torch.cat([to_heads(seen, heads).expand(-1, heads, -1, -1) for _, seen in groups], dim=-1)
@@ -149,7 +151,7 @@ def _permuted(r: Request) -> Iterator[Piece]:
         stop = min(start + rows, queries)
         seen = r.seen(start, stop)
         seen = seen.expand(batch, *seen.shape[1:])
-        used = seen.any(-2)
+        used = any_of(seen, -2)
         wide = queries == 1 and used.device.type != "cpu"
         count = keys if wide else int(used.sum(-1).max())
         place = torch.where(used, used.cumsum(-1) - 1, count)

@@ -70,8 +70,7 @@ class Request:
         return Selection(lists=self.lists, q_block=self.q_block, k_block=self.k_block, span=self.span)
 
     def seen(self, start: int, stop: int) -> Tensor:
-        """The mask of queries start..stop-1: bool [1 or B, 1, Hk or H, stop - start, M]. `start` is a multiple of
-        q_block, or all of start..stop-1 share one list."""
+        """The mask of queries start..stop-1: bool [1 or B, 1, Hk or H, stop - start, M]."""
         return self.selection.rows(start, stop).seen(self.geometry.rows(start, stop), self.visible)
 
 

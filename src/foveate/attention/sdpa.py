@@ -35,8 +35,6 @@ def _masked(r: Request) -> Partial:
     batch, heads, k_heads, queries, keys = r.shape
     held = heads if r.math or (r.lists is not None and r.lists.shape[1] == heads) else k_heads
     step = max(1, min(queries, SCORES // (batch * held * keys)))
-    if r.q_block is not None and step < queries:
-        step = max(1, step // r.q_block) * r.q_block
     parts = [_rows(r, start, min(start + step, queries)) for start in range(0, queries, step)]
     if len(parts) == 1:
         return parts[0]

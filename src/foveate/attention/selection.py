@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,10 +49,10 @@ class Span:
         """
         i, j = q_positions.unsqueeze(-1), k_positions.unsqueeze(-2)
         distance = i - j
-        seen = distance >= _per_head(self.beyond)
+        seen = distance >= per_head(self.beyond)
         seen = seen & (distance >= 0)
         if self.window is not None:
-            seen = seen & ((j < _per_head(self.sink)) | (distance < _per_head(self.window)))
+            seen = seen & ((j < per_head(self.sink)) | (distance < per_head(self.window)))
         return seen
 
     def for_head(self, head: int) -> Span:
@@ -61,7 +62,8 @@ class Span:
         )
 
 
-def _per_head(x: Ints) -> Ints:
+def per_head(x: Ints) -> Ints:
+    """One value per store head, laid along the head axis of [B, Hs, N, M]."""
     return x.view(1, -1, 1, 1) if isinstance(x, Tensor) else x
 
 
@@ -103,13 +105,15 @@ class Selection:
         return self.span is not None and self.span.unbounded and self.frame.query is None
 
     def rows(self, start: int, stop: int) -> Selection:
-        """The selection of queries start..stop-1 alone. They share one list, or `start` begins a query block."""
+        """The selection of queries start..stop-1 alone."""
         if self.lists is None or self.q_block is None:
             return self
         first, last = start // self.q_block, -(-stop // self.q_block)
-        assert first + 1 == last or start % self.q_block == 0, (start, stop, self.q_block)
-        q_block = None if first + 1 == last else self.q_block
-        return replace(self, lists=self.lists[:, :, first:last], q_block=q_block)
+        if first + 1 == last or start % self.q_block == 0:
+            q_block = None if first + 1 == last else self.q_block
+            return replace(self, lists=self.lists[:, :, first:last], q_block=q_block)
+        index = torch.arange(start, stop, device=self.lists.device) // self.q_block
+        return replace(self, lists=self.lists.index_select(2, index), q_block=1)
 
     def seen(self, geometry: Geometry, visible: Sequence[Span] = ()) -> Tensor:
         """The pairs as a mask over no more rows and heads than differ: bool [1 or B, 1, Hs or H, N, M]."""
@@ -136,6 +140,39 @@ class Selection:
         """The pairs as a mask, the slow truth that tests and `show` use: bool [B, H, N, M]."""
         g = geometry
         return _to_heads(self.seen(g, visible), num_heads).expand(g.batch, num_heads, g.queries, g.keys)
+
+    def pairs(self, geometry: Geometry, num_heads: int, visible: Sequence[Span] = ()) -> Tensor:
+        """Pairs read, int64 [B, H]: exactly the sum of `mask`, without making it."""
+        from foveate.attention import pairs
+
+        return pairs.pairs(self, geometry, num_heads, visible)
+
+    def density(self, geometry: Geometry, num_heads: int, visible: Sequence[Span] = ()) -> Tensor:
+        """Pairs read over causal pairs, float64 [B, H]."""
+        from foveate.attention import pairs
+
+        return pairs.density(self, geometry, num_heads, visible)
+
+    def bytes_read(
+        self, geometry: Geometry, num_heads: int, store_heads: int, slot: int, visible: Sequence[Span] = ()
+    ) -> int:
+        """Bytes of K and V a kernel must fetch, where one slot of one store head has `slot` bytes: each slot once per
+        store head and query block."""
+        from foveate.attention import pairs
+
+        return pairs.bytes_read(self, geometry, num_heads, store_heads, slot, visible)
+
+    def draw(self, geometry: Geometry, num_heads: int, **how: object) -> str:
+        """The selection in characters; `how` as in `foveate.attention.drawing.shares`."""
+        from foveate.attention import drawing
+
+        return drawing.draw(self, geometry, num_heads, **how)
+
+    def image(self, geometry: Geometry, num_heads: int, **how: object) -> np.ndarray:
+        """The selection as grey values, uint8 [rows, cols]; `how` as in `foveate.attention.drawing.shares`."""
+        from foveate.attention import drawing
+
+        return drawing.image(self, geometry, num_heads, **how)
 
 
 def _scatter(lists: Tensor, k_block: int, capacity: int) -> Tensor:

@@ -77,7 +77,10 @@ class Band:
 
     @property
     def nbytes(self) -> int:
-        return sum(c.nbytes for c in self._columns()) + sum(t.numel() * t.element_size() for t in self.summaries.values())
+        loose = [*self.summaries.values(), self._index]
+        if self._device_lengths is not None:
+            loose.append(self._device_lengths)
+        return sum(c.nbytes for c in self._columns()) + sum(t.numel() * t.element_size() for t in loose)
 
     @property
     def device(self) -> torch.device:

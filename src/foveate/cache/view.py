@@ -42,6 +42,11 @@ class View:
         return max(band.used for band in self._store.bands)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest row so far, evicted ones counted; a host integer."""
+        return int(self._store.seen.max(initial=0))
+
+    @property
     def aligned(self) -> bool:
         """Every head of a row holds the same tokens in the same slots."""
         return self._store.aligned

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import Geometry, Partial, Parts, Selection, Span, attend, merge
-from foveate import attention as _A
-def columns(*a, **k):
-    return _A.columns(*a, **k)
+from foveate.attention.columns import columns
 from foveate.cache import Band, Store
 from foveate.methods.base import Result
 

@@ -279,7 +279,7 @@ class Log:
     Args:
         path: the `.jsonl` file, or the run folder (then `records.jsonl` in it); folders are made.
         settings: what every cell of the run shares and no cell key holds (number of samples, dtype, device, new tokens,
-            repeats). Kept in `run.json` beside the file; an existing run with other settings is refused. None: no check.
+            repeats). Kept in `run.json` beside the file; a run with other settings is refused. None: no check.
         command: the command that repeats the run, kept in `run.json`.
 
     Raises:

@@ -223,8 +223,9 @@ def describe(result: Paired, digits: int = 2) -> str:
     """The result in words that claim no more than the samples show."""
     if not result.can_detect:
         return f"too few samples to detect any loss (n={result.n})"
-    figures = f"{result.difference:+.{digits}f}, {result.level:.0%} CI {result.low:+.{digits}f} to "
-    figures += f"{result.high:+.{digits}f}, {p_text(result.p)}".replace("-", "\N{MINUS SIGN}")
+    ends = f"{result.low:+.{digits}f} to {result.high:+.{digits}f}"
+    figures = f"{result.difference:+.{digits}f}, {result.level:.0%} CI {ends}, {p_text(result.p)}"
+    figures = figures.replace("-", "\N{MINUS SIGN}")
     if result.loss:
         return f"worse than dense ({figures}, n={result.n})"
     if result.gain:

@@ -179,6 +179,7 @@ class Method:
         aligned: True if it needs all heads and layers to hold the same tokens in the same slots.
         every_step: True if `score` evicts at each decode step, not only when the prompt ends.
         calibrated: True if `plan` needs a profile.
+        budgeted: False if nothing in it can be set by a budget (dense; methods whose reads follow from a threshold).
     """
 
     id: ClassVar[str]
@@ -190,11 +191,14 @@ class Method:
     aligned: ClassVar[bool] = False
     every_step: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    budgeted: ClassVar[bool] = True
 
     budget: Budget | float | int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", Budget.of(self.budget))
+        if self.budget is not None and not self.budgeted:
+            raise BadArgument("budget", str(self.budget), f"{self.id} takes none; its own parameters decide")
 
     # -- before any token ---------------------------------------------------------------------------------------------
 
@@ -210,10 +214,6 @@ class Method:
             Refused: when the model lacks what the method needs.
         """
         return [Role()] * len(shape.layers)
-
-    def floor(self, shape: ModelShape, length: int) -> float:
-        """Smallest share of the dense cache or pairs that this method can be asked for at this length."""
-        return 0.0
 
     def needs(self, role: Role) -> Needs:
         return Needs()
@@ -244,7 +244,7 @@ class Method:
     def total(self, shape: ModelShape, length: int) -> int | None:
         """keep: tokens per head to hold, for a row whose prompt has `length` tokens. None: everything."""
         budget = Budget.of(self.budget)
-        return None if budget is None else budget.held_tokens(shape, length, name=self.id)
+        return None if budget is None or budget.whole else budget.held_tokens(shape, length, name=self.id)
 
     def score(self, view: View, ctx: Context) -> Tensor:
         """keep: importance [B, Hs or 1, C]; higher stays. May use the view and what was asked for in `needs` only."""
@@ -325,17 +325,17 @@ class Composition:
         """
         if budget is None:
             return self
-        free = [m for m in self.methods if m.budget is None and m.slots]
+        free = [m for m in self.methods if m.budget is None and m.budgeted]
         if len(free) != 1:
             raise BadArgument(
-                "budget", str(budget), f"{self.id} has {len(free)} methods without a budget; give each its own"
+                "budget", str(budget), f"{self.id} has {len(free)} methods that wait for a budget; give each its own"
             )
         return Composition(tuple(m.with_budget(budget) if m is free[0] else m for m in self.methods))
 
 
 def _clash(method: Method, other: Method) -> str | None:
-    if method.aligned and other.scores:
-        return f"{method.id} reads one list in all heads and layers, but {other.id} keeps different tokens in each"
+    if method.aligned and "keep" in other.fills:
+        return f"{method.id} reads one list in all heads and layers, but {other.id} holds different tokens in them"
     if method.every_step and "format" in other.slots:
         return f"{method.id} frees single tokens at every step, but {other.id} packs tokens in groups"
     return None

@@ -71,6 +71,11 @@ class Budget:
     def __str__(self) -> str:
         return {"ratio": f"{self.value:g}", "tokens": f"{self.value:.0f} tokens", "bytes": f"{self.value:.0f} B"}[self.kind]
 
+    @property
+    def whole(self) -> bool:
+        """Everything may be held or read, however long the text becomes."""
+        return self.kind == "ratio" and self.value >= 1
+
     def held_tokens(self, shape: ModelShape, length: int, *, name: str, floor: int = 1) -> int:
         """Tokens per head that each managed (full-attention) layer may hold on average at this length.
 

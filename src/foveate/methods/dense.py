@@ -16,3 +16,4 @@ class Dense(Method):
     name = "Dense attention"
     paper = "1706.03762"
     slots = frozenset()
+    budgeted = False

@@ -15,14 +15,10 @@ from foveate.errors import BadArgument, Refused
 
 Kind = Literal["full", "sliding", "other"]
 
-# What transformers calls the attention of a layer, old spellings included. Only the first two rows are attention that
-# Foveate may replace; the others keep transformers' own cache layer.
-_KINDS: dict[str, Kind] = {
-    "full_attention": "full",
-    "attention": "full",
-    "sliding_attention": "sliding",
-}
-# Layers of kind "other" that hold keys and values all the same.
+# What transformers calls the attention of a layer, old spellings included.
+_FULL = {"full_attention", "attention"}
+_SLIDING = {"sliding_attention"}
+# Left to transformers, though they cache keys and values of every token or of a window.
 _OTHER_WITH_KV = {
     "chunked_attention",
     "indexed_attention",
@@ -33,6 +29,9 @@ _OTHER_WITH_KV = {
     "hybrid",
     "hybrid_sliding",
 }
+# Left to transformers, and without keys and values of their own.
+_OTHER_WITHOUT_KV = {"linear_attention", "mamba", "conv", "recurrent", "moe", "mlp", "shared", "cross"}
+_WINDOWED = {"sliding_attention", "hybrid_sliding", "reference_sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,8 @@ def _layer_types(text: Any, configs: Sequence[Any]) -> list[str]:
             else "full_attention"
             for config in configs
         ]
-    return _without_shared(text, list(types))
+    cross = set(getattr(text, "cross_attention_layers", None) or ())
+    return _without_shared(text, ["cross" if index in cross else kind for index, kind in enumerate(types)])
 
 
 def _without_shared(text: Any, types: list[str]) -> list[str]:
@@ -193,42 +193,55 @@ def _without_shared(text: Any, types: list[str]) -> list[str]:
 def _layers(text: Any) -> list[LayerShape]:
     configs = _layer_configs(text)
     return [
-        _layer(index, name, config)
-        for index, (name, config) in enumerate(zip(_layer_types(text, configs), configs, strict=True))
+        _layer(index, attention, config)
+        for index, (attention, config) in enumerate(zip(_layer_types(text, configs), configs, strict=True))
     ]
 
 
-def _layer(index: int, name: str, config: Any) -> LayerShape:
-    num_heads = _first(config, "num_attention_heads") or 0
-    num_kv_heads = _num_kv_heads(config, num_heads)
-    latent = _first(config, "kv_lora_rank") is not None
+def _layer(index: int, attention: str, config: Any) -> LayerShape:
+    window = None
+    if attention in _WINDOWED:
+        window = _first(config, "sliding_window")
+    elif attention == "chunked_attention":
+        window = _first(config, "attention_chunk_size")
+    kind: Kind = "other"
+    if attention in _FULL or (attention in _SLIDING and window is None):
+        kind = "full"
+    elif attention in _SLIDING:
+        kind = "sliding"
+    elif attention not in _OTHER_WITH_KV | _OTHER_WITHOUT_KV:
+        raise Refused(f"layer {index} of {config.model_type} has attention of an unknown type, {attention!r}")
+
+    heads, kv_heads, head_dim = _heads(config, attention)
+    latent = _first(config, "kv_lora_rank") is not None and attention not in _OTHER_WITHOUT_KV
     if latent:
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        v_head_dim = config.v_head_dim
+    v_head_dim = _first(config, "v_head_dim") or head_dim
+    if attention in _OTHER_WITHOUT_KV:
+        store = (0, 0, 0)
+    elif latent:
         store = (1, config.kv_lora_rank + config.qk_rope_head_dim, 0)
     else:
-        head_dim = _first(config, "head_dim", "attention_head_dim", "kv_channels")
-        if head_dim is None:
-            head_dim = config.hidden_size // num_heads if num_heads else 0
-        v_head_dim = _first(config, "v_head_dim") or head_dim
-        store = (num_kv_heads, head_dim, v_head_dim)
-    kind = _KINDS.get(name, "other")
-    if kind == "other" and name not in _OTHER_WITH_KV:
-        store = (0, 0, 0)
-    window = None
-    if name in ("sliding_attention", "hybrid_sliding", "reference_sliding_attention"):
-        window = _first(config, "sliding_window")
-    elif name == "chunked_attention":
-        window = _first(config, "attention_chunk_size")
-    return LayerShape(
-        index, kind, num_heads, num_kv_heads, head_dim, v_head_dim, window, latent and store[0] > 0, *store
-    )
+        store = (kv_heads, head_dim, v_head_dim)
+    return LayerShape(index, kind, heads, kv_heads, head_dim, v_head_dim, window, latent, *store)
 
 
-def _num_kv_heads(config: Any, num_heads: int) -> int:
+def _heads(config: Any, attention: str) -> tuple[int, int, int]:
+    """Query heads, key-value heads and head dim. A few families give their windowed layers other numbers."""
+    heads = _first(config, "num_attention_heads") or 0
+    kv_heads = _first(config, "num_key_value_heads", "num_kv_heads") or heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1
-    return _first(config, "num_key_value_heads", "num_kv_heads") or num_heads
+        kv_heads = 1
+    head_dim = _first(config, "head_dim", "attention_head_dim", "kv_channels")
+    if head_dim is None:
+        head_dim = config.hidden_size // heads if heads else 0
+    if attention in _WINDOWED:
+        heads = _first(config, "swa_num_attention_heads") or heads
+        kv_heads = _first(config, "swa_num_key_value_heads") or kv_heads
+        head_dim = _first(config, "swa_head_dim") or head_dim
+        if config.model_type == "mimo_v2_flash":  # fixed in its attention class, stated nowhere in the config
+            kv_heads *= 2
+    return heads, kv_heads, head_dim
 
 
 def _rope(text: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Reports made from records: a terminal table, one HTML page, and a summary for programs."""
 
+from foveate.report.as_json import summary_json
 from foveate.report.cards import MethodCard
 from foveate.report.html import render, write_report
-from foveate.report.as_json import summary_json
 from foveate.report.recommend import RULE, Recommendation, recommend
 from foveate.report.terminal import print_report, report
 

@@ -66,7 +66,8 @@ def lost_answers(records: Sequence[Record], view: View) -> list[Losses]:
             base = dense.get((cell.length, cell.task, cell.seed))
             if base is None:
                 continue
-            theirs = {o.get("index", i): (o, s) for i, (o, s) in enumerate(zip(base.outcomes, base.scores, strict=True))}
+            pairs = enumerate(zip(base.outcomes, base.scores, strict=True))
+            theirs = {outcome.get("index", i): (outcome, score) for i, (outcome, score) in pairs}
             here = 0
             for i, (outcome, score) in enumerate(zip(record.outcomes, record.scores, strict=True)):
                 partner = theirs.get(outcome.get("index", i))

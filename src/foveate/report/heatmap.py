@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -23,7 +24,7 @@ def colour(score: float) -> tuple[int, int, int]:
     """The one colour scale of all maps; scores outside 0..1 get the colour of the nearer end."""
     score = min(1.0, max(0.0, score))
     stops = (*_STOPS, _LAST)
-    for (low, a), (high, b) in zip(stops, stops[1:], strict=False):
+    for (low, a), (high, b) in pairwise(stops):
         if score <= high:
             share = (score - low) / (high - low)
             return (
@@ -122,15 +123,15 @@ def draw(grid: Grid) -> Markup:
     width = left + wide * len(grid.lengths) + 2
     height = top + high * len(grid.depths) + bottom
     title = f"{grid.row.name}: score by depth and length"
-    parts = [
+    head = (
         f'<svg class="heatmap" data-plot="needle" viewBox="0 0 {width} {height}" style="max-width:{width * 1.4:.0f}px" '
         f'role="img" aria-label="{escape(title)}">'
-    ]
+    )
+    parts = [head]
     for i, depth in enumerate(grid.depths):
         y = top + i * high
         parts.append(
-            f'<text class="tick" x="{left - 6}" y="{y + high / 2 + 3.5:.1f}" text-anchor="end">'
-            f"{depth:.0%}</text>"
+            f'<text class="tick" x="{left - 6}" y="{y + high / 2 + 3.5:.1f}" text-anchor="end">{depth:.0%}</text>'
         )
         for j, length in enumerate(grid.lengths):
             x = left + j * wide
@@ -162,9 +163,7 @@ def draw(grid: Grid) -> Markup:
 
 def scale() -> Markup:
     """The colour scale from 0 to 1."""
-    stops = "".join(
-        f'<stop offset="{int(at * 100)}%" stop-color="rgb{rgb}"/>' for at, rgb in (*_STOPS, _LAST)
-    )
+    stops = "".join(f'<stop offset="{int(at * 100)}%" stop-color="rgb{rgb}"/>' for at, rgb in (*_STOPS, _LAST))
     return Markup(
         '<svg class="scale" viewBox="0 0 220 30" width="220" height="30" role="img" aria-label="colour scale 0 to 1">'
         f'<defs><linearGradient id="heat-scale">{stops}</linearGradient></defs>'

@@ -19,7 +19,7 @@ from foveate.report.answers import Losses, lost_answers
 from foveate.report.cards import FilledCard, MethodCard, fill
 from foveate.report.heatmap import Grid, draw, grids, heading, scale
 from foveate.report.recommend import RULE, Recommendation, recommend_view
-from foveate.report.scatter import scatters
+from foveate.report.scatter import Cost, scatters
 from foveate.report.series import Mark, marks
 from foveate.report.summary import Row, View, overall, per_length
 from foveate.report.terminal import refused_lines
@@ -65,7 +65,11 @@ class Use:
 
 def _plots(view: View, found: Mapping[str, Mark]) -> tuple[Plot, ...]:
     plots = []
-    for cost, title in (("bytes", "Quality against KV bytes held"), ("decode", "Quality against decode time")):
+    titles: tuple[tuple[Cost, str], ...] = (
+        ("bytes", "Quality against KV bytes held"),
+        ("decode", "Quality against decode time"),
+    )
+    for cost, title in titles:
         drawn = scatters(view, found, cost)
         notes = []
         if drawn[0].missing:
@@ -92,9 +96,9 @@ def _tiles(recommendation: Recommendation, view: View) -> tuple[tuple[str, str, 
         return ()
     value, base = view.of(row), view.of(dense)
     word = "Score" if view.quality == "score" else "Loss"
+    held = f"{quantities.bytes_text(row.kv_bytes)} of dense {quantities.bytes_text(view.dense_bytes)}"
     tiles = [
-        ("KV cache held", quantities.percent(row.kv_share), f"{quantities.bytes_text(row.kv_bytes)} of dense "
-         f"{quantities.bytes_text(view.dense_bytes)}"),
+        ("KV cache held", quantities.percent(row.kv_share), held),
         (word, quantities.quality(value), f"dense {quantities.quality(base)}"),
     ]
     if row.decode_ratio is not None:
@@ -202,24 +206,28 @@ def render(
         for name, version in {**record.versions, "foveate": record.foveate}.items():
             versions.setdefault(name, set()).add(version)
     done = [record for record in records if record.status == "done"]
-    return _environment().get_template("page.html.j2").render(
-        models=_distinct([view.model for view in views]),
-        uses=_uses(records, views, cards),
-        marks=marks(views),
-        scale=scale(),
-        rule=RULE,
-        cells=len(records),
-        samples=sum(len(record.scores) for record in done),
-        methods=sum(1 for label in marks(views)),
-        lengths=sorted({record.cell.length for record in records}),
-        tasks=sorted({record.cell.task for record in records}),
-        seeds=sorted({record.cell.seed for record in records}),
-        created=(min(r.created for r in records), max(r.created for r in records)),
-        devices=_distinct([record.device for record in records]),
-        versions={name: ", ".join(sorted(found)) for name, found in sorted(versions.items())},
-        commands=_distinct([record.command for record in records]),
-        settings=dict(settings or {}),
-        records_file=RECORDS,
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            models=_distinct([view.model for view in views]),
+            uses=_uses(records, views, cards),
+            marks=marks(views),
+            scale=scale(),
+            rule=RULE,
+            cells=len(records),
+            samples=sum(len(record.scores) for record in done),
+            methods=sum(1 for label in marks(views)),
+            lengths=sorted({record.cell.length for record in records}),
+            tasks=sorted({record.cell.task for record in records}),
+            seeds=sorted({record.cell.seed for record in records}),
+            created=(min(r.created for r in records), max(r.created for r in records)),
+            devices=_distinct([record.device for record in records]),
+            versions={name: ", ".join(sorted(found)) for name, found in sorted(versions.items())},
+            commands=_distinct([record.command for record in records]),
+            settings=dict(settings or {}),
+            records_file=RECORDS,
+        )
     )
 
 

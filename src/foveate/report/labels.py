@@ -88,6 +88,10 @@ _LEADER_FROM = 10.0
 _ANGLES = tuple((math.cos(math.tau * i / 24), math.sin(math.tau * i / 24)) for i in range(24))
 
 
+_Spot = tuple[float, Box, tuple[float, float] | None]
+"""Cost, box and leader end of a possible place."""
+
+
 class _Page:
     """What is already on the plot."""
 
@@ -103,8 +107,8 @@ class _Page:
             return False
         return not any(box.grown(1).crossed(*line) for line in self.lines)
 
-    def cheapest(self, anchor: Anchor, width: float, height: float) -> tuple[float, Box, tuple[float, float] | None] | None:
-        best: tuple[float, Box, tuple[float, float] | None] | None = None
+    def cheapest(self, anchor: Anchor, width: float, height: float) -> _Spot | None:
+        best: _Spot | None = None
         for gap in _GAPS:
             if best is not None and best[0] <= gap:
                 break

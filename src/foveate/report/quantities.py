@@ -55,7 +55,9 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def quality(value: Interval | None) -> str:
-    return MISSING if value is None else f"{value.estimate:.2f}" if abs(value.estimate) < 100 else f"{value.estimate:.4g}"
+    if value is None:
+        return MISSING
+    return f"{value.estimate:.2f}" if abs(value.estimate) < 100 else f"{value.estimate:.4g}"
 
 
 def spread(value: Interval | None) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from markupsafe import Markup, escape
@@ -124,10 +125,11 @@ class Scatter:
         self.x = Axis(low, high, self.frame.left, self.frame.right, log)
         inner = [end for _, v, _ in known for end in (v.low, v.high)]
         top = 1.0 if view.quality == "score" and max(inner) <= 1 else float("inf")
-        bottom, top = padded(inner, 0.05, floor=0.0 if min(inner) >= 0 else -float("inf"), ceiling=top + 0.02, least=0.1)
-        ends = (self.frame.bottom, self.frame.top)
+        floor = 0.0 if min(inner) >= 0 else -float("inf")
+        bottom, top = padded(inner, 0.05, floor=floor, ceiling=top + 0.02, least=0.1)
         # Up is better on every plot, so an axis of losses runs downwards.
-        self.y = Axis(bottom, top, *(ends if view.quality == "score" else ends[::-1]))
+        start, end = self.frame.bottom, self.frame.top
+        self.y = Axis(bottom, top, start, end) if view.quality == "score" else Axis(bottom, top, end, start)
         order = sorted(known, key=lambda k: (not k[0].dense, k[2], k[1].estimate))
         spots = [(self.x(c / self.unit), self.y(v.estimate)) for _, v, c in order]
         moved = _spread_apart(spots, self.frame)
@@ -143,9 +145,13 @@ class Scatter:
         if not self.dots:
             return Markup("")
         title = f"{self._y_title()} against {self._x_title()}, {len(self.dots)} points"
+        size = self.size
+        head = (
+            f'<svg class="scatter {size.name}" data-plot="{self.cost}" viewBox="0 0 {size.width} {size.height}" '
+            f'role="img" aria-label="{escape(title)}" style="font-size:{size.font}px">'
+        )
         parts = [
-            f'<svg class="scatter {self.size.name}" data-plot="{self.cost}" viewBox="0 0 {self.size.width} '
-            f'{self.size.height}" role="img" aria-label="{escape(title)}" style="font-size:{self.size.font}px">',
+            head,
             *self._grid(),
             *self._dense_band(),
             *self._trails(),
@@ -210,11 +216,9 @@ class Scatter:
         f = self.frame
         top, bottom = sorted((self.y(value.low), self.y(value.high)))
         y = self.y(value.estimate)
-        return [
-            f'<rect class="band" x="{f.left:.1f}" y="{top:.1f}" width="{f.right - f.left:.1f}" '
-            f'height="{bottom - top:.1f}"/>',
-            f'<path class="dense-line" d="M{f.left:.1f},{y:.1f}H{f.right:.1f}"/>',
-        ]
+        box = f'x="{f.left:.1f}" y="{top:.1f}" width="{f.right - f.left:.1f}" height="{bottom - top:.1f}"'
+        line = f'<path class="dense-line" d="M{f.left:.1f},{y:.1f}H{f.right:.1f}"/>'
+        return [f'<rect class="band" {box}/>', line]
 
     def _trails(self) -> list[str]:
         """Thin lines that join the budgets of one method."""
@@ -284,7 +288,7 @@ class Scatter:
         obstacles = [Box(d.x - reach, d.y - reach, d.x + reach, d.y + reach) for d in self.dots]
         soft = [Box(d.x - 1, self.y(d.value.high), d.x + 1, self.y(d.value.low)) for d in self.dots if d.front]
         dots = self._front_dots()
-        for left, right in zip(dots, dots[1:], strict=False):
+        for left, right in pairwise(dots):
             soft.append(Box(left.x, left.y - 1, right.x, left.y + 1))
             soft.append(Box(right.x - 1, min(left.y, right.y), right.x + 1, max(left.y, right.y)))
         parts = []

@@ -230,9 +230,7 @@ class _Scene:
 def _row(records: Sequence[Record], label: str, every_length: Sequence[Record], scene: _Scene) -> Row:
     cell = records[0].cell
     done = [r for r in records if r.status == "done"]
-    refusals = [
-        Refusal(r.cell.length, r.cell.task, r.refused or "", r.floor) for r in records if r.status == "refused"
-    ]
+    refusals = [Refusal(r.cell.length, r.cell.task, r.refused or "", r.floor) for r in records if r.status == "refused"]
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in done:
         groups[task_group(record.cell.task)].append(record)
@@ -305,9 +303,9 @@ def _with_shared_dense(records: Sequence[Record], model: str, question_seen: boo
     have = {_sample_key(r) for r in mine if r.cell.method == DENSE}
     for record in records:
         cell = record.cell
-        if cell.model == model and cell.method == DENSE and cell.question_seen != question_seen:
-            if _sample_key(record) not in have:
-                mine.append(replace(record, cell=replace(cell, question_seen=question_seen)))
+        other_use = cell.model == model and cell.method == DENSE and cell.question_seen != question_seen
+        if other_use and _sample_key(record) not in have:
+            mine.append(replace(record, cell=replace(cell, question_seen=question_seen)))
     return mine
 
 

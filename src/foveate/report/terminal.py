@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from rich.console import Console, Group, RenderableType
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from foveate.evaluate.record import Record
 from foveate.evaluate.statistics import Interval
-from foveate.report.quantities import MISSING, bytes_text, milliseconds, percent, quality, spread, times
+from foveate.report.quantities import (
+    MISSING,
+    bytes_text,
+    milliseconds,
+    percent,
+    quality,
+    seconds,
+    signed,
+    spread,
+    times,
+)
 from foveate.report.recommend import recommend_view
 from foveate.report.summary import Row, View, overall
 
 
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    cell: Callable[[Row], RenderableType]
+    justify: Literal["left", "right"] = "right"
+
+
 def _held(share: float | None, size: float | None) -> str:
-    return MISSING if share is None else f"{bytes_text(size)} {percent(share)}"
+    return MISSING if share is None else f"{percent(share)}\n{bytes_text(size)}"
+
+
+def _kv(row: Row) -> str:
+    if not row.cells and row.refusals:
+        return row.refusals[0].text if row.refusals[0].floor is not None else "refused"
+    return _held(row.kv_share, row.kv_bytes)
 
 
 def _quality(value: Interval | None) -> str:
@@ -38,49 +65,75 @@ def _method(row: Row) -> Text:
 
 
 def _verdict(view: View, row: Row) -> Text:
-    results = [r for r in (row.score_vs_dense, row.loss_vs_dense) if r is not None]
-    if row.dense:
-        return Text("baseline", style="dim")
-    if not results:
-        return Text(MISSING)
-    if any(r.loss for r in results):
-        return Text("loses", style="red")
-    if not all(r.can_detect for r in results):
-        return Text("too few", style="yellow")
-    if any(r.gain for r in results):
-        return Text("gains", style="green")
-    return Text("no loss seen", style="green")
+    result = view.versus_dense(row)
+    if row.dense or result is None:
+        return Text("baseline" if row.dense else MISSING, style="dim")
+    difference = signed(result.difference if view.quality == "score" else -result.difference)
+    if result.loss:
+        return Text(f"loss\n{difference}", style="red")
+    if not result.can_detect:
+        return Text(f"n={result.n} too few\n{difference}", style="yellow")
+    return Text(f"{'gain' if result.gain else 'no loss seen'}\n{difference}", style="green")
 
 
-def view_table(view: View) -> Table:
-    """One view as a table: a row per method and budget, refused cells last in words."""
-    use = "question seen" if view.question_seen else "question not seen"
-    lengths = " ".join(f"{n:,}" for n in view.lengths)
-    table = Table(title=f"{view.model} · {lengths} tokens · {use}", title_justify="left", pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    table.add_column("budget", no_wrap=True)
-    table.add_column("KV held", justify="right")
-    table.add_column("peak", justify="right")
-    for group in view.groups:
-        table.add_column(group, justify="right", no_wrap=True)
-    table.add_column("vs dense")
-    table.add_column("prefill", justify="right")
-    table.add_column("decode", justify="right")
-    crossover = any(row.faster_from for row in view.rows) and len(view.lengths) > 1
-    if crossover:
-        table.add_column("faster from", justify="right")
+def _who_columns() -> list[_Column]:
+    return [_Column("method", _method, "left"), _Column("budget", lambda row: row.budget or MISSING, "left")]
+
+
+def _columns(view: View) -> list[_Column]:
+    """What a row says, most important first: what does not fit goes into further tables."""
+
+    def group_column(group: str) -> _Column:
+        return _Column(group, lambda row: _quality(row.groups.get(group)))
+
+    columns = [
+        _Column("KV held", _kv),
+        _Column("peak", lambda row: _held(row.peak_share, row.peak_bytes)),
+        _Column(view.quality, lambda row: _quality(view.of(row))),
+        _Column("vs dense", lambda row: _verdict(view, row), "left"),
+        _Column("prefill", lambda row: _cost(row.prefill_ratio, seconds(row.prefill_s))),
+        _Column("decode", lambda row: _cost(row.decode_ratio, milliseconds(row.decode_ms))),
+    ]
+    if len(view.lengths) > 1 and any(row.faster_from for row in view.rows):
+        columns.append(_Column("faster\nfrom", lambda row: f"{row.faster_from:,}" if row.faster_from else MISSING))
+    if any(row.calibration_s is not None for row in view.rows):
+        columns.append(_Column("calib.", lambda row: seconds(row.calibration_s)))
+    if len(view.groups) > 1:
+        columns += [group_column(group) for group in view.groups]
+    return columns
+
+
+def _table(view: View, columns: Sequence[_Column]) -> Table:
+    table = Table(pad_edge=False, box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column.name, justify=column.justify, no_wrap=True)
     for row in view.rows:
-        if not row.cells:
-            continue
-        cells: list[RenderableType] = [_method(row), row.budget or MISSING, _held(row.kv_share, row.kv_bytes)]
-        cells.append(_held(row.peak_share, row.peak_bytes))
-        cells += [_quality(row.groups.get(group)) for group in view.groups]
-        cells.append(_verdict(view, row))
-        cells += [_cost(row.prefill_ratio, ""), _cost(row.decode_ratio, milliseconds(row.decode_ms))]
-        if crossover:
-            cells.append(f"{row.faster_from:,}" if row.faster_from else MISSING)
-        table.add_row(*cells, style="bold" if row.dense else None, end_section=row.dense)
+        style = "bold" if row.dense else None if row.cells else "yellow"
+        table.add_row(*(column.cell(row) for column in columns), style=style, end_section=row.dense)
     return table
+
+
+class ViewTable:
+    """One view as a table, a row per method and budget; what does not fit the terminal goes into further tables."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        view = self.view
+        use = "question seen" if view.question_seen else "question not seen"
+        yield Text(f"{view.model} · {', '.join(f'{n:,}' for n in view.lengths)} tokens · {use}", style="bold")
+        who, waiting = _who_columns(), _columns(view)
+        unlimited = options.update(max_width=10_000)
+
+        def fits(columns: list[_Column]) -> bool:
+            return Measurement.get(console, unlimited, _table(view, who + columns)).maximum <= options.max_width
+
+        while waiting:
+            # At least one column, or a terminal that is too narrow for any would never come to an end.
+            count = next((n for n in range(len(waiting), 1, -1) if fits(waiting[:n])), 1)
+            yield _table(view, who + waiting[:count])
+            waiting = waiting[count:]
 
 
 def refused_lines(view: View) -> list[tuple[str, str]]:
@@ -99,7 +152,7 @@ def report(records: Sequence[Record]) -> Group:
     """All views of a run with their refusals and recommendations, ready to print."""
     parts: list[RenderableType] = []
     for view in overall(records):
-        parts.append(view_table(view))
+        parts.append(ViewTable(view))
         refused = refused_lines(view)
         if refused:
             parts.append(Text("refused", style="bold"))
@@ -107,8 +160,9 @@ def report(records: Sequence[Record]) -> Group:
         parts += [Text(), Text(recommend_view(view).sentence, style="bold green"), Text()]
     if not parts:
         return Group(Text("no records yet"))
-    note = "● on the front of quality and KV bytes, ▲ of quality and decode time. Quality: mean and 95% interval. "
-    parts.append(Text(note + "Times are × dense on the same machine.", style="dim"))
+    note = "● on the Pareto front of quality and KV bytes, ▲ of quality and decode time. "
+    note += "Quality: mean and 95% interval. Times are × dense on the same machine."
+    parts.append(Text(note, style="dim"))
     return Group(*parts)
 
 

@@ -6,6 +6,7 @@ import ast
 import bisect
 import functools
 import hashlib
+import itertools
 import re
 import sys
 import sysconfig
@@ -26,7 +27,7 @@ importlib/abc ipaddress locale logging/__init__ logging/handlers mimetypes optpa
 platform queue random re/__init__ sched shelve shutil site smtplib socket socketserver ssl statistics subprocess tarfile
 tempfile textwrap threading timeit traceback turtle typing unittest/case unittest/mock urllib/parse urllib/request
 weakref xml/etree/ElementTree xml/sax/handler xml/sax/xmlreader xmlrpc/server zipfile
-""".split()
+"""
 
 _SUFFIXES = (".txt", ".md", ".rst")
 _LONGEST_SENTENCE = 400  # characters; longer runs (tables, text without full stops) are cut at a space
@@ -133,7 +134,7 @@ def _documents() -> Iterator[str]:
         pass
     else:
         yield from (topics.topics[name] for name in sorted(topics.topics))
-    for module in _MODULES:
+    for module in _MODULES.split():
         source = Path(sysconfig.get_path("stdlib"), f"{module}.py")
         if source.is_file():
             with warnings.catch_warnings():
@@ -162,7 +163,7 @@ def _sentence_spans(text: str) -> Iterator[tuple[int, int]]:
     edges.update(match.end() for match in _SENTENCE_END.finditer(text))
     edges.update(match.end() for match in _PARAGRAPH.finditer(text))
     ordered = sorted(edges)
-    for start, stop in zip(ordered, ordered[1:], strict=False):
+    for start, stop in itertools.pairwise(ordered):
         while stop - start > _LONGEST_SENTENCE:
             cut = text.rfind(" ", start + 1, start + _LONGEST_SENTENCE) + 1 or start + _LONGEST_SENTENCE
             yield start, cut

@@ -19,10 +19,10 @@ _CLOSES_PHRASE = re.compile(
 )
 _NO_NOUN = re.compile(r"(?:able|ible|ive|ous|al|ic|ful|less|ing|ed|ly|[^s]s)$")
 # Words of the needle sentence itself, and words that are no nouns although they stand where nouns do.
-_LEFT_OUT = frozenset(
-    "special magic number word string from that which they instead itself occurs left mean means fails starts "
-    "terminates awaits other wishes needs http".split()
-)
+_LEFT_OUT = """
+special magic number word string from that which they instead itself left mean other http above below there otherwise
+once found similar latter will with
+"""
 
 
 @functools.cache
@@ -72,4 +72,4 @@ def draw_keys(rng: random.Random, count: int) -> list[str]:
 
 def _frequent(counts: Counter[str], wanted: Callable[[str], bool]) -> list[str]:
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [word for word, count in ranked if count >= 2 and word not in _LEFT_OUT and wanted(word)]
+    return [word for word, count in ranked if count >= 2 and word not in _LEFT_OUT.split() and wanted(word)]

@@ -1,0 +1,266 @@
+"""What a comparison runs: methods by name or object, each with its parameters and its budgets."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from foveate.engine.apply import Handle, ProfileLike, find_profiles
+from foveate.engine.binding import Binding
+from foveate.errors import BadArgument, FoveateError, Infeasible
+from foveate.evaluate.record import DENSE
+from foveate.methods.base import METHODS, Composition, Method
+from foveate.methods.budget import Budget
+
+ALL = "all"
+"""Stands for every registered method, in the list of methods."""
+
+MethodLike = str | Method | Composition
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A composition as it was asked for.
+
+    Args:
+        composition: the methods, parameters set.
+        free: the method that takes the budgets of the comparison, if one does.
+        named: whether the user named it; what came in through "all" may be refused by a model without stopping the run.
+    """
+
+    composition: Composition
+    free: Method | None
+    named: bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One composition under one budget: a row of the comparison.
+
+    Args:
+        method: its name in records, `"snapkv"` or `"snapkv|kivi"`.
+        settings: parameters that differ from the defaults, JSON values; of a composition as `"kivi.bits"`.
+        budget: as printed; None where nothing takes one.
+        composition: the methods, budget included.
+        named: as in `Entry`.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    budget: str | None
+    composition: Composition
+    named: bool = True
+
+    @property
+    def key(self) -> tuple[str, str, str | None]:
+        """Identity within a run."""
+        return self.method, repr(sorted(self.settings.items())), self.budget
+
+    @property
+    def label(self) -> str:
+        """The row in words."""
+        return " ".join(filter(None, [self.method, self.budget]))
+
+
+def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entry]:
+    """Entries from texts and objects; dense comes first and is always there.
+
+    A text is a list such as `snapkv, kivi(bits=2, budget=None), snapkv(budget=0.25)|kivi(bits=4)`: parameters stand in
+    brackets, `|` composes, `all` is every method. A method that is given a budget of its own, also None (its own
+    parameters decide), is run once; the others once per budget of the comparison.
+
+    Raises:
+        BadArgument: a name or parameter that is not known, or a text that cannot be read.
+    """
+    listed = [methods] if isinstance(methods, str | Method | Composition) else list(methods)
+    entries = [Entry(Composition((METHODS[DENSE](),)), None, True)]
+    for item in listed:
+        if isinstance(item, str):
+            for text in _split(item, ","):
+                if text == ALL:
+                    entries += [_entry([(METHODS[name](), False)], named=False) for name in METHODS]
+                else:
+                    entries.append(_entry([_parse(part) for part in _split(text, "|")]))
+        elif isinstance(item, Method | Composition):
+            parts = item.methods if isinstance(item, Composition) else (item,)
+            entries.append(_entry([(part, False) for part in parts]))
+        else:
+            raise BadArgument("methods", item, "give names, methods or compositions (A | B)")
+    if len(entries) == 1 and not listed:
+        raise BadArgument("methods", methods, f"give at least one of {', '.join([ALL, *METHODS])}")
+    unique: dict[str, Entry] = {}
+    for entry in entries:
+        unique.setdefault(repr(entry.composition) + repr(entry.free is None), entry)
+    return list(unique.values())
+
+
+def settings_of(entries: Sequence[Entry], budgets: Sequence[Budget]) -> list[Setting]:
+    """Every entry under every budget that it takes, in the order given; without budgets each runs once.
+
+    Raises:
+        BadArgument: a composition of which several methods would take the budget.
+    """
+    found: dict[tuple[str, str, str | None], Setting] = {}
+    for entry in entries:
+        given: Sequence[Budget | None] = budgets if entry.free is not None and budgets else [None]
+        for budget in given:
+            parts = tuple(
+                part.with_budget(budget) if part is entry.free and budget is not None else part
+                for part in entry.composition.methods
+            )
+            setting = _setting(Composition(parts), budget, entry.named)
+            found.setdefault(setting.key, setting)
+    return list(found.values())
+
+
+def parse_budgets(budgets: str | float | Budget | Iterable[Budget | float | int | str] | None) -> list[Budget]:
+    """Budgets from `"0.25,0.5"`, numbers or objects.
+
+    Raises:
+        BadArgument: a budget that is 0, above 1 as a share, or no number.
+    """
+    if budgets is None:
+        return []
+    listed = [budgets] if isinstance(budgets, str | float | int | Budget) else list(budgets)
+    found: dict[str, Budget] = {}
+    for item in listed:
+        for one in _split(item, ",") if isinstance(item, str) else [item]:
+            budget = Budget.of(one)
+            if budget is not None:
+                found.setdefault(str(budget), budget)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A setting on a model, or why it cannot be had there.
+
+    Args:
+        calibration_s: seconds that its profiles took to make; None where it needs none.
+    """
+
+    setting: Setting
+    binding: Binding | None = None
+    refused: str | None = None
+    floor: float | None = None
+    calibration_s: float | None = None
+
+    def refuse(self, error: FoveateError) -> Bound:
+        """The same setting, refused for this reason."""
+        return replace(self, binding=None, refused=str(error), floor=getattr(error, "floor", None))
+
+
+def bind(handle: Handle, setting: Setting, profiles: Sequence[ProfileLike] = ()) -> Bound:
+    """Bind a setting to the handle's model.
+
+    What the method cannot do at any length is refused: as an error if the user named the method, else in the result,
+    so that a comparison of all methods goes on without it. A budget below the floor is always in the result.
+
+    Raises:
+        BadArgument, Refused: the method cannot run on this model, or lacks its profile.
+    """
+    try:
+        wanted = {method.id for method in setting.composition.methods}
+        given = [profile for profile in profiles if getattr(profile, "method", None) in wanted]
+        binding = handle.bind(setting.composition, profile=given or None)
+    except Infeasible as error:
+        return Bound(setting).refuse(error)
+    except FoveateError as error:
+        if setting.named:
+            raise
+        return Bound(setting).refuse(error)
+    seconds = [p.provenance.get("seconds") for p in binding.profiles.values()]
+    known = [float(s) for s in seconds if isinstance(s, int | float)]
+    return Bound(setting, binding, calibration_s=sum(known) if known else None)
+
+
+def check(bound: Bound, lengths: Iterable[int]) -> Bound:
+    """The bound setting, refused if it cannot be had for a prompt of one of these lengths."""
+    if bound.binding is None:
+        return bound
+    for length in sorted(set(lengths)):
+        try:
+            bound.binding.check(length)
+        except FoveateError as error:
+            return bound.refuse(error)
+    return bound
+
+
+def _entry(parts: Sequence[tuple[Method, bool]], named: bool = True) -> Entry:
+    """Methods with whether their budget was stated -> an entry."""
+    composition = Composition(tuple(method for method, _ in parts))
+    free = [method for method, stated in parts if method.budget is None and method.budgeted and not stated]
+    if len(free) > 1:
+        raise BadArgument(
+            "methods",
+            composition.id,
+            f"{' and '.join(m.id for m in free)} would both take the budget; give each its own: "
+            f"{'|'.join(f'{m.id}(budget=0.5)' if m in free else m.id for m in composition.methods)}",
+        )
+    return Entry(composition, free[0] if free else None, named)
+
+
+def _setting(composition: Composition, budget: Budget | None, named: bool) -> Setting:
+    methods = composition.methods
+    if len(methods) == 1:
+        settings = methods[0].settings()
+        own = settings.pop("budget", None)
+        return Setting(methods[0].id, settings, own if budget is None else str(budget), composition, named)
+    settings = {f"{m.id}.{name}": value for m in methods for name, value in m.settings().items()}
+    return Setting(composition.id, settings, None if budget is None else str(budget), composition, named)
+
+
+_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+
+
+def _parse(text: str) -> tuple[Method, bool]:
+    """`kivi(bits=2)` -> the method, and whether its budget was stated."""
+    match = _NAMED.fullmatch(text)
+    if match is None:
+        raise BadArgument("methods", text, "write a method as name or name(parameter=value, ...)")
+    name, inside = match[1], match[2] or ""
+    if name not in METHODS:
+        raise BadArgument("methods", name, f"no such method; there are {', '.join(METHODS)}")
+    parameters = dict(_parameters(text, inside))
+    try:
+        return METHODS[name](**parameters), "budget" in parameters
+    except TypeError:
+        known = ", ".join(METHODS[name].__dataclass_fields__)
+        raise BadArgument("methods", text, f"{name} has the parameters {known}") from None
+
+
+def _parameters(text: str, inside: str) -> Iterator[tuple[str, Any]]:
+    for part in _split(inside, ","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise BadArgument("methods", text, f"write {part!r} as parameter=value")
+        try:
+            yield name.strip(), ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            yield name.strip(), value.strip()
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Parts at the separators that stand outside brackets, blanks trimmed, empty ones left out."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "([") - (char in ")]")
+        if char == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def load_profiles(handle: Handle, settings: Sequence[Setting], given: Sequence[Any]) -> list[Any]:
+    """The given profiles, read; each must be one that some method of the comparison takes.
+
+    Raises:
+        BadArgument: a file that is no profile, or one that no method of the comparison takes.
+    """
+    methods = {m.id: m for s in settings for m in s.composition.methods}
+    everything = Composition(tuple(methods.values())[:0])
+    raise NotImplementedError(everything, handle, given, find_profiles)

@@ -1,0 +1,130 @@
+"""FlexPrefill: per head and prompt, one of two block patterns, as many blocks as the mass needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.attention import ALL, Parts, Selection
+from foveate.cache import View
+from foveate.errors import BadArgument
+from foveate.methods.base import Context, Method, register
+from foveate.methods.policies.lists import coverage_count, coverage_mask, mask_lists
+from foveate.methods.policies.probes import block_mean, block_sum, last_rows, probe_lines
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FlexPrefill(Method):
+    """The last block of queries shows each head's attention. Where block means estimate it well the head's blocks are
+    chosen by those means (query-aware); elsewhere by the vertical and slash lines of the probe. Enough blocks are read
+    to cover the share `gamma` of the estimated mass; the first block column and the diagonal always. Decode is dense.
+
+    Args:
+        block: tokens per block, of queries and of keys.
+        gamma: mass to cover.
+        tau: a head is query-aware below this Jensen-Shannon distance; 0: none is, above sqrt(ln 2): all are.
+        min_budget, max_budget: bounds of the lines' budgets, in tokens. Prompts of up to min_budget tokens are dense.
+
+    A prompt given in pieces is probed per piece, so its reads differ from those of a whole prompt.
+    Source: 2502.20766, section 3, algorithms 1-3; released code for the budget rule.
+    """
+
+    id = "flexprefill"
+    name = "FlexPrefill"
+    paper = "2502.20766"
+    slots = frozenset({"prefill"})
+    causality = "prompt"
+    chunked = "approximate"
+    budgeted = False
+
+    block: int = 128
+    gamma: float = 0.9
+    tau: float = 0.1
+    min_budget: int = 1024
+    max_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1:
+            raise BadArgument("block", self.block, "give at least 1 token")
+        if self.gamma <= 0:
+            raise BadArgument("gamma", self.gamma, "give a share above 0")
+        if self.max_budget is not None and self.max_budget < self.min_budget:
+            raise BadArgument("max_budget", self.max_budget, f"it must not be below min_budget={self.min_budget}")
+
+    def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
+        lengths, fresh = view.host_lengths.max(1), view.host_fresh
+        short = max(2 * self.block, self._blocks(self.min_budget) * self.block)
+        if (lengths <= short).all():
+            return ALL
+        keys = view.k()
+        group = q.shape[1] // keys.shape[1]
+        blocks, q_blocks = self._blocks(keys.shape[2]), self._blocks(q.shape[2])
+        active = torch.zeros(q.shape[0], q.shape[1], q_blocks, blocks, dtype=torch.bool, device=q.device)
+        for row, (m, n) in enumerate(zip(lengths.tolist(), fresh.tolist(), strict=True)):
+            if n:
+                k = keys[row, :, :m].repeat_interleave(group, dim=0)
+                chosen = self._row(q[row, :, :n], k, ctx) if m > short else self._causal(m, n, q.device)
+                active[row, :, : chosen.shape[-2], : chosen.shape[-1]] = chosen
+        return Selection(lists=mask_lists(active), q_block=self.block, k_block=self.block)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block)
+
+    def _newest(self, m: int, n: int, device: torch.device) -> Tensor:
+        """Block of the last key that each query block sees."""
+        end = torch.arange(self._blocks(n), device=device).add(1).mul(self.block).clamp_max(n)
+        return (m - n + end - 1) // self.block
+
+    def _causal(self, m: int, n: int, device: torch.device) -> Tensor:
+        return torch.arange(self._blocks(m), device=device) <= self._newest(m, n, device)[:, None]
+
+    def _row(self, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
+        """Active blocks [H, query blocks, key blocks] of one sequence: q [H, n, D] are the last of k [H, m, D]."""
+        n, m = q.shape[1], k.shape[1]
+        rows = min(self.block, n)
+        vertical, slash = probe_lines(last_rows(q, k, rows, ctx.scale, ctx.softcap))
+        mean_k = block_mean(k, self.block)
+        estimate = (q[:, -rows:].float().mean(1, keepdim=True) @ mean_k.transpose(1, 2)).squeeze(1) * ctx.scale
+        columns = block_sum(vertical, self.block)
+        aware = js_distance(estimate.softmax(-1), columns) < self.tau
+        causal = self._causal(m, n, q.device)
+        lines = self._lines(vertical, slash, columns, aware, causal, self._newest(m, n, q.device), n == m)
+        if not aware.any():
+            return lines
+        pooled = block_mean(q, self.block) @ mean_k.transpose(1, 2) * ctx.scale
+        mass = pooled.masked_fill(~causal, -torch.inf).softmax(-1)
+        covered = coverage_mask(mass.flatten(1), self.gamma * mass.shape[1]).view_as(mass) & causal
+        return torch.where(aware[:, None, None], lines | covered, lines)
+
+    def _lines(
+        self, vertical: Tensor, slash: Tensor, columns: Tensor, aware: Tensor, causal: Tensor, newest: Tensor, whole: bool
+    ) -> Tensor:
+        """Block columns and block diagonals that cover gamma of the probe; query-aware heads get the least of both."""
+        blocks = columns.shape[1]
+        diagonals = block_sum(slash, self.block)
+        least = min(blocks, max(1, self._blocks(self.min_budget)))
+        most = blocks if self.max_budget is None else max(least, min(blocks, self._blocks(self.max_budget)))
+        chosen = []
+        for tokens, mass in ((vertical, columns), (slash, diagonals)):
+            budget = (coverage_count(tokens, self.gamma) // self.block + 1).clamp(least, most)
+            budget = torch.where(aware, least, budget)
+            forced = mass.clone()
+            # A piece of a prompt need not start on a block border: its own tokens then lie on two block diagonals.
+            forced[:, : 1 if whole or mass is columns else 2] = torch.inf
+            rank = forced.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            chosen.append(rank < budget[:, None])
+        upright, leaning = chosen
+        distance = newest[:, None] - torch.arange(blocks, device=newest.device)
+        diagonal = leaning[:, distance.clamp_min(0)] & (distance >= 0)
+        return (upright[:, None] | diagonal) & causal
+
+
+def js_distance(p: Tensor, q: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence (natural logarithm) of distributions [..., n]."""
+    middle = (p + q) / 2
+    gap = (torch.xlogy(p, p) - torch.xlogy(p, middle) + torch.xlogy(q, q) - torch.xlogy(q, middle)).sum(-1) / 2
+    return gap.clamp_min(0).sqrt()

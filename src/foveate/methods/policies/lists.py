@@ -1,0 +1,47 @@
+"""From scores to the lists of a Selection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_lists(scores: Tensor, k: int) -> Tensor:
+    """The k best blocks per list, ascending, int32.
+
+    Args:
+        scores: [..., blocks]; -inf is never chosen, +inf always is (as far as k reaches).
+        k: list width; fewer blocks make shorter lists.
+
+    Returns:
+        [..., min(k, blocks)] with -1 behind the end. Ties go to earlier blocks.
+    """
+    blocks = scores.shape[-1]
+    k = min(k, blocks)
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    order = order.masked_fill(scores.gather(-1, order) == -torch.inf, blocks)
+    return _packed(order.sort(dim=-1).values, blocks)
+
+
+def mask_lists(mask: Tensor) -> Tensor:
+    """The set blocks of a mask [..., blocks] as lists [..., most set], ascending, int32, -1 behind the end."""
+    blocks = mask.shape[-1]
+    width = max(1, int(mask.sum(-1).max()))
+    number = torch.arange(blocks, device=mask.device).expand(mask.shape)
+    return _packed(torch.where(mask, number, blocks).sort(dim=-1).values[..., :width], blocks)
+
+
+def _packed(order: Tensor, blocks: int) -> Tensor:
+    return torch.where(order == blocks, -1, order).to(torch.int32)
+
+
+def coverage_count(mass: Tensor, gamma: float) -> Tensor:
+    """How many of the largest entries of mass [..., n] it takes to pass the share gamma of the whole: int [...]."""
+    ordered = mass.sort(dim=-1, descending=True).values.cumsum(-1)
+    return (ordered <= gamma).sum(-1) + 1
+
+
+def coverage_mask(mass: Tensor, gamma: float) -> Tensor:
+    """The largest entries of mass [..., n] whose running sum stays within gamma: bool [..., n]."""
+    ordered, order = mass.sort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, ordered.cumsum(-1) <= gamma)

@@ -1,0 +1,118 @@
+"""Tasks whose answer is generated: a recipe drafts the prompts, one rule scores the answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from foveate.errors import BadArgument
+from foveate.tasks.base import Kind, Sample, check_request, sample_random
+from foveate.tasks.corpora import Corpus
+from foveate.tasks.corpora import corpus as open_corpus
+from foveate.tasks.haystack import Haystack
+from foveate.tasks.prompt import Draft, fit, least_length
+from foveate.tasks.scoring import found_share
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROBES = 16  # drafts that the least length is measured on
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a recipe may use for one sample. length 0: the shortest draft there is."""
+
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    rng: random.Random
+    length: int
+
+
+class Recipe(Protocol):
+    """Makes the parts of one prompt."""
+
+    def draft(self, request: Request) -> Draft:
+        """Everything but the haystack."""
+        ...
+
+    def haystack(self, request: Request, draft: Draft) -> Haystack:
+        """What the draft is filled with."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationTask:
+    """A task of kind "generate".
+
+    Attributes:
+        recipe: makes the prompts.
+        rule: (text, references) -> score in 0..1; it may only rise when text is added.
+    """
+
+    name: str
+    category: str
+    description: str
+    recipe: Recipe
+    rule: Callable[[str, Sequence[str]], float] = found_share
+    metric: str = "share of the answers found"
+    kind: Kind = "generate"
+    higher_is_better: bool = True
+
+    def minimum(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The smallest `length` in tokens for which samples can be made."""
+        corpus = open_corpus()
+        probes = (Request(tokenizer, corpus, sample_random(self.name, 0, index, 0), 0) for index in range(_PROBES))
+        return least_length(tokenizer, [self.recipe.draft(probe) for probe in probes])
+
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        samples: int,
+        seed: int = 0,
+        corpus: Corpus | None = None,
+    ) -> list[Sample]:
+        """`samples` samples of `length` tokens, the answer's reserve counted in. corpus=None: Python's documentation.
+
+        Raises:
+            BadArgument: the length is below `minimum`.
+        """
+        check_request(self, tokenizer, length, samples)
+        corpus = corpus or open_corpus()
+        made = []
+        for index in range(samples):
+            request = Request(tokenizer, corpus, sample_random(self.name, length, index, seed), length)
+            draft = self.recipe.draft(request)
+            prompt = fit(tokenizer, draft, self.recipe.haystack(request, draft), length)
+            made.append(
+                Sample(
+                    task=self.name,
+                    length=length,
+                    index=index,
+                    seed=seed,
+                    context_ids=prompt.context_ids,
+                    question_ids=prompt.question_ids,
+                    references=draft.references,
+                    depths=prompt.depths,
+                    evidence=prompt.evidence,
+                    max_new_tokens=prompt.max_new_tokens,
+                )
+            )
+        return made
+
+    def score(self, prediction: str | Sequence[float], sample: Sample) -> float:
+        """The share of the references that the generated text holds, 0..1.
+
+        Raises:
+            BadArgument: the prediction is no text.
+        """
+        if not isinstance(prediction, str):
+            raise BadArgument("prediction", type(prediction).__name__, f"{self.name} scores the generated text")
+        return self.rule(prediction, sample.references)
+
+    def done(self, text: str, sample: Sample) -> bool:
+        """True once the score is 1: more text cannot change it."""
+        return self.rule(text, sample.references) == 1.0
