@@ -38,8 +38,13 @@ def register(attention: Callable[..., tuple[Tensor, None]]) -> None:
 
 
 def _dispatch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):
-    """Ours where a call was announced by the model's pre-hook, stock SDPA elsewhere (vision towers, unbound models)."""
+    """Ours where a call was announced by the model's pre-hook, stock SDPA elsewhere (vision towers, unbound models).
+
+    A call may bring an attention function of its own (`call.attention`, for taps); the others take the registered one.
+    """
     call = kwargs.pop(KEYWORD, None)
+    if call is not None and hasattr(call, "attention") and call.manages(module):
+        return call.attention(module, query, key, value, attention_mask, **kwargs)
     if call is None or _attention is None or not call.manages(module):
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = _four_d(attention_mask, query, key, kwargs.get("sliding_window"))

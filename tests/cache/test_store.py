@@ -22,8 +22,8 @@ from tests.contract.reach import reachable_bytes
 
 DIM, BLOCK, FRESH = 6, 4, -1
 THOROUGH = settings(
-    max_examples=60,
-    stateful_step_count=30,
+    max_examples=12,
+    stateful_step_count=20,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -56,7 +57,7 @@ class Page(HTMLParser):
             self.text += data
 
     def of(self, tag: str, css: str = "") -> list[dict[str, str | None]]:
-        return [a for t, a in self.elements if t == tag and css in (a.get("class") or "").split() + [""]]
+        return [a for t, a in self.elements if t == tag and (not css or css in (a.get("class") or "").split())]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,8 @@ def test_sort_keys_are_numbers_or_empty(page: Page):
         if "data-front" in attributes:
             assert attributes["data-front"] in ("0", "1")
     numeric = [a["data-sort"] for a in cells if re.match(r"[\d.-]", a["data-sort"] or "")]
-    assert all(float(value or 0) == float(value or 0) for value in numeric)
+    assert len(numeric) > 300
+    assert all(math.isfinite(float(value or "nan")) for value in numeric)
 
 
 def test_a_run_without_timings_needles_or_dense_still_makes_a_page():
@@ -175,7 +177,7 @@ def test_the_page_is_written_whole(tmp_path: Path):
     path = write_report(records, CARDS, tmp_path / "run")
     assert path == tmp_path / "run" / "report.html"
     first = path.read_text(encoding="utf-8")
-    assert first.endswith("</html>\n") or first.endswith("</html>")
+    assert first.endswith("</html>")
     write_report(records[:9], CARDS, tmp_path / "run")
     assert path.read_text(encoding="utf-8") != first
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from foveate.attention.kernel import any_of, softmax_attention
-from foveate.attention.pieces import ROWS, Piece, blocks_first, pieces, reach_of, tightest
+from foveate.attention.kernel import any_of, shares, softmax_attention
+from foveate.attention.pieces import Piece, blocks_first, longest, pieces, reach_of, span_rows, tightest
 from foveate.attention.request import Request
 from foveate.attention.scores import score_attention, to_heads
 from foveate.attention.selection import Ints, Partial, Span
@@ -31,7 +31,7 @@ def can_run(request: Request) -> tuple[bool, str]:
         return False, "every pair is read, there is nothing to skip"
     reach = reach_of(tightest(r.visible))
     queries, keys = r.q.shape[2], r.k.shape[2]
-    if reach is None or _OVERHEAD * (reach + min(ROWS, queries) - 1) > keys - queries / 2:
+    if reach is None or _OVERHEAD * (reach + span_rows(r) - 1) > keys - queries / 2:
         return False, "the spans leave too little to skip"
     return True, ""
 
@@ -39,6 +39,15 @@ def can_run(request: Request) -> tuple[bool, str]:
 def run(request: Request) -> Partial:
     """Block by block; heads and rows one by one where their lists are of very different length."""
     r = request
+    if (
+        r.lists is not None
+        and r.q.shape[2] == 1
+        and r.span is None
+        and not r.visible
+        and not r.math
+        and r.lists.shape[3]
+    ):
+        return _decode(r)
     if not _uneven(r):
         return _run(r)
     assert r.lists is not None
@@ -72,8 +81,7 @@ def _attend(r: Request, piece: Piece) -> Partial:
     slots = torch.where(used, slots, torch.where(used.any(-1, keepdim=True), some, 0))
 
     held = max(k_heads, slots.shape[1])
-    k = _fetch(r.k, slots, held, blocks)
-    v = k[..., : r.v.shape[3]] if shares(r.k, r.v) else _fetch(r.v, slots, held, blocks)
+    k, v = _fetch(r.k, r.v, slots, held, blocks)
     rows = piece.rows
     q = q.unflatten(2, (blocks, rows)).permute(0, 2, 1, 3, 4).reshape(batch * blocks, heads, rows, -1)
     bias = None if r.bias is None else _bias(r.bias, piece, slots, heads, batch, blocks)
@@ -92,8 +100,6 @@ def _attend(r: Request, piece: Piece) -> Partial:
     else:
         out, lse = softmax_attention(q, k, v, scale=r.scale, mask=seen)
         assert lse is not None
-    empty = lse == -torch.inf
-    out = torch.where(empty.unsqueeze(-1), 0.0, out)
     out = out.reshape(batch, blocks, heads, rows, -1).transpose(1, 2).flatten(2, 3)
     lse = lse.reshape(batch, blocks, heads, rows).transpose(1, 2).flatten(2, 3)
     if short:
@@ -101,24 +107,72 @@ def _attend(r: Request, piece: Piece) -> Partial:
     return Partial(out, lse)
 
 
-def _fetch(x: Tensor, slots: Tensor, held: int, blocks: int) -> Tensor:
-    """Rows of x [B, Hk, M, D] at slots [B x blocks, 1 or held, S]: [B x blocks, held, S, D]."""
-    batch, heads, _, dim = x.shape
+def _decode(r: Request) -> Partial:
+    """One query and lists alone: `_attend` in a third of the steps, since at a decode step they are the time."""
+    assert r.lists is not None
+    batch, heads, k_heads, _, keys = r.shape
+    lists, g = r.lists[:, :, 0], r.geometry
+    whole = False
+    if lists.device.type == "cpu":
+        if int(lists[..., -1].max()) < 0:
+            lists = lists[..., : max(1, longest(lists))]
+        low, high = lists.aminmax()
+        whole = g.plain and int(low) >= 0 and (int(high) + 1) * r.k_block <= keys
+    slots = lists
+    if r.k_block > 1:
+        slots = (lists.unsqueeze(-1) * r.k_block + torch.arange(r.k_block, device=lists.device)).flatten(-2)
+    seen = some = None
+    if not whole:
+        end: Tensor | int = keys
+        if not g.plain:
+            end = g.ends()
+            wide = max(slots.shape[1], end.shape[1])
+            slots, end = to_heads(slots, wide), to_heads(end, wide)
+        seen = (slots >= 0) & (slots < end)
+        # Lists ascend: if the first slot is hidden, all are.
+        some = seen[..., :1]
+        slots = torch.where(seen, slots, slots[..., :1].clamp(min=0))
+    held = max(k_heads, slots.shape[1])
+    k, v = _fetch(r.k, r.v, slots, held, 1)
+    q = r.q.reshape(batch, held, heads // held, r.q.shape[3])
+    mask = None if seen is None else seen.unsqueeze(2)
+    out, lse = softmax_attention(q, k, v, scale=r.scale, mask=mask, some=some)
+    assert lse is not None
+    return Partial(out.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1))
+
+
+def _fetch(k: Tensor, v: Tensor, slots: Tensor, held: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """Rows of K and V at slots [B x blocks, 1 or held, S]: [B x blocks, held, S, D] each."""
+    table, index = _table(k, slots, held, blocks)
+    fetched = table.index_select(0, index.flatten()).view(*index.shape, k.shape[3])
+    if shares(k, v):
+        return fetched, fetched[..., : v.shape[3]]
+    if v.stride() != k.stride() or v.shape != k.shape or v.stride(3) != 1:
+        table, index = _table(v, slots, held, blocks)
+    else:
+        table = v.as_strided(table.shape, table.stride())
+    return fetched, table.index_select(0, index.flatten()).view(*index.shape, v.shape[3])
+
+
+def _table(x: Tensor, slots: Tensor, held: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """x [B, Hk, M, D] as one table of rows over batch and heads, and the rows of the slots in it.
+
+    Without a copy unless rows are not contiguous, since index_select moves whole rows and indexing single numbers.
+    """
+    batch, heads, keys, dim = x.shape
     if x.stride(3) != 1 or x.stride(2) < dim or x.stride(0) % x.stride(2) or x.stride(1) % x.stride(2):
         x = x.contiguous()
-    # One table of rows over batch and heads, without a copy: index_select moves whole rows, index puts single numbers.
     row, by_head, by_batch = x.stride(2), x.stride(1) // x.stride(2), x.stride(0) // x.stride(2)
-    total = (batch - 1) * by_batch + (heads - 1) * by_head + x.shape[2]
-    table = x.as_strided((total, dim), (row, 1))
-    head = torch.arange(held, device=x.device) // (held // heads) * by_head
-    base = torch.arange(batch, device=x.device).repeat_interleave(blocks) * by_batch
-    index = slots + (base.unsqueeze(1) + head).unsqueeze(-1)
-    return table.index_select(0, index.flatten()).view(*index.shape, dim)
-
-
-def shares(k: Tensor, v: Tensor) -> bool:
-    """Whether V is the beginning of every row of K (MLA in its absorbed form)."""
-    return v.shape[3] <= k.shape[3] and v.shape[:3] == k.shape[:3] and v.is_set_to(k[..., : v.shape[3]])
+    table = x.as_strided(((batch - 1) * by_batch + (heads - 1) * by_head + keys, dim), (row, 1))
+    index = slots
+    if held > 1:
+        head = torch.arange(held, device=x.device)
+        index = index + ((head if held == heads else head // (held // heads)) * by_head).unsqueeze(-1)
+    if batch > 1:
+        base = torch.arange(batch, device=x.device)
+        base = base if blocks == 1 else base.repeat_interleave(blocks)
+        index = index + (base * by_batch).view(-1, 1, 1)
+    return table, index
 
 
 def _bias(bias: Tensor, piece: Piece, slots: Tensor, heads: int, batch: int, blocks: int) -> Tensor:

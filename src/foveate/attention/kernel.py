@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FLASH_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_FLASH_CUDA = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
-_EFFICIENT_CUDA = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
+
+def _op(name: str) -> Callable[..., Any] | None:
+    packet = getattr(torch.ops.aten, name, None)
+    return None if packet is None else packet.default
+
+
+_FLASH_CPU = _op("_scaled_dot_product_flash_attention_for_cpu")
+_FLASH_CUDA = _op("_scaled_dot_product_flash_attention")
+_EFFICIENT_CUDA = _op("_scaled_dot_product_efficient_attention")
 
 SCORES = 1 << 24
 """Most scores (heads x queries x keys) that are held at once where scores or masks are held at all."""
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False, lse: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    some: Tensor | None = None,
+    causal: bool = False,
+    lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of all queries over all keys, or those in `mask`, or (N == M only) those not in the future.
 
@@ -23,6 +40,7 @@ def softmax_attention(
         q: [B, H, N, Dk]; k: [B, Hk, M, Dk]; v: [B, Hk, M, Dv], Hk divides H; nothing is empty.
         scale: factor of the scores.
         mask: bool [1 or B, 1 or H, 1 or N, M]; a row may see nothing, which gives out 0 and lse -inf.
+        some: with a mask, whether each row sees anything, if that is known: bool [1 or B, 1 or H, 1 or N].
         causal: query i sees keys 0..i.
         lse: whether lse is needed; it may be returned all the same.
 
@@ -35,10 +53,11 @@ def softmax_attention(
     out, mass = _attend(q, k, v, scale, mask, causal, lse)
     if out.shape[-1] != v_dim:
         out = out[..., :v_dim]
-    if lse and mask is not None:
-        assert mass is not None
-        # The kernels call the lse of an empty row 0 or leave it undefined.
-        mass = torch.where(any_of(mask, -1), mass, -torch.inf)
+    if mask is not None:
+        # The kernels call the lse of an empty row 0 or leave it undefined, and its out is NaN if the keys are.
+        some = any_of(mask, -1) if some is None else some
+        out = torch.where(some.unsqueeze(-1), out, 0.0)
+        mass = None if mass is None else torch.where(some, mass, -torch.inf)
     return out, mass
 
 
@@ -59,8 +78,6 @@ def _attend(
             return _efficient(q, k, v, scale, mask, causal)
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-    if mask is not None:
-        out = torch.where(any_of(mask, -1).unsqueeze(-1), out, 0.0)
     return out, _lse(q, k, scale, mask, causal) if lse else None
 
 
@@ -78,8 +95,6 @@ def _efficient(
         bias = bias[..., :keys].expand(batch, heads, queries, keys)
     assert _EFFICIENT_CUDA is not None
     out, lse = _EFFICIENT_CUDA(q, k, v, bias, True, 0.0, causal, scale=scale)[:2]
-    if mask is not None:
-        out = torch.where(any_of(mask, -1).unsqueeze(-1), out, 0.0)
     return out, lse[..., :queries]
 
 
@@ -129,11 +144,16 @@ def any_of(mask: Tensor, dim: int) -> Tensor:
     return mask.view(torch.uint8).amax(dim).view(torch.bool)
 
 
+def shares(k: Tensor, v: Tensor) -> bool:
+    """Whether V is the beginning of every row of K (MLA in its absorbed form)."""
+    return v.shape[3] <= k.shape[3] and v.shape[:3] == k.shape[:3] and v.is_set_to(k[..., : v.shape[3]])
+
+
 def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v with one head size. Zeros change no score and no output; K serves as V where V is its beginning (MLA)."""
     k_dim, v_dim = k.shape[-1], v.shape[-1]
     if v_dim < k_dim:
-        if v.data_ptr() == k.data_ptr() and v.stride() == k.stride():
+        if shares(k, v):
             return q, k, k
         return q, k, F.pad(v, (0, k_dim - v_dim))
     return F.pad(q, (0, v_dim - k_dim)), F.pad(k, (0, v_dim - k_dim)), v

@@ -91,17 +91,9 @@ def _masks(
             yield start, seen.expand(geometry.batch, -1, -1, -1)
 
 
-def _end(g: Geometry) -> Tensor:
-    """Number of slots that each query may read, by causality and length: [1 or B, 1 or Hs, N]."""
-    i = torch.arange(1, g.queries + 1, device=g.device)
-    end = (g.keys - g.queries + i).view(1, 1, -1) if g.first is None else g.first.unsqueeze(-1) + i
-    end = end.clamp(0, g.keys)
-    return end if g.lengths is None else torch.minimum(end, g.lengths.unsqueeze(-1).clamp(min=0))
-
-
 def _ranges(span: Span | None, g: Geometry) -> list[tuple[Tensor, Tensor]]:
     """The one or two ranges of slots [low, high) that each query sees, [1 or B, 1 or Hs, N]; slots are positions."""
-    end = _end(g)
+    end = g.ends()
     zero = torch.zeros_like(end)
     if span is None:
         return [(zero, end)]

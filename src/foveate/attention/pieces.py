@@ -11,12 +11,12 @@ from torch import Tensor
 from foveate.attention.kernel import SCORES, any_of
 from foveate.attention.request import Request
 from foveate.attention.scores import to_heads
-from foveate.attention.selection import Geometry, Ints, Span
+from foveate.attention.selection import Ints, Span
 
 FETCHED = 1 << 20
 """Most numbers of K fetched at a time: small enough for a core's cache, large enough to keep the kernels busy."""
 ROWS = 256
-"""Queries that share one fetch where the selection does not say (spans, or one list for all)."""
+"""Most queries that share one fetch where the selection does not say (spans, or one list for all)."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,19 @@ def pieces(r: Request) -> Iterator[Piece]:
 
 def _block(r: Request) -> tuple[int, int]:
     """Queries per fetch, and fetches per list (0: one list for all)."""
-    if r.q_block is None or r.lists is None:
+    if r.lists is None:
+        return span_rows(r), 0
+    if r.q_block is None:
         return min(ROWS, r.q.shape[2]), 0
     parts = next((n for n in range(1, r.q_block + 1) if r.q_block % n == 0 and r.q_block // n <= 2 * ROWS), 1)
     return min(r.q_block // parts, r.q.shape[2]), parts
+
+
+def span_rows(r: Request) -> int:
+    """Queries per fetch for spans: few enough that what only some of them read stays small beside what all do."""
+    reach = reach_of(tightest(r.visible))
+    rows = ROWS if reach is None else min(ROWS, max(ROWS // 4, reach // 4))
+    return min(rows, r.q.shape[2])
 
 
 def _lists(r: Request, first: int, last: int, per_list: int) -> Tensor:
@@ -78,11 +87,11 @@ def _lists(r: Request, first: int, last: int, per_list: int) -> Tensor:
         lists = r.lists.index_select(2, index)
     # One host number for the cut; on a GPU a decode step must not wait for it.
     if lists.device.type == "cpu" or r.q.shape[2] > 1:
-        lists = lists[..., : _longest(lists)]
+        lists = lists[..., : longest(lists)]
     return lists
 
 
-def _longest(lists: Tensor) -> int:
+def longest(lists: Tensor) -> int:
     return int((lists >= 0).sum(-1).max()) if lists.numel() else 0
 
 
@@ -104,14 +113,14 @@ def _piece(r: Request, first: int, last: int, rows: int, per_list: int) -> Piece
     start, stop = first * rows, min(last * rows, queries)
     # Queries of a last, shorter block repeat the last query; what they give is cut off.
     query = torch.arange(start, first * rows + (last - first) * rows, device=device).clamp_(max=queries - 1)
-    bound = _bound(g, query).unflatten(-1, (-1, rows))  # [1 or B, 1 or Hk, blocks, rows]
+    ends = g.ends()[..., query].unflatten(-1, (-1, rows))  # [1 or B, 1 or Hk, blocks, rows]
     if g.q_positions is None:
         at = (keys - queries + query).view(1, 1, -1, rows)
     else:
         at = g.q_positions[:, query].view(batch, 1, -1, rows)
-    bound, at = (blocks_first(x, batch) for x in (bound, at))
+    ends, at = (blocks_first(x, batch) for x in (ends, at))
     if r.lists is None and not r.visible:
-        at = bound  # no span: the range of slots follows from causality alone
+        at = ends - 1  # no span: the range of slots follows from causality alone
 
     groups: list[tuple[Tensor, Tensor]] = []
     listed: Tensor | None = None
@@ -121,12 +130,12 @@ def _piece(r: Request, first: int, last: int, rows: int, per_list: int) -> Piece
         slots = (listed.unsqueeze(-1) * r.k_block + torch.arange(r.k_block, device=device)).flatten(-2)
         # Behind every query: what is not listed is seen by nobody.
         slots = torch.where(slots < 0, keys, slots)
-        groups.append((slots, _at_most(slots, bound)))
+        groups.append((slots, _before(slots, ends)))
     if r.lists is None or r.span is not None:
         span = (tightest(r.visible) or Span()) if r.lists is None else r.span
         assert span is not None
         slots = _range(span, at, keys)
-        seen = _at_most(slots, bound)
+        seen = _before(slots, ends)
         if r.lists is not None:
             assert listed is not None
             seen = _and(seen, span.sees(at, slots))
@@ -162,24 +171,16 @@ def _permuted(r: Request) -> Iterator[Piece]:
         yield Piece(start, stop, stop - start, slots, seen.gather(-1, index) & (slots < keys).unsqueeze(-2))
 
 
-def _bound(g: Geometry, query: Tensor) -> Tensor:
-    """Last slot that each query may read: [1 or B, 1 or Hk, queries]; -1 for none."""
-    last = (g.keys - g.queries + query).view(1, 1, -1) if g.first is None else g.first.unsqueeze(-1) + query
-    # Queries that are padding may stand behind all keys; the slot number `keys` means none and must stay out of reach.
-    last = last.clamp(max=g.keys - 1)
-    return last if g.lengths is None else torch.minimum(last, g.lengths.unsqueeze(-1) - 1)
-
-
 def blocks_first(x: Tensor, batch: int) -> Tensor:
     """[1 or B, h, blocks, ...] -> [B x blocks, h, ...]."""
     return x.expand(batch, *x.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
-def _at_most(slots: Tensor, bound: Tensor) -> Tensor:
+def _before(slots: Tensor, ends: Tensor) -> Tensor:
     """[X, h, S] and [X, h', rows] -> bool [X, max(h, h'), rows, S]: the slot is there and not in the query's future."""
-    heads = max(slots.shape[1], bound.shape[1])
-    slots, bound = to_heads(slots, heads), to_heads(bound, heads)
-    return slots.int().unsqueeze(-2) <= bound.int().unsqueeze(-1)
+    heads = max(slots.shape[1], ends.shape[1])
+    slots, ends = to_heads(slots, heads), to_heads(ends, heads)
+    return slots.int().unsqueeze(-2) < ends.int().unsqueeze(-1)
 
 
 def _and(a: Tensor, b: Tensor) -> Tensor:

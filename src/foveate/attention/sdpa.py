@@ -12,6 +12,9 @@ from foveate.attention.selection import Partial
 
 name = "sdpa"
 
+_PIECE = 256
+"""Fewest queries that a masked read is cut into."""
+
 
 def can_run(request: Request) -> tuple[bool, str]:
     """Anything, since a mask says everything; but unless it is forced it leaves lists to backends that skip."""
@@ -35,6 +38,9 @@ def _masked(r: Request) -> Partial:
     batch, heads, k_heads, queries, keys = r.shape
     held = heads if r.math or (r.lists is not None and r.lists.shape[1] == heads) else k_heads
     step = max(1, min(queries, SCORES // (batch * held * keys)))
+    if r.geometry.plain:
+        # The kernel cannot skip the future under a mask; pieces that end at their last query can.
+        step = min(step, max(_PIECE, -(-queries // 8)))
     parts = [_rows(r, start, min(start + step, queries)) for start in range(0, queries, step)]
     if len(parts) == 1:
         return parts[0]

@@ -119,10 +119,9 @@ class Selection:
         """The pairs as a mask over no more rows and heads than differ: bool [1 or B, 1, Hs or H, N, M]."""
         g = geometry
         seen = g.causal()
-        positions = g.positions()
         for span in visible:
             if not span.unbounded:
-                seen = seen & span.sees(*positions)
+                seen = seen & span.sees(*g.positions())
         chosen: Tensor | None = None
         if self.lists is not None:
             chosen = _scatter(self.lists, self.k_block, g.keys)
@@ -130,7 +129,7 @@ class Selection:
                 block = torch.arange(g.queries, device=chosen.device) // self.q_block
                 chosen = chosen.index_select(2, block)
         if self.span is not None and not self.span.unbounded:
-            near = self.span.sees(*positions)
+            near = self.span.sees(*g.positions())
             chosen = near if chosen is None else torch.logical_or(*_same_heads(chosen, near))
         elif self.span is not None:
             chosen = None
@@ -245,17 +244,17 @@ class Geometry:
             k = torch.arange(self.keys, device=self.device).view(1, 1, -1)
         return q.unsqueeze(1), k
 
+    def ends(self) -> Tensor:
+        """One past the last slot that each query may read, by causality and length: [1 or B, 1 or Hs, N], in 0..M."""
+        i = torch.arange(1, self.queries + 1, device=self.device)
+        ends = (self.keys - self.queries + i).view(1, 1, -1) if self.first is None else self.first.unsqueeze(-1) + i
+        ends = ends.clamp(0, self.keys)
+        return ends if self.lengths is None else torch.minimum(ends, self.lengths.unsqueeze(-1).clamp(min=0))
+
     def causal(self) -> Tensor:
         """Readable and not in the future, in slots: bool [1 or B, 1 or Hs, N, M]."""
         slot = torch.arange(self.keys, device=self.device)
-        i = torch.arange(self.queries, device=self.device)
-        if self.first is None:
-            seen = (slot <= (self.keys - self.queries) + i.unsqueeze(-1)).view(1, 1, self.queries, self.keys)
-        else:
-            seen = slot <= (self.first.unsqueeze(-1) + i).unsqueeze(-1)
-        if self.lengths is not None:
-            seen = seen & (slot < self.lengths[..., None, None])
-        return seen
+        return slot < self.ends().unsqueeze(-1)
 
 
 ALL = Selection(span=Span())

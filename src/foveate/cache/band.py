@@ -124,7 +124,7 @@ class Band:
         short = need - self.used - min(c.rooms(self.lengths) for c in self._columns())
         if short > 0:
             # A prompt is allocated exactly; later tokens find spare slots that cost one copy per 16 or more of them.
-            self.reserve(need + (max(GROWTH, need // 16) if self.used else 0))
+            self.reserve(need + (max(GROWTH, need // 16) if self.used else 0), need - self.used)
         before = self.lengths
         self.k.write(k, before, counts)
         if self.v is not None and v is not None:
@@ -140,11 +140,11 @@ class Band:
             tag.write(spot, before, counts)
         self.refold(int(before.min()))
 
-    def reserve(self, capacity: int) -> None:
-        """Grow every column to `capacity` slots."""
+    def reserve(self, capacity: int, coming: int = 0) -> None:
+        """Grow every column to `capacity` slots, of which `coming` are about to be written."""
         used = self.used
         for column in self._columns():
-            column.reserve(capacity, used)
+            column.reserve(capacity, used, coming)
 
     def refold(self, start: int = 0) -> None:
         """Recompute the summaries of every block that holds a slot >= start."""
@@ -160,7 +160,7 @@ class Band:
             slot = torch.arange(lo, hi, device=self.device)
             valid = (slot < self.device_lengths()[:, None]).view(len(self.pairs), -1, spec.size)
             shape = (len(self.pairs), total - first, spec.size)
-            fresh = spec.fold(keys.reshape(*shape, -1), values.reshape(*shape, -1), valid)
+            fresh = spec.fold(keys.reshape(*shape, keys.shape[-1]), values.reshape(*shape, values.shape[-1]), valid)
             if kept is None or kept.shape[1] < total:
                 room = total + (max(1, total // 16) if kept is not None else 0)
                 bigger = fresh.new_zeros(len(self.pairs), room, fresh.shape[-1])

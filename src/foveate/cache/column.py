@@ -54,8 +54,8 @@ class Column:
     def nbytes(self) -> int:
         return self.data.numel() * self.data.element_size()
 
-    def reserve(self, capacity: int, used: int) -> None:
-        """Grow to `capacity` slots, keeping the first `used`."""
+    def reserve(self, capacity: int, used: int, coming: int = 0) -> None:
+        """Grow to `capacity` slots, keeping the first `used`; `coming` of the others are about to be written."""
         if capacity == self.data.shape[1]:
             return
         new = self.data.new_full((self.data.shape[0], capacity, *self.data.shape[2:]), self.fill)
@@ -183,10 +183,10 @@ class PackedColumn:
         Column(out).write(self.tail.data, self.packed, counts)
         return out[:, :used]
 
-    def reserve(self, capacity: int, used: int) -> None:
-        """`capacity` and `used` are slots; the tail needs only what is not packed, and few spare slots."""
+    def reserve(self, capacity: int, used: int, coming: int = 0) -> None:
+        """`capacity` and `used` are slots; the tail needs only what is not packed, what comes, and few spare slots."""
         exact = used - int(self.packed.min())
-        spare = min(capacity - used, max(self.side.flush, 16))
+        spare = min(capacity - used, max(self.side.flush, 16, coming))
         self.tail.reserve(max(exact + spare, self.tail.data.shape[1]), min(exact, self.tail.data.shape[1]))
 
     def rooms(self, lengths: Counts) -> int:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from foveate.engine.apply import Handle, ProfileLike, find_profiles
+from foveate.engine.apply import Handle
 from foveate.engine.binding import Binding
 from foveate.errors import BadArgument, FoveateError, Infeasible
 from foveate.evaluate.record import DENSE
-from foveate.methods.base import METHODS, Composition, Method
+from foveate.methods import METHODS
+from foveate.methods.base import Composition, Method, Profile
 from foveate.methods.budget import Budget
+from foveate.methods.profile import fingerprint, load_profile
+from foveate.models.shape import ModelShape
 
 ALL = "all"
 """Stands for every registered method, in the list of methods."""
@@ -89,12 +93,31 @@ def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entr
             entries.append(_entry([(part, False) for part in parts]))
         else:
             raise BadArgument("methods", item, "give names, methods or compositions (A | B)")
-    if len(entries) == 1 and not listed:
-        raise BadArgument("methods", methods, f"give at least one of {', '.join([ALL, *METHODS])}")
+    if len(entries) == 1:
+        raise BadArgument("methods", str(methods), f"give at least one of {', '.join([ALL, *METHODS])}")
     unique: dict[str, Entry] = {}
     for entry in entries:
         unique.setdefault(repr(entry.composition) + repr(entry.free is None), entry)
     return list(unique.values())
+
+
+def text_of(entries: Sequence[Entry]) -> str:
+    """The text that `parse_methods` reads as these entries."""
+    parts = []
+    for entry in entries[1:]:  # dense is always there
+        if entry.named:
+            parts.append("|".join(_method_text(method, entry.free) for method in entry.composition.methods))
+        elif ALL not in parts:
+            parts.append(ALL)
+    return ",".join(parts) or DENSE
+
+
+def _method_text(method: Method, free: Method | None) -> str:
+    values = method.settings()
+    if method.budget is None and method.budgeted and method is not free:
+        values["budget"] = None
+    inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    return f"{method.id}({inside})" if inside else method.id
 
 
 def settings_of(entries: Sequence[Entry], budgets: Sequence[Budget]) -> list[Setting]:
@@ -153,7 +176,7 @@ class Bound:
         return replace(self, binding=None, refused=str(error), floor=getattr(error, "floor", None))
 
 
-def bind(handle: Handle, setting: Setting, profiles: Sequence[ProfileLike] = ()) -> Bound:
+def bind(handle: Handle, setting: Setting, profiles: Mapping[str, Profile]) -> Bound:
     """Bind a setting to the handle's model.
 
     What the method cannot do at any length is refused: as an error if the user named the method, else in the result,
@@ -163,8 +186,7 @@ def bind(handle: Handle, setting: Setting, profiles: Sequence[ProfileLike] = ())
         BadArgument, Refused: the method cannot run on this model, or lacks its profile.
     """
     try:
-        wanted = {method.id for method in setting.composition.methods}
-        given = [profile for profile in profiles if getattr(profile, "method", None) in wanted]
+        given = [profiles[m.id] for m in setting.composition.methods if m.id in profiles]
         binding = handle.bind(setting.composition, profile=given or None)
     except Infeasible as error:
         return Bound(setting).refuse(error)
@@ -175,6 +197,27 @@ def bind(handle: Handle, setting: Setting, profiles: Sequence[ProfileLike] = ())
     seconds = [p.provenance.get("seconds") for p in binding.profiles.values()]
     known = [float(s) for s in seconds if isinstance(s, int | float)]
     return Bound(setting, binding, calibration_s=sum(known) if known else None)
+
+
+def open_profiles(
+    given: Iterable[Profile | str | Path], settings: Sequence[Setting], shape: ModelShape
+) -> dict[str, Profile]:
+    """Profiles by method, from objects or files.
+
+    Raises:
+        BadArgument: a file that is no profile, a profile of another model, or one that no method of the run takes.
+    """
+    wanted = {method.id for setting in settings for method in setting.composition.methods if method.calibrated}
+    found: dict[str, Profile] = {}
+    for item in given:
+        profile = item if isinstance(item, Profile) else load_profile(item)
+        if profile.method not in wanted:
+            raise BadArgument("profile", profile.method, "no method of this comparison takes it; name that method, too")
+        if profile.model != fingerprint(shape):
+            mend = f"this profile of {profile.method} was made on another model; calibrate on {fingerprint(shape)}"
+            raise BadArgument("profile", profile.model, mend)
+        found[profile.method] = profile
+    return found
 
 
 def check(bound: Bound, lengths: Iterable[int]) -> Bound:
@@ -253,14 +296,3 @@ def _split(text: str, separator: str) -> list[str]:
         else:
             parts[-1] += char
     return [part.strip() for part in parts if part.strip()]
-
-
-def load_profiles(handle: Handle, settings: Sequence[Setting], given: Sequence[Any]) -> list[Any]:
-    """The given profiles, read; each must be one that some method of the comparison takes.
-
-    Raises:
-        BadArgument: a file that is no profile, or one that no method of the comparison takes.
-    """
-    methods = {m.id: m for s in settings for m in s.composition.methods}
-    everything = Composition(tuple(methods.values())[:0])
-    raise NotImplementedError(everything, handle, given, find_profiles)

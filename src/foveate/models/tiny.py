@@ -22,7 +22,7 @@ def tiny(
     heads: int = 8,
     kv_heads: int | None = None,
     head_dim: int = 16,
-    window: int | None = 8,
+    window: int | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     vocab_size: int = 256,
@@ -31,7 +31,7 @@ def tiny(
     """A small decoder of one of `FAMILIES`, in eval mode, with a config of its own and weights drawn from `seed`.
 
     llama; qwen3 (norms on queries and keys); gemma3 (sliding layers, every third and the last one global);
-    deepseek-v3 (latent attention, dense MLPs); mistral (sliding in all layers, or full with `window=None`).
+    deepseek-v3 (latent attention, dense MLPs); mistral (full attention, sliding in all layers if given a window).
 
     The weights are drawn so that attention is peaked and its output is a good part of the residual stream: dropping
     a few tokens of the context moves the logits visibly, which a freshly initialised model would hide.
@@ -42,7 +42,8 @@ def tiny(
             this says.
         head_dim: of queries, keys and values; even. For latent attention it is the part without a position, beside a
             rotated part half as wide, over a latent of `2 * head_dim`.
-        window: keys that a query of a sliding layer sees, in gemma3 and mistral; the other families have no windows.
+        window: keys that a query of a sliding layer sees, its own included: 8 in gemma3 if not given. The families
+            without sliding layers ignore it.
 
     Raises:
         BadArgument: an unknown family, or numbers that do not make a model.
@@ -56,14 +57,15 @@ def tiny(
         raise BadArgument("kv_heads", kv_heads, f"give a divisor of heads={heads}")
     if head_dim < 4 or head_dim % 4:
         raise BadArgument("head_dim", head_dim, "give a multiple of 4: half of it is rotated in pairs")
-    if family == "gemma3" and window is None:
-        raise BadArgument("window", window, "gemma3 has sliding layers; give a number of keys")
+    if window is not None and window < 1:
+        raise BadArgument("window", window, "give at least 1, the query's own key")
     common = {
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "hidden_size": 64,
+        # not heads * head_dim: who derives the head dim from the hidden size shall notice
+        "hidden_size": heads * -(-64 // heads),
         "intermediate_size": 128,
         "vocab_size": vocab_size,
         "max_position_embeddings": max_positions,
@@ -74,7 +76,8 @@ def tiny(
     }
     model = _CLASSES[family](common, window)
     _draw(model, seed)
-    return model.to(dtype).eval()
+    _cast(model, dtype)
+    return model.eval()
 
 
 def _llama(common: dict[str, Any], window: int | None) -> PreTrainedModel:
@@ -104,7 +107,7 @@ def _gemma3(common: dict[str, Any], window: int | None) -> PreTrainedModel:
     ]
     config = Gemma3TextConfig(
         **common,
-        sliding_window=window,
+        sliding_window=8 if window is None else window,
         layer_types=types,
         query_pre_attn_scalar=common["head_dim"],
     )
@@ -150,7 +153,15 @@ def _draw(model: PreTrainedModel, seed: int) -> None:
             if "q_norm" in name:
                 parameter.add_(1.0)
         elif "embed_tokens" in name:
-            parameter.copy_(noise)
+            # Gemma multiplies its embeddings by the root of the hidden size
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5 if "gemma" in model.config.model_type else noise)
         else:
             gain = 2.0 if any(part in name for part in ("q_proj", "q_b_proj", "o_proj")) else 1.0
             parameter.copy_(gain * noise / parameter.shape[-1] ** 0.5)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters only, as from_pretrained does: rounded rotation frequencies would be another model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype

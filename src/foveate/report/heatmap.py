@@ -117,7 +117,7 @@ def short_length(length: int) -> str:
 
 def draw(grid: Grid) -> Markup:
     """A map as SVG: lengths from left to right, the start of the context at the top."""
-    left, top, bottom, gap = 36, 4, 20, 2
+    left, top, bottom, gap = 40, 4, 20, 2
     wide = min(46, max(20, 190 // len(grid.lengths)))
     high = min(26, max(13, 150 // len(grid.depths)))
     width = left + wide * len(grid.lengths) + 2

@@ -65,6 +65,7 @@ class Wanted:
 
     text: str
     anchors: tuple[Anchor, ...]
+    bold: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class Label:
     leader: tuple[float, float] | None
 
 
-def text_width(text: str, size: float) -> float:
-    """Width of a text in a sans-serif font, on the wide side so that no browser needs more."""
-    ems = sum(0.36 if c in _NARROW else 0.95 if c in _WIDE else 0.74 if c.isupper() else 0.6 for c in text)
-    return ems * size + 2
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """Width of a text in a sans-serif font, on the wide side (DejaVu Sans) so that no browser needs more."""
+    ems = sum(0.4 if c in _NARROW else 1.0 if c in _WIDE else 0.75 if c.isupper() else 0.64 for c in text)
+    return ems * size * (1.12 if bold else 1.0) + 2
 
 
 _GAPS = (3.0, 7.0, 13.0, 20.0, 29.0, 40.0, 54.0, 70.0)
@@ -145,7 +146,7 @@ def place(
     page = _Page(frame, obstacles, soft)
     placed: list[Label] = []
     for label in wanted:
-        width = text_width(label.text, size)
+        width = text_width(label.text, size, label.bold)
         spots = [(spot, a) for a in label.anchors if (spot := page.cheapest(a, width, size * 1.2)) is not None]
         if not spots:
             continue

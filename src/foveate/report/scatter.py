@@ -279,10 +279,11 @@ class Scatter:
         size, room = self.size.font, self.frame.right - self.frame.left - 30
         wanted: dict[int, tuple[Wanted, list[_Dot]]] = {}
         for text, dots in self._wanted():
-            while text_width(text, size) > room and len(text) > 4:
+            bold = dots[0].front
+            while text_width(text, size, bold) > room and len(text) > 4:
                 text = text[:-2].rstrip("…") + "…"
             anchors = tuple(Anchor(d.x, d.y, _RADIUS + (4 if d.front else 1)) for d in dots)
-            label = Wanted(text, anchors)
+            label = Wanted(text, anchors, bold)
             wanted[id(label)] = (label, dots)
         reach = _RADIUS + 1.5
         obstacles = [Box(d.x - reach, d.y - reach, d.x + reach, d.y + reach) for d in self.dots]
@@ -302,7 +303,7 @@ class Scatter:
             strong = " strong" if dot.front else ""
             parts.append(
                 f'<text class="label {mark.css}{strong}" data-series="{series}" x="{middle:.1f}" '
-                f'y="{label.box.bottom - size * 0.32:.1f}" text-anchor="middle">{escape(label.wanted.text)}</text>'
+                f'y="{label.box.bottom - size * 0.26:.1f}" text-anchor="middle">{escape(label.wanted.text)}</text>'
             )
         return parts
 

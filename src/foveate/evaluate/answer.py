@@ -1,0 +1,130 @@
+"""What a model says behind a prompt that a method holds: greedy answers, or the log-probabilities of a continuation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.evaluate.batch import Batch
+from foveate.tasks import Sample, Task
+
+
+@dataclass
+class Answer:
+    """One sample's outcome under one method.
+
+    Args:
+        prediction: the generated text, or the log-probabilities of the targets.
+        score: the task's value.
+        tokens: tokens decoded.
+        kv_bytes: held per row once the prompt is over and the first decode step has settled.
+        kv_bytes_prompt, kv_bytes_end: held per row right after the prompt, and when the row ended.
+    """
+
+    prediction: str | list[float] = ""
+    score: float = 0.0
+    tokens: int = 0
+    kv_bytes: int = 0
+    kv_bytes_prompt: int = 0
+    kv_bytes_end: int = 0
+
+
+def read_prompts(batch: Batch, samples: Sequence[Sample], question_seen: bool, *, part: str = "all") -> Tensor | None:
+    """Read the prompts of the samples: contexts and questions as one piece, or, if the methods must not see the question
+    while they compress, one after the other.
+
+    Args:
+        part: "context": what comes before the methods act; "rest": what comes after; "all": both.
+
+    Returns:
+        Logits [B, V] behind the prompt; None for a "rest" that is empty.
+    """
+    logits = None
+    if part in ("all", "context"):
+        rows = [s.context_ids + (s.question_ids if question_seen else ()) for s in samples]
+        logits = batch.prompt(rows)
+    if part in ("all", "rest") and not question_seen and samples[0].question_ids:
+        logits = batch.prompt([s.question_ids for s in samples])
+    return logits
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = list(given) if isinstance(given, list | tuple) else [given]
+    return frozenset(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None)
+
+
+def answer(batch: Batch, logits: Tensor, samples: Sequence[Sample], task: Task, tokenizer: Any) -> list[Answer]:
+    """Decode every row to its end and score it. Rows that are done leave the batch."""
+    answers = [Answer() for _ in samples]
+    rows = list(range(len(samples)))
+    settled = False
+    held = batch.cache.nbytes // len(rows)
+    for one in answers:
+        one.kv_bytes = one.kv_bytes_prompt = held
+    writer = _Writer(samples, task, tokenizer, stop_tokens(batch.model, tokenizer))
+    while True:
+        tokens = writer.next(logits, rows)
+        going = [i for i, row in enumerate(rows) if not writer.ended(row)]
+        for i, row in enumerate(rows):
+            if i not in going:
+                answers[row].kv_bytes_end = held
+        if not going:
+            break
+        if len(going) < len(rows):
+            batch.keep(going)
+            rows, tokens = [rows[i] for i in going], [tokens[i] for i in going]
+        logits = batch.step(tokens)
+        held = batch.cache.nbytes // len(rows)
+        for row in rows:
+            answers[row].tokens += 1
+        if not settled:
+            settled = True
+            for row in rows:
+                answers[row].kv_bytes = held
+    for row, one in enumerate(answers):
+        one.prediction = writer.prediction(row)
+        one.score = task.score(one.prediction, samples[row])
+    return answers
+
+
+class _Writer:
+    """Chooses each row's next token, greedily or from its targets, and says when the row has ended."""
+
+    def __init__(self, samples: Sequence[Sample], task: Task, tokenizer: Any, stop: frozenset[int]) -> None:
+        self.samples, self.task, self.tokenizer, self.stop = samples, task, tokenizer, stop
+        self.given = task.kind == "perplexity"
+        self.ids: list[list[int]] = [[] for _ in samples]
+        self.logprobs: list[list[float]] = [[] for _ in samples]
+
+    def next(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
+        if not self.given:
+            tokens = logits.argmax(-1).tolist()
+        else:
+            tokens = [self.samples[row].target_ids[len(self.ids[row])] for row in rows]
+            chosen = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+            found = logits.log_softmax(-1).gather(1, chosen).squeeze(1).tolist()
+            for row, value in zip(rows, found, strict=True):
+                self.logprobs[row].append(value)
+        for row, token in zip(rows, tokens, strict=True):
+            self.ids[row].append(token)
+        return tokens
+
+    def ended(self, row: int) -> bool:
+        ids, sample = self.ids[row], self.samples[row]
+        if self.given:
+            return len(ids) == len(sample.target_ids)
+        if ids[-1] in self.stop or len(ids) >= sample.max_new_tokens:
+            return True
+        return self.task.done(self.text(row), sample)
+
+    def text(self, row: int) -> str:
+        return self.tokenizer.decode(self.ids[row], skip_special_tokens=True)
+
+    def prediction(self, row: int) -> str | list[float]:
+        return self.logprobs[row] if self.given else self.text(row)

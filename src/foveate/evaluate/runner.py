@@ -1,0 +1,409 @@
+"""Runs a grid of settings, lengths and tasks on one model, and keeps a record of every cell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from statistics import median
+from typing import Any
+
+import torch
+
+from foveate.engine.apply import Handle, apply, compose
+from foveate.engine.binding import Binding
+from foveate.engine.plan import unite
+from foveate.errors import BadArgument, FoveateError
+from foveate.evaluate import cost as costing
+from foveate.evaluate.answer import Answer, answer, read_prompts
+from foveate.evaluate.batch import Batch, rows_at_once
+from foveate.evaluate.machine import describe, versions
+from foveate.evaluate.record import DENSE, Cell, Log, Record
+from foveate.evaluate.setting import Bound, Setting, bind, check, open_profiles
+from foveate.methods.base import Profile
+from foveate.models.shape import ModelShape
+from foveate.tasks import Corpus, Sample, Task
+
+Watch = Callable[[float, float, str], None]
+"""Told (work done, work in all, what is at work) as a run goes on; the unit is about one prompt token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is run besides the settings: everything that decides about the samples.
+
+    Args:
+        model: its name in records.
+        lengths: context lengths in tokens, answers counted in.
+        samples: per length and task; every setting gets the same ones.
+        question_seen: whether methods see the question while they compress the context.
+        repeats: of each timing.
+        command: what repeats the run.
+    """
+
+    model: str
+    lengths: tuple[int, ...]
+    tasks: tuple[Task, ...]
+    samples: int
+    seed: int = 0
+    question_seen: bool = False
+    repeats: int = 3
+    corpus: Corpus
+    command: str = ""
+
+    def shared(self, model: Any) -> dict[str, Any]:
+        """What all cells have in common and no cell key holds; a run in the same folder must agree with it."""
+        return {
+            "samples": self.samples,
+            "repeats": self.repeats,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "corpus": self.corpus.name,
+            "corpus_digest": self.corpus.digest,
+        }
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    request: Request,
+    settings: Sequence[Setting],
+    out: str | os.PathLike[str],
+    *,
+    profiles: Iterable[Profile | str | os.PathLike[str]] = (),
+    watch: Watch = lambda done, total, what: None,
+) -> list[Record]:
+    """Run every cell that the folder does not hold yet, and return the records of all cells of the request.
+
+    Everything that can be told from the arguments is checked before anything is written. Cells are written one by one
+    as soon as their group (one length and task, all settings) is complete, so a run that was killed goes on at the
+    first group that is not.
+
+    Raises:
+        BadArgument, Refused: a length, task, profile or method that cannot be had on this model.
+        FoveateError: the folder cannot be written.
+    """
+    shape = ModelShape.of(model)
+    _check_lengths(request, shape, tokenizer)
+    with apply(model, DENSE) as handle, torch.inference_mode():
+        given = open_profiles(profiles, settings, shape)
+        bounds = [bind(handle, setting, given) for setting in settings]
+        samples = _make_samples(request, tokenizer, watch)
+        with Log(out, request.shared(model), request.command) as log:
+            runner = Runner(model, tokenizer, shape, request, handle, bounds, samples, log, watch)
+            runner.run()
+            done = log.done()
+            return [done[cell.key()] for cell in runner.cells()]
+
+
+def _check_lengths(request: Request, shape: ModelShape, tokenizer: Any) -> None:
+    for length in request.lengths:
+        if length > shape.max_positions:
+            raise BadArgument("lengths", length, f"{request.model} has {shape.max_positions} positions; give at most that")
+        for task in request.tasks:
+            minimum = task.minimum(tokenizer)
+            if length < minimum:
+                mend = f"{task.name} needs at least {minimum} tokens with this tokenizer"
+                raise BadArgument("lengths", length, mend)
+
+
+def _make_samples(request: Request, tokenizer: Any, watch: Watch) -> dict[tuple[int, str], list[Sample]]:
+    made = {}
+    for length in request.lengths:
+        for task in request.tasks:
+            watch(0, 0, f"writing samples of {task.name}, {length} tokens")
+            samples = task.generate(tokenizer, length, request.samples, request.seed, request.corpus)
+            for sample in samples:
+                tokens = len(sample.context_ids) + len(sample.question_ids) + len(sample.target_ids) + sample.max_new_tokens
+                if tokens > length:
+                    raise FoveateError(f"{task.name} made a prompt of {tokens} tokens where {length} were asked for")
+            made[length, task.name] = samples
+    return made
+
+
+@dataclass
+class Tally:
+    """What one setting gathered in one group."""
+
+    answers: list[Answer] = field(default_factory=list)
+    read: dict[str, float] = field(default_factory=dict)
+    dense: dict[str, float] = field(default_factory=dict)
+
+    def add(self, batch: Batch, earlier: Batch | None) -> None:
+        """Count a batch's pairs; `earlier` is the shared batch it was forked from."""
+        for each in [batch] if earlier is None else [batch, earlier]:
+            for phase, pairs in (each.cache.meter or {}).items():
+                self.read[phase] = self.read.get(phase, 0.0) + pairs
+            for phase, pairs in each.dense.items():
+                self.dense[phase] = self.dense.get(phase, 0.0) + pairs
+
+    def share(self, phase: str) -> float | None:
+        """Pairs read over dense pairs; None where nothing was to be read."""
+        dense = self.dense.get(phase, 0.0)
+        return self.read.get(f"{phase}_read", 0.0) / dense if dense else None
+
+
+class Runner:
+    """One run: which cells are missing, and how they are measured."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        shape: ModelShape,
+        request: Request,
+        handle: Handle,
+        bounds: Sequence[Bound],
+        samples: dict[tuple[int, str], list[Sample]],
+        log: Log,
+        watch: Watch,
+    ) -> None:
+        self.model, self.tokenizer, self.shape, self.request = model, tokenizer, shape, request
+        self.handle, self.bounds, self.samples, self.log, self.watch = handle, list(bounds), samples, log, watch
+        self.done, self.total = 0.0, 0.0
+        self.dense = next(b.binding for b in bounds if b.setting.method == DENSE and b.binding is not None)
+        # All settings of the run count, also those whose cells are done: what is captured changes how attention is
+        # computed, and with it the last bits of a prompt that a resumed run must find again.
+        needs = [b.binding.prompt_needs for b in bounds if b.binding is not None and b.binding.shares_prefill]
+        self.shared = Binding(model, compose(DENSE), {}, handle, capture=unite(needs))
+        self.facts = {
+            "versions": versions(),
+            "device": describe(model.device),
+            "command": request.command,
+        }
+
+    # -- cells --------------------------------------------------------------------------------------------------------
+
+    def cell(self, setting: Setting, length: int, task: Task) -> Cell:
+        request = self.request
+        return Cell(
+            model=request.model,
+            method=setting.method,
+            settings=setting.settings,
+            budget=setting.budget,
+            length=length,
+            task=task.name,
+            seed=request.seed,
+            question_seen=request.question_seen,
+        )
+
+    def cells(self) -> list[Cell]:
+        """All cells of the request, in the order in which they are run."""
+        return [
+            self.cell(bound.setting, length, task)
+            for length in self.request.lengths
+            for task in self.request.tasks
+            for bound in self.bounds
+        ]
+
+    def pending(self, length: int, task: Task) -> list[Bound]:
+        """Settings whose cell is missing; a refusal is looked at again, since a profile may have come meanwhile."""
+        found = []
+        have = self.log.done()
+        for bound in self.bounds:
+            record = have.get(self.cell(bound.setting, length, task).key())
+            bound = check(bound, self._prompt_lengths(length, task))
+            if record is None or (record.status == "refused" and bound.binding is not None):
+                found.append(bound)
+        return found
+
+    def _prompt_lengths(self, length: int, task: Task) -> set[int]:
+        """Lengths of the prompts that the methods act on."""
+        seen = self.request.question_seen
+        lengths = [len(s.context_ids) + seen * len(s.question_ids) for s in self.samples[length, task.name]]
+        return {min(lengths), max(lengths)}
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run what is missing: by length, then by task; costs come first at each length."""
+        plan = [(n, task, self.pending(n, task)) for n in self.request.lengths for task in self.request.tasks]
+        untimed = {n: self._untimed(n, [b for m, _, todo in plan if m == n for b in todo]) for n in self.request.lengths}
+        self.total = sum(self._work(n, task, todo) for n, task, todo in plan)
+        self.total += sum(self._timing_work(n, len(todo)) for n, todo in untimed.items() if todo)
+        for length in self.request.lengths:
+            known = self._time(length, untimed[length])
+            for n, task, todo in plan:
+                if n == length and todo:
+                    self._group(length, task, todo, known)
+        self.watch(self.total, self.total, "done")
+
+    def _advance(self, work: float, what: str) -> None:
+        self.done += work
+        self.watch(self.done, max(self.total, self.done), what)
+
+    def _work(self, length: int, task: Task, todo: Sequence[Bound]) -> float:
+        """About how many prompt tokens' worth of work a group is."""
+        running = [b for b in todo if b.binding is not None]
+        own = sum(not b.binding.shares_prefill for b in running if b.binding is not None)
+        shared = length * self.request.samples if len(running) > own else 0
+        return shared + own * length * self.request.samples + len(running) * self._answer_work(length, task)
+
+    def _answer_work(self, length: int, task: Task) -> float:
+        rows = rows_at_once(length)
+        steps = len(self.samples[length, task.name][0].target_ids) or 32
+        return self.request.samples * (64 + steps * (6 + 18 / rows) + 0.05 * length)
+
+    def _timing_work(self, length: int, settings: int) -> float:
+        per_prompt = length + 24 * 2 * costing.STEPS
+        return self.request.repeats * (settings + 1) * per_prompt
+
+    # -- costs --------------------------------------------------------------------------------------------------------
+
+    def _untimed(self, length: int, todo: Sequence[Bound]) -> list[Bound]:
+        """Settings of which no record of this length holds the costs yet."""
+        known = {
+            (r.cell.method, repr(sorted(r.cell.settings.items())), r.cell.budget)
+            for r in self._timed_records(length)
+        }
+        wanted = {b.setting.key: b for b in todo if b.binding is not None and b.setting.key not in known}
+        return list(wanted.values()) if self.request.repeats else []
+
+    def _timed_records(self, length: int) -> list[Record]:
+        mine = (self.request.model, self.request.seed, self.request.question_seen, length)
+        return [
+            r
+            for r in self.log.done().values()
+            if (r.cell.model, r.cell.seed, r.cell.question_seen, r.cell.length) == mine and r.prefill_s is not None
+        ]
+
+    def _time(self, length: int, todo: Sequence[Bound]) -> dict[tuple[str, str, str | None], dict[str, Any]]:
+        """Cost fields of records by setting: those measured before, and the rest now."""
+        names = ("prefill_s", "prefill_dense_s", "decode_ms", "decode_dense_ms", "kv_bytes_peak", "repeats")
+        known: dict[tuple[str, str, str | None], dict[str, Any]] = {
+            (r.cell.method, repr(sorted(r.cell.settings.items())), r.cell.budget): {n: getattr(r, n) for n in names}
+            for r in self._timed_records(length)
+        }
+        if not todo:
+            return known
+        task = self.request.tasks[0]
+        work = self._timing_work(length, len(todo)) / (self.request.repeats * (len(todo) + 1))
+        others = [b for b in todo if b.setting.method != DENSE]
+        costs = costing.measure(
+            self.model,
+            self.shape,
+            self.dense,
+            others,
+            self.samples[length, task.name][0],
+            question_seen=self.request.question_seen,
+            repeats=self.request.repeats,
+            done=lambda: self._advance(work, f"timing, {length} tokens"),
+        )
+        dense_key = next(b.setting.key for b in self.bounds if b.setting.method == DENSE)
+        for key, cost in {dense_key: costs.dense, **costs.found}.items():
+            if key not in costs.refused:
+                known[key] = {
+                    "prefill_s": cost.prefill_s,
+                    "prefill_dense_s": costs.dense.prefill_s,
+                    "decode_ms": cost.decode_ms,
+                    "decode_dense_ms": cost.decode_dense_ms,
+                    "kv_bytes_peak": cost.peak,
+                    "repeats": self.request.repeats,
+                }
+        return known
+
+    # -- quality ------------------------------------------------------------------------------------------------------
+
+    def _group(
+        self,
+        length: int,
+        task: Task,
+        todo: Sequence[Bound],
+        known: dict[tuple[str, str, str | None], dict[str, Any]],
+    ) -> None:
+        """All missing cells of one length and task: one prompt serves every method that leaves prefill dense."""
+        samples = self.samples[length, task.name]
+        tallies = {bound.setting.key: Tally() for bound in todo}
+        state = {bound.setting.key: bound for bound in todo}
+        rows = rows_at_once(length)
+        for start in range(0, len(samples), rows):
+            some = samples[start : start + rows]
+            shared: tuple[Batch, torch.Tensor | None] | None = None
+            for key, bound in state.items():
+                if bound.binding is None:
+                    continue
+                what = f"{length} tokens, {task.name}, {bound.setting.label}"
+                self.watch(self.done, self.total, what)
+                try:
+                    if bound.binding.shares_prefill:
+                        if shared is None:
+                            shared = self._read_shared(some)
+                            self._advance(length * len(some), what)
+                        batch, logits = shared[0].fork(bound.binding), shared[1]
+                        batch.cache.meter = {}
+                        rest = read_prompts(batch, some, self.request.question_seen, part="rest")
+                        logits = logits if rest is None else rest
+                    else:
+                        batch = Batch(self.model, bound.binding.cache(), len(some), self.shape)
+                        batch.cache.meter = {}
+                        logits = read_prompts(batch, some, self.request.question_seen)
+                        self._advance(length * len(some), what)
+                    assert logits is not None
+                    tallies[key].answers += answer(batch, logits, some, task, self.tokenizer)
+                    tallies[key].add(batch, shared[0] if bound.binding.shares_prefill and shared else None)
+                except FoveateError as error:
+                    state[key] = bound.refuse(error)
+                self._advance(self._answer_work(length, task) * len(some) / len(samples), what)
+        self._write(length, task, state, tallies, known)
+
+    def _read_shared(self, samples: Sequence[Sample]) -> tuple[Batch, torch.Tensor | None]:
+        batch = Batch(self.model, self.shared.cache(), len(samples), self.shape)
+        batch.cache.meter = {}
+        return batch, read_prompts(batch, samples, self.request.question_seen, part="context")
+
+    # -- records ------------------------------------------------------------------------------------------------------
+
+    def _write(
+        self,
+        length: int,
+        task: Task,
+        state: dict[tuple[str, str, str | None], Bound],
+        tallies: dict[tuple[str, str, str | None], Tally],
+        known: dict[tuple[str, str, str | None], dict[str, Any]],
+    ) -> None:
+        dense_bytes = 0
+        for key, bound in state.items():  # dense stands first
+            cell = self.cell(bound.setting, length, task)
+            if bound.binding is None:
+                assert bound.refused is not None
+                self.log.append(
+                    Record(cell=cell, status="refused", refused=bound.refused, floor=bound.floor, **self.facts)
+                )
+                continue
+            tally = tallies[key]
+            held = int(median(one.kv_bytes for one in tally.answers))
+            if bound.setting.method == DENSE:
+                dense_bytes = held
+            self.log.append(
+                Record(
+                    cell=cell,
+                    scores=[float(one.score) for one in tally.answers],
+                    outcomes=[
+                        _outcome(sample, one)
+                        for sample, one in zip(self.samples[length, task.name], tally.answers, strict=True)
+                    ],
+                    higher_is_better=task.higher_is_better,
+                    kv_bytes=held,
+                    kv_bytes_dense=dense_bytes or self._dense_record(length, task).kv_bytes,
+                    pairs_read=tally.share("decode"),
+                    pairs_prefill=tally.share("prompt"),
+                    calibration_s=bound.calibration_s,
+                    **known.get(key, {}),
+                    **self.facts,
+                )
+            )
+
+    def _dense_record(self, length: int, task: Task) -> Record:
+        setting = next(b.setting for b in self.bounds if b.setting.method == DENSE)
+        return self.log.done()[self.cell(setting, length, task).key()]
+
+
+def _outcome(sample: Sample, one: Answer) -> dict[str, Any]:
+    """One sample of a record, as JSON values."""
+    values = {f.name: getattr(one, f.name) for f in fields(one)}
+    return {
+        "index": sample.index,
+        "depths": list(sample.depths),
+        "references": list(sample.references),
+        **values,
+    }

@@ -1,0 +1,1 @@
+"""Looking into attention heads and training small things on them: taps, gates, and the texts they are trained on."""

@@ -1,0 +1,120 @@
+"""What the contract is tried on. Methods come from the registry, their small settings from their own test files.
+
+A method's file `tests/methods/test_<name>.py` may state
+
+- `SMALL`: settings under which the method changes something on prompts of 60 to 200 tokens of a tiny model;
+- `FULL`: what to add to `SMALL` so that nothing is dropped or rounded; a full budget unless stated;
+- `profile_for(shape)`: a profile for any model, for calibrated methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import foveate
+from foveate.errors import FoveateError
+from foveate.methods import METHODS, Composition, Method, Profile
+from foveate.models.shape import ModelShape
+from foveate.models.tiny import FAMILIES, tiny
+
+GROUPS = {1: (4, 4), 2: (4, 2), 3: (6, 2), 8: (8, 1)}
+"""Query heads and kv heads by the size of a group."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A registered method with settings that act on a tiny model."""
+
+    cls: type[Method]
+    small: Mapping[str, Any] = field(default_factory=dict)
+    full: Mapping[str, Any] = field(default_factory=dict)
+    profile_for: Callable[[ModelShape], Profile] | None = None
+
+    @property
+    def id(self) -> str:
+        return self.cls.id
+
+    def method(self, **changes: Any) -> Method:
+        """The method with its small settings."""
+        return self.cls(**{**self.small, **changes})
+
+    def whole(self) -> Method:
+        """The method when it leaves nothing out."""
+        return self.cls(**{**self.small, **self.full})
+
+    @property
+    def holds_less(self) -> bool:
+        """Whether its small settings make the cache smaller than a dense one."""
+        return bool({"keep", "format"} & self.method().fills)
+
+
+def test_module(cls: type[Method]) -> str:
+    """The test file that a method comes with, named like its own file."""
+    return f"tests.methods.test_{cls.__module__.rpartition('.')[2]}"
+
+
+def case_of(cls: type[Method]) -> Case:
+    name = test_module(cls)
+    stated = vars(import_module(name)) if find_spec(name) else {}
+    full = {"budget": 1.0} if cls.budgeted else {}
+    return Case(cls, stated.get("SMALL", {}), stated.get("FULL", full), stated.get("profile_for"))
+
+
+CASES = {name: case_of(cls) for name, cls in sorted(METHODS.items()) if cls.__module__.startswith("foveate.")}
+
+
+@cache
+def model(family: str = "llama", group: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A tiny model, made once. It has at least two layers of full attention, since some methods leave the first alone."""
+    heads, kv_heads = GROUPS[group]
+    layers = 4 if family == "gemma3" else 3
+    return tiny(family, layers=layers, heads=heads, kv_heads=kv_heads, dtype=dtype, seed=seed)
+
+
+@contextmanager
+def applied(model: nn.Module, case: Case, method: Method | Composition | None = None) -> Iterator[foveate.Handle]:
+    """The case's method on a model. Where method and model do not fit, the refusal is what is tested."""
+    try:
+        handle = foveate.apply(model, method or case.method(), profile=profiles(case, model))
+    except FoveateError as error:
+        assert_refusal(error)
+        pytest.skip(f"refused, as it may be: {error}")
+    with handle:
+        yield handle
+
+
+def profiles(case: Case, model: nn.Module) -> Profile | None:
+    return None if case.profile_for is None else case.profile_for(ModelShape.of(model))
+
+
+def assert_refusal(error: BaseException) -> None:
+    """One line that says something."""
+    assert isinstance(error, FoveateError), f"{type(error).__name__}: {error}"
+    text = str(error)
+    assert "\n" not in text.strip(), text
+    assert len(text) > 20, text
+
+
+def each_method(**only: Any) -> Any:
+    """Parametrise `case` over every registered method."""
+    wanted = [case for case in CASES.values() if all(getattr(case.cls, key) == value for key, value in only.items())]
+    return pytest.mark.parametrize("case", wanted, ids=lambda case: case.id)
+
+
+def each_subject() -> Any:
+    """Parametrise `case`, `family`, `group`: every method on every family, and with every group size on llama."""
+    places = [(family, 2) for family in FAMILIES] + [("llama", group) for group in GROUPS if group != 2]
+    return pytest.mark.parametrize(
+        ("case", "family", "group"),
+        [pytest.param(case, *place, id=f"{case.id}-{place[0]}-{place[1]}") for case in CASES.values() for place in places],
+    )

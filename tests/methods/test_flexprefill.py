@@ -1,0 +1,138 @@
+"""FlexPrefill: must-hold tests of its card."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.closeness import assert_close
+from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
+
+import foveate
+from foveate.methods import FlexPrefill
+from foveate.methods.flexprefill import js_distance
+from foveate.methods.policies.lists import coverage_count
+from foveate.methods.policies.probes import block_mean, last_rows, probe_lines
+
+SMALL = {"block": 8, "min_budget": 8, "gamma": 0.6}
+FULL = {"min_budget": 4096}
+
+
+def blocks(read: dict, size: int = 8) -> torch.Tensor:
+    """Active blocks [B, H, query blocks, key blocks] of a read."""
+    lists = read["parts"].lists
+    count = -(-read["store"].bands[0].used // size)
+    out = torch.zeros(*lists.shape[:3], count + 1, dtype=torch.bool)
+    return out.scatter(-1, torch.where(lists < 0, count, lists).long(), True)[..., :count]
+
+
+def run(ids: torch.Tensor, model=None, **kwargs) -> list[dict]:
+    with watching() as seen:
+        applied(model or llama(), FlexPrefill(**{"block": 8, "min_budget": 8, **kwargs}), ids)
+    return seen
+
+
+@pytest.mark.parametrize("length", [61, 64])
+@pytest.mark.parametrize("tau", [0.0, 2.0])
+def test_covering_everything_is_dense(length: int, tau: float) -> None:
+    model, ids = llama(), prompt(2, length)
+    want, _ = logits(model, ids)
+    with watching() as seen:
+        got, _ = applied(model, FlexPrefill(block=8, gamma=1.01, tau=tau, min_budget=8), ids)
+    assert_close(got, want, TOLERANCE)
+    assert all(r["parts"].lists is not None for r in seen)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3, 2.0])
+def test_sink_column_and_diagonal_are_always_read(tau: float) -> None:
+    for read in run(prompt(2, 93), tau=tau, gamma=0.3):
+        active = blocks(read)
+        assert active[..., 0].all()
+        assert active.diagonal(dim1=-2, dim2=-1).all()
+        assert not active.triu(1).any()
+
+
+def test_it_really_is_sparse_and_rows_are_served_by_their_own_length() -> None:
+    reads = run(prompt(1, 200), gamma=0.3)
+    full = torch.ones(25, 25).tril().sum()
+    assert all(blocks(r).sum((-1, -2)).float().mean() < 0.8 * full for r in reads)
+
+
+def test_tau_decides_the_pattern() -> None:
+    """tau = 0: no head is query-aware; tau >= sqrt(ln 2): every head is, and lines fall to their least."""
+    p, q = torch.rand(50, 9).softmax(-1), torch.zeros(50, 9)
+    q[:, 0] = 1.0
+    assert (js_distance(p, q) <= math.sqrt(math.log(2)) + 1e-6).all()
+    assert not js_distance(p, p).isnan().any()
+    far = js_distance(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    assert far == pytest.approx(math.sqrt(math.log(2)))
+    lines, aware = (run(prompt(1, 93), llama(layers=1), tau=tau, gamma=0.5)[0] for tau in (0.0, 2.0))
+    # A vertical-slash head is a union of whole columns and diagonals; a query-aware one generally is not.
+    active = blocks(lines)[0]
+    for head in active:
+        last = head[-1]
+        rebuilt = torch.zeros_like(head)
+        for i in range(head.shape[0]):
+            for j in range(i + 1):
+                rebuilt[i, j] = head[i, j] and (head[j:, j].all() or head.diagonal(-(i - j)).all())
+        assert torch.equal(rebuilt, head)
+        assert last[0]
+    assert not torch.equal(active, blocks(aware)[0])
+
+
+def test_lines_cover_gamma_of_the_probe() -> None:
+    q, k = torch.randn(4, 93, 16), torch.randn(4, 93, 16)
+    vertical, slash = probe_lines(last_rows(q, k, 8, 0.5))
+    assert_close(vertical.sum(-1), torch.ones(4), 1e-6)
+    assert_close(slash.sum(-1), torch.ones(4), 1e-6)
+    for mass in (vertical, slash):
+        n = coverage_count(mass, 0.7)
+        best = mass.sort(-1, descending=True).values
+        for head in range(4):
+            assert best[head, : n[head]].sum() >= 0.7
+            assert best[head, : n[head] - 1].sum() <= 0.7
+
+
+def test_slash_equals_a_loop_over_diagonals() -> None:
+    q, k = torch.randn(3, 21, 8), torch.randn(3, 21, 8)
+    rows = last_rows(q, k, 5, 0.4)
+    _, slash = probe_lines(rows)
+    for head in range(3):
+        for distance in range(21):
+            want = sum(float(rows[head, i, 16 + i - distance]) for i in range(5) if 16 + i - distance >= 0) / 5
+            assert float(slash[head, distance]) == pytest.approx(want, abs=1e-6)
+
+
+def test_partial_last_block_is_a_true_mean() -> None:
+    x = torch.randn(2, 19, 4)
+    assert_close(block_mean(x, 8)[:, 2], x[:, 16:].mean(1), 1e-6)
+
+
+def test_block_count_does_not_depend_on_the_order_of_heads() -> None:
+    ids = prompt(1, 93)
+    model = llama(layers=1, heads=4, kv_heads=4)
+    plain = blocks(run(ids, model)[0]).sum((-1, -2)).flatten()
+    attention = model.model.layers[0].self_attn
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weight = getattr(attention, name).weight
+            weight.copy_(weight.view(4, -1, weight.shape[-1])[order].reshape_as(weight))
+    assert torch.equal(blocks(run(ids, model)[0]).sum((-1, -2)).flatten(), plain[order])
+
+
+def test_short_prompts_are_dense() -> None:
+    assert all(r["parts"].dense for r in run(prompt(1, 31), min_budget=32))
+
+
+def test_block_size_reaches_the_budget_conversion() -> None:
+    """Budgets are converted by the block size in use, not by a constant."""
+    small = run(prompt(1, 200), llama(layers=1), gamma=0.9, tau=0.0)[0]
+    assert blocks(small).sum() < blocks(run(prompt(1, 200), llama(layers=1), gamma=1.01, tau=0.0)[0]).sum()
+
+
+@pytest.mark.parametrize("bad", [{"block": 0}, {"gamma": 0.0}, {"max_budget": 8}, {"budget": 0.5}])
+def test_bad_parameters(bad: dict) -> None:
+    with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
+        FlexPrefill(**bad)

@@ -1,0 +1,127 @@
+"""KIVI: must-hold tests of its card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.closeness import assert_close, relative_rms
+from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores
+
+import foveate
+from foveate.cache import PackedColumn
+from foveate.methods import KIVI, StreamingLLM
+from foveate.methods.kivi import Quantised
+
+SMALL = {"bits": 4, "group": 4, "residual": 8}
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 300.0, 1e-3])
+def test_error_is_at_most_half_a_step(bits: int, per_channel: bool, scale: float) -> None:
+    x = torch.randn(3, 64, 24) * scale + scale * torch.randn(24) * 5
+    side = Quantised(bits, 8, per_channel, tail=0, flush=8)
+    back = side.unpack(side.pack(x), torch.float32)
+    grouped = x.view(3, 8, 8, 24).transpose(2, 3) if per_channel else x.view(3, 64, 3, 8)
+    step = (grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)) / (2**bits - 1)
+    step = step.expand_as(grouped)
+    step = step.transpose(2, 3).reshape_as(x) if per_channel else step.reshape_as(x)
+    # float16 holds the zero point and the scale to 11 bits; both are rounded outwards.
+    slack = x.abs().amax() * 2**-10 + step * 2**-9
+    assert ((x - back).abs() <= step / 2 + slack).all()
+    assert relative_rms(back, x) > 1e-4
+
+
+def test_a_constant_group_is_exact_to_float16() -> None:
+    side = Quantised(2, 8, True, 0, 8)
+    x = torch.full((1, 8, 4), 3.25)
+    assert torch.equal(side.unpack(side.pack(x), torch.float32), x)
+
+
+def test_identity_is_dense() -> None:
+    model, ids, steps = llama(), prompt(2, 41), prompt(2, 7, seed=1)
+    want, _ = logits(model, ids, steps)
+    got, _ = applied(model, KIVI(bits=16), ids, steps)
+    assert_close(got, want, TOLERANCE)
+
+
+@pytest.mark.parametrize("length,steps", [(41, 0), (41, 7), (48, 0), (48, 1), (5, 2), (7, 9)])
+def test_residual_lengths(length: int, steps: int) -> None:
+    _, cache = applied(llama(), KIVI(group=4, residual=8), prompt(1, length), prompt(1, steps, seed=1) if steps else None)
+    total = length + steps
+    for store in stores(cache):
+        (band,) = store.bands
+        assert isinstance(band.k, PackedColumn)
+        assert isinstance(band.v, PackedColumn)
+        assert (total - band.k.packed == total % 8).all()
+        assert (total - band.v.packed == min(total, 8)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_bytes_of_the_packed_body(bits: int) -> None:
+    """bits / 8 per element and 4 bytes per group, keys and values; nothing else is held for packed tokens."""
+    _, cache = applied(llama(layers=1, head_dim=32), KIVI(bits=bits, group=8, residual=16), prompt(1, 64))
+    (band,) = stores(cache)[0].bands
+    keys = sum(t.numel() * t.element_size() for t in band.k.body)
+    values = sum(t.numel() * t.element_size() for t in band.v.body)
+    assert keys == 2 * 64 * 32 * bits / 8 + 2 * 64 * 32 / 8 * 4
+    assert values == 2 * 48 * 32 * bits / 8 + 2 * 48 * 32 / 8 * 4
+
+
+def test_prompt_attention_is_exact_and_decode_reads_what_is_held() -> None:
+    model, ids, steps = llama(), prompt(1, 61), prompt(1, 5, seed=1)
+    want, _ = logits(model, ids, steps)
+    errors = []
+    for bits in (2, 4, 8):
+        got, _ = applied(model, KIVI(bits=bits, group=4, residual=8), ids, steps)
+        assert_close(got[:, :1], want[:, :1], TOLERANCE)
+        errors.append(relative_rms(got[:, 1:], want[:, 1:]))
+    assert errors[0] > errors[1] > errors[2] > TOLERANCE
+
+
+def test_two_bit_keys_per_token_collapse() -> None:
+    """The negative control: outlier channels ruin per-token groups of keys, which is why keys go per channel."""
+    x = torch.randn(2, 128, 32)
+    x[..., :2] *= 40
+    error = {}
+    for per_channel in (True, False):
+        side = Quantised(2, 32, per_channel, 0, 32)
+        small = side.unpack(side.pack(x), torch.float32)[..., 2:]
+        error[per_channel] = relative_rms(small, x[..., 2:])
+    assert error[False] > 3 * error[True]
+
+
+def test_rows_of_different_length_pack_as_alone() -> None:
+    model = llama()
+    ids, mask = prompt(2, 45), torch.ones(2, 45, dtype=torch.long)
+    mask[0, :12] = 0
+    with foveate.apply(model, KIVI(group=4, residual=8)), torch.no_grad():
+        both = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0,
+                              output_logits=True, return_dict_in_generate=True)  # fmt: skip
+        alone = model.generate(ids[:1, 12:], max_new_tokens=12, do_sample=False, pad_token_id=0, output_logits=True,
+                               return_dict_in_generate=True)  # fmt: skip
+    assert_close(torch.stack(both.logits)[:, :1], torch.stack(alone.logits), 1e-4)
+
+
+def test_budget_chooses_the_most_bits_that_meet_it() -> None:
+    model = llama(head_dim=32)
+    with foveate.apply(model, "dense") as handle:
+        chosen = {}
+        for share in (0.2, 0.3, 0.5, 1.0):
+            binding = handle.bind(KIVI(group=32, residual=32), budget=share)
+            chosen[share] = binding.transient_plan(512)[0].roles["kivi"].extra["bits"]
+        # float32 model: 8 bits cost 9/32 of the dense cache before the exact tail, 4 bits 5/32, 2 bits 3/32
+        assert chosen == {0.2: 4, 0.3: 4, 0.5: 8, 1.0: 16}
+        with pytest.raises(foveate.Infeasible, match="2 bits"):
+            handle.bind(KIVI(group=32, residual=32), budget=0.1).check(256)
+
+
+def test_windowed_heads_stay_exact() -> None:
+    _, cache = applied(llama(), StreamingLLM(sink=2, recent=9) | KIVI(group=4, residual=4), prompt(1, 41))
+    assert not any(isinstance(band.k, PackedColumn) for store in stores(cache) for band in store.bands)
+
+
+@pytest.mark.parametrize("bad", [{"bits": 3}, {"group": 0}, {"residual": 48, "group": 32}])
+def test_bad_parameters(bad: dict) -> None:
+    with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
+        KIVI(**bad)
