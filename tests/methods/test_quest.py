@@ -81,9 +81,11 @@ def test_lists_hold_the_newest_page_and_the_budget(share: str, lists: int) -> No
 def test_summary_bytes_are_counted() -> None:
     """2 * ceil(M / P) * Hkv * D numbers per sparse layer."""
     model, ids = llama(layers=3), prompt(1, 64)
-    _, plain = applied(model, "dense", ids)
     _, cache = applied(model, Quest(page=4, dense_layers=1, tokens=20), ids)
-    assert cache.nbytes - plain.nbytes == 2 * (2 * 16 * 2 * 16) * 4
+    summaries = [t for store in stores(cache) for band in store.bands for t in band.summaries.values()]
+    assert sum(t.numel() for t in summaries) == 2 * (2 * 16 * 2 * 16)
+    _, plain = applied(model, "dense", ids)
+    assert cache.nbytes - plain.nbytes >= sum(t.numel() * t.element_size() for t in summaries)
 
 
 def test_read_share_is_what_was_asked() -> None:
@@ -102,7 +104,7 @@ def test_read_share_is_what_was_asked() -> None:
 def test_below_the_floor_is_refused_with_it() -> None:
     with foveate.apply(llama(layers=4), "dense") as handle:
         with pytest.raises(foveate.Infeasible) as error:
-            handle.bind(Quest(page=4, dense_layers=2), budget=0.4).check(200)
+            handle.bind(Quest(page=4, dense_layers=2), budget=0.52).check(200)
         assert error.value.floor == pytest.approx((2 * 200 + 2 * 12) / (4 * 200))
 
 

@@ -63,7 +63,7 @@ def test_the_smallest_cache_without_a_detectable_loss_wins():
     assert found.row is not None
     assert found.row.method == "small"
     assert "use small 0.25; it holds 30% of the dense KV cache" in found.sentence
-    assert "with no detectable loss at n=40 (score 0.88 against 0.90 dense" in found.sentence
+    assert "with no detectable loss at n=40 (score 0.875 against 0.900 dense, difference −0.025" in found.sentence
     # The interval of the difference stands beside the claim and reaches into losses.
     low = re.search(r"95% CI −(0\.\d+) to \+0\.\d+", found.sentence)
     assert low is not None

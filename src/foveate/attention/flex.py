@@ -152,7 +152,7 @@ def _table(r: Request) -> Tensor:
 
 def mask_mod(r: Request) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The pairs of a request as a function of row, query head, query and slot."""
-    batch, heads, k_heads, queries, keys = r.shape
+    batch, heads, k_heads, queries, _ = r.shape
     group = heads // k_heads
     ends = r.geometry.ends()
     ends = ends.expand(batch, *ends.shape[1:]).contiguous()

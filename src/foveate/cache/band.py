@@ -124,7 +124,11 @@ class Band:
         short = need - self.used - min(c.rooms(self.lengths) for c in self._columns())
         if short > 0:
             # A prompt is allocated exactly; later tokens find spare slots that cost one copy per 16 or more of them.
-            self.reserve(need + (max(GROWTH, need // 16) if self.used else 0), need - self.used)
+            spare = max(GROWTH, need // 16) if self.used else 0
+            if self.bounded:  # what a window will expire needs no room
+                most = max(int(s.sink) + int(s.window) for s in self.spans if s.window is not None)
+                spare = max(0, min(spare, most - need))
+            self.reserve(need + spare, need - self.used)
         before = self.lengths
         self.k.write(k, before, counts)
         if self.v is not None and v is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class Example:
 def evenly(low: int, high: int, count: int = 50) -> tuple[int, ...]:
     """`count` evenly spaced lengths from low to high, without repetition."""
     return tuple(sorted({round(low + (high - low) * i / max(1, count - 1)) for i in range(count)}))
+
+
+def shortest(tokenizer: Any) -> int:
+    """Tokens of the smallest text that can carry a passkey."""
+    return _need(tokenizer, *_SIZES[-1])
 
 
 def passkey_examples(
@@ -93,13 +99,18 @@ def _tail(keys: Sequence[Sequence[str]]) -> str:
 
 def _size(tokenizer: Any, length: int) -> tuple[int, int]:
     """How many passkeys of how many words a text of this length carries."""
-    longest = max(ALPHABET, key=lambda word: len(_encode(tokenizer, f" {word}")))
     for count, words in _SIZES:
-        keys = [[longest] * words] * count
-        used = len(_encode(tokenizer, _tail(keys))) + sum(len(_encode(tokenizer, text)) for text in _needles(keys))
-        if used <= (1 - _FILLER) * length - len(_leading(tokenizer)):
+        if _need(tokenizer, count, words) <= length:
             return count, words
-    raise BadArgument("lengths", length, "a text with one passkey needs more tokens; give longer lengths")
+    raise BadArgument("lengths", length, f"texts with a passkey need at least {shortest(tokenizer)} tokens")
+
+
+def _need(tokenizer: Any, count: int, words: int) -> int:
+    """Length of a text with so many passkeys and enough filler, whatever words are drawn."""
+    longest = max(ALPHABET, key=lambda word: len(_encode(tokenizer, f" {word}")))
+    keys = [[longest] * words] * count
+    used = len(_encode(tokenizer, _tail(keys))) + sum(len(_encode(tokenizer, text)) for text in _needles(keys))
+    return math.ceil((used + len(_leading(tokenizer))) / (1 - _FILLER))
 
 
 def _running(tokenizer: Any, tokens: int, rng: random.Random, filler: Corpus) -> list[int]:

@@ -100,7 +100,7 @@ class Budget:
                 f"({floor} tokens a head); raise the budget",
                 share,
             )
-        return min(tokens, length)
+        return tokens if self.kind == "tokens" else min(tokens, length)
 
     def share(self, shape: ModelShape, length: int) -> float:
         """The budget as a share of the dense cache (or pairs) of this length, at most 1."""
@@ -138,4 +138,4 @@ class Budget:
                 f"({dense_layers} of {full} layers stay dense); raise the budget",
                 least,
             )
-        return min(tokens, length)
+        return tokens if self.kind == "tokens" else min(tokens, length)

@@ -27,7 +27,7 @@ class Axis:
         """At most about `wanted` round values within the scale."""
         if not self.log:
             return linear_ticks(self.low, self.high, wanted)
-        for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
             found = [
                 step * 10.0**power
                 for power in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)

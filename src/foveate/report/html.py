@@ -102,10 +102,10 @@ def _tiles(recommendation: Recommendation, view: View) -> tuple[tuple[str, str, 
         (word, quantities.quality(value), f"dense {quantities.quality(base)}"),
     ]
     if row.decode_ratio is not None:
-        note = f"dense, {quantities.milliseconds(row.decode_ms)} a token"
+        note = f"dense · {quantities.milliseconds(row.decode_ms)} a token"
         tiles.append(("Decode time", quantities.times(row.decode_ratio), note))
     if row.prefill_ratio is not None:
-        note = f"dense, {quantities.seconds(row.prefill_s)} a prompt"
+        note = f"dense · {quantities.seconds(row.prefill_s)} a prompt"
         tiles.append(("Prefill time", quantities.times(row.prefill_ratio), note))
     return tuple(tiles)
 

@@ -54,10 +54,10 @@ def signed(value: float, digits: int = 2) -> str:
     return text.replace("-", MINUS)
 
 
-def quality(value: Interval | None) -> str:
+def quality(value: Interval | None, digits: int = 2) -> str:
     if value is None:
         return MISSING
-    return f"{value.estimate:.2f}" if abs(value.estimate) < 100 else f"{value.estimate:.4g}"
+    return f"{value.estimate:.{digits}f}" if abs(value.estimate) < 100 else f"{value.estimate:.4g}"
 
 
 def spread(value: Interval | None) -> str:

@@ -90,14 +90,14 @@ def _speed(row: Row) -> str:
 
 def _figures(row: Row, dense: Row, view: View, result: Paired) -> str:
     word = "score" if view.quality == "score" else "loss"
-    ends = f"{signed(result.low)} to {signed(result.high)}"
-    # `difference` is positive when better; a loss is printed as it is measured, where higher is worse.
-    difference = signed(result.difference)
-    if view.quality == "loss":
-        difference, ends = signed(-result.difference), f"{signed(-result.high)} to {signed(-result.low)}"
+    # `result` is positive when better; a loss is printed as it is measured, where higher is worse.
+    sign = 1 if view.quality == "score" else -1
+    low, high = sorted((sign * result.low, sign * result.high))
+    # Three decimals, so that the difference of the printed scores is the printed difference.
     return (
-        f"{word} {quality(view.of(row))} against {quality(view.of(dense))} dense, difference {difference}, "
-        f"{result.level:.0%} CI {ends}, n={result.n}"
+        f"{word} {quality(view.of(row), 3)} against {quality(view.of(dense), 3)} dense, "
+        f"difference {signed(sign * result.difference, 3)}, "
+        f"{result.level:.0%} CI {signed(low, 3)} to {signed(high, 3)}, n={result.n}"
     )
 
 
