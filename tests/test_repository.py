@@ -182,11 +182,13 @@ def is_text(statement: ast.stmt) -> bool:
 LAYERS = [
     {"errors", "compat"},
     {"attention"},
-    {"cache", "models"},
-    {"heads", "methods", "tasks"},
+    {"cache", "models", "tasks"},
+    {"heads"},
+    {"methods"},
     {"engine", "papers"},
     {"evaluate"},
     {"report"},
+    {"comparison"},
     {"cli"},
 ]
 

@@ -3,7 +3,7 @@
 from foveate.engine.apply import Handle, apply, compose
 from foveate.errors import BadArgument, FoveateError, Infeasible, Refused
 from foveate.methods.budget import Budget
-# from foveate.models import load
+from foveate.models import load
 
 __version__ = "0.1.0"
 
@@ -16,5 +16,5 @@ __all__ = [
     "Refused",
     "apply",
     "compose",
-    # "load",
+    "load",
 ]

@@ -85,8 +85,8 @@ def compare(
 ) -> Comparison:
     """Measure what methods keep of a model's quality, and what they cost, beside dense attention.
 
-    Every method gets the same samples. Those that leave the prompt's attention dense share one pass over it. Budgets are
-    shares of the dense cache (methods that hold less) or of the dense pairs (methods that read less); what a method
+    Every method gets the same samples. Those that leave the prompt's attention dense share one pass over it. Budgets
+    are shares of the dense cache (methods that hold less) or of the dense pairs (methods that read less); what a method
     cannot meet is recorded as refused, with its floor. One record is written per cell of the grid; the same call with
     the same `out` goes on where an earlier one was stopped.
 
@@ -187,7 +187,7 @@ def _lengths(lengths: int | Iterable[int]) -> tuple[int, ...]:
 def _open(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[str, Loaded]:
     if isinstance(model, str | os.PathLike):
         return str(model), load(os.fspath(model), dtype=dtype, device=device)
-    if isinstance(model, tuple) and len(model) == 2:
+    if isinstance(model, Loaded):
         model, tokenizer = model
     if tokenizer is None:
         raise BadArgument("tokenizer", None, "give the tokenizer of the opened model")

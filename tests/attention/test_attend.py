@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
+from tests.attention.reads import Read, random_lists, random_read, tensors
+from tests.closeness import LIMIT, assert_close
 
 from foveate.attention import ALL, Geometry, Selection, Span, attend
 from foveate.attention.backends import BACKENDS
 from foveate.errors import BadArgument, Refused
-from tests.attention.reads import Read, random_lists, random_read, tensors
-from tests.closeness import LIMIT, assert_close
 
 ANY = [None, "sdpa", "gather", "flex"]
 
@@ -26,14 +28,14 @@ def check(read: Read, dtype: torch.dtype, backend: str | None, limit: float | No
 
 
 @pytest.mark.parametrize("backend", ANY)
-@pytest.mark.parametrize("number", range(40))
+@pytest.mark.parametrize("number", range(24))
 def test_random_reads(seed: int, number: int, backend: str | None) -> None:
     check(random_read(seed), torch.float64, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ANY)
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(5))
 def test_random_reads_in_lower_precision(seed: int, number: int, backend: str | None, dtype: torch.dtype) -> None:
     check(random_read(seed, options=False), dtype, backend)
 
@@ -53,7 +55,7 @@ def test_scores_many_times_over_one_kernel_block(seed: int, backend: str, softca
     torch.manual_seed(seed)
     read = Read(*tensors(1, 4, 2, 700, 1500, 16), Selection(span=Span(3, 40)), options={"softcap": softcap})
     check(read, torch.float32, backend)
-    lists = random_lists(__import__("random").Random(seed), (1, 4, 11), 94, 30)
+    lists = random_lists(random.Random(seed), (1, 4, 11), 94, 30)
     read = Read(read.q, read.k, read.v, Selection(lists, 64, 16), options={"softcap": softcap})
     check(read, torch.float32, backend)
 
@@ -85,9 +87,11 @@ def test_heads_are_shared_in_any_way(
     lengths = torch.randint(20, 41, (2, k_heads))
     geometry = Geometry(2, 7, 40, lengths, lengths - 7, torch.arange(40, 47).expand(2, -1))
     span = Span(torch.randint(0, 4, (k_heads,)), torch.randint(9, 30, (k_heads,)))
-    for selection in (ALL, Selection(random_lists(__import__("random").Random(seed), (2, 6, 3), 10, 4), 3, 4, span)):
+    for selection in (ALL, Selection(random_lists(random.Random(seed), (2, 6, 3), 10, 4), 3, 4, span)):
         read = Read(q, k, v, selection, geometry, (span,), {"k_map": k_map, "v_map": v_map})
         check(read, torch.float64, backend)
+        if backend is not None:
+            continue
         # The same, one query head at a time, with its own heads of K and V picked by hand.
         for h in range(6):
             store = k_map[h] if k_map else h // (6 // k_heads)
@@ -99,7 +103,7 @@ def test_heads_are_shared_in_any_way(
             one = attend(
                 q[:, h : h + 1], k[:, store, None], v[:, value, None], chosen, own, visible=(span.for_head(store),)
             )
-            assert_close(read.attend(backend=backend).out[:, h], one.out[:, 0], 1e-12)
+            assert_close(read.attend().out[:, h], one.out[:, 0], 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.attention.reads import tensors
+from tests.closeness import assert_close
 
 from foveate.attention import Partial, merge, reference
 from foveate.errors import BadArgument
-from tests.attention.reads import tensors
-from tests.closeness import assert_close
 
 
 def split(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, owner: torch.Tensor) -> list[Partial]:

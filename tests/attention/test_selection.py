@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.attention.reads import Read, random_read
 
 from foveate.attention import ALL, Geometry, Selection, Span
-from tests.attention.reads import Read, random_read
 
 
 def sees(span: Span, store: int, i: int, j: int) -> bool:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foveate.cache import FoveateCache
+from foveate.cache import FoveateCache, View
+from foveate.cache.cache import state_tensors
 from foveate.models.shape import ModelShape
+
+EXACT = 1e-5
+"""Relative RMS that float32 may show."""
 
 
 class Run(NamedTuple):
@@ -104,10 +109,9 @@ def held(cache: FoveateCache, row: int) -> list[list[list[int]]]:
 
 
 def dense_bytes(model: nn.Module, cache: FoveateCache) -> int:
-    """What keys and values of all tokens would weigh, the model's own windows counted in."""
-    shape = ModelShape.of(model)
-    seen = next(iter(cache.couriers())).store.seen
-    return sum(shape.dense_kv_bytes(int(n)) for n in seen)
+    """What keys and values of this batch would weigh in transformers' cache, the model's own windows counted in."""
+    first = next(iter(cache.couriers()))
+    return ModelShape.of(model).dense_kv_bytes(first.columns, first.store.rows)
 
 
 def spare_bytes(model: nn.Module, cache: FoveateCache) -> int:
@@ -131,3 +135,18 @@ def assert_used(model: nn.Module, cache: Any, *, less: bool) -> None:
     if less:
         dense = dense_bytes(model, cache)
         assert cache.nbytes < dense, f"holds {cache.nbytes} of {dense} bytes"
+
+
+def state(cache: FoveateCache) -> dict[str, Tensor]:
+    """Everything a cache holds, by name; slots behind the end of a row as zeros."""
+    found: dict[str, Tensor] = {}
+    for layer in cache.couriers():
+        view = View(layer.store, np.zeros(layer.store.rows, dtype=np.int64))
+        there = view.valid().unsqueeze(-1)
+        values = {"k": view.k(), "v": view.v(), "positions": view.positions.unsqueeze(-1)}
+        values |= {f"tag {name}": view.tag(name) for name in layer.store.spec.tags}
+        found |= {f"{layer.index} {name}": x.masked_fill(~there, 0) for name, x in values.items()}
+        found |= {f"{layer.index} blocks {name}": view.blocks(name) for name in layer.store.spec.blocks}
+        found |= {f"{layer.index} mine {name}": x for name, x in state_tensors(layer.mine)}
+        found[f"{layer.index} seen"] = view.seen
+    return found | {f"shared {name}": x for name, x in state_tensors(cache.shared)}

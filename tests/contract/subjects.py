@@ -88,6 +88,12 @@ class NotHere(Exception):
     """Method and model do not fit, and said so in one line."""
 
 
+def precise(case: Case, family: str = "llama", group: int = 2) -> nn.Module:
+    """A model whose rounding is too small to matter: where numbers are packed into few bits, the last bit of a float32
+    decides now and then which code it is."""
+    return model(family, group, torch.float64 if "format" in case.cls.slots else torch.float32)
+
+
 @contextmanager
 def applied(model: nn.Module, case: Case, method: Method | Composition | None = None) -> Iterator[foveate.Handle]:
     """The case's method on a model. A refusal of the pair is checked and ends the test; plain models take every method."""

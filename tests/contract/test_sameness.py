@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
 from tests.contract.reach import reachable_tensors
-from tests.contract.runs import Run, assert_used, decode, held, left_padded, plain, prompt, run, tokens
+from tests.contract.runs import EXACT, Run, assert_used, decode, held, left_padded, plain, prompt, run, spare_bytes, tokens
 from tests.contract.subjects import (
     CASES,
     Case,
@@ -16,6 +16,7 @@ from tests.contract.subjects import (
     each_method,
     each_subject,
     model,
+    precise,
     profiles,
 )
 from tests.contract.trace import same_reads, tracing
@@ -24,10 +25,6 @@ from torch import nn
 import foveate
 from foveate.engine.binding import Binding
 from foveate.errors import Refused
-
-EXACT = 1e-5
-"""Relative RMS that float32 may show."""
-
 
 def agree(got: Run, want: Run, limit: float = EXACT) -> None:
     assert_close(got.prompt, want.prompt, limit)
@@ -88,7 +85,7 @@ def test_small_settings_act(case: Case, seed: int) -> None:
 @each_subject()
 def test_padding_is_invisible(case: Case, family: str, group: int, seed: int) -> None:
     """A left-padded batch is its rows run alone: the same reads, the same tokens held, logits but for rounding."""
-    net = model(family, group)
+    net = precise(case, family, group)
     rows = [tokens(seed + i, n) for i, n in enumerate((1, 7, 41, 101))]
     ids, mask = left_padded(rows)
     then = tokens(seed + 9, len(rows), 6)
@@ -110,7 +107,7 @@ def test_padding_is_invisible(case: Case, family: str, group: int, seed: int) ->
 @each_method(chunked="exact")
 def test_a_chunk_of_padding_alone_is_invisible(case: Case, seed: int) -> None:
     """The short row has no token at all in the first chunks."""
-    net = model()
+    net = precise(case)
     rows = [tokens(seed, 5), tokens(seed + 1, 61)]
     ids, mask = left_padded(rows)
     then = tokens(seed + 9, 2, 6)
@@ -129,7 +126,7 @@ def test_a_chunk_of_padding_alone_is_invisible(case: Case, seed: int) -> None:
 @each_method()
 def test_chunks(case: Case, family: str, seed: int) -> None:
     """A prompt in pieces is the prompt, where the method promises that."""
-    net = model(family)
+    net = precise(case, family)
     ids, then = tokens(seed, 1, 61), tokens(seed + 1, 1, 6)
     with applied(net, case) as handle:
         whole = handle.cache()
@@ -146,7 +143,7 @@ def test_chunks(case: Case, family: str, seed: int) -> None:
                 assert held(cache, 0) == held(whole, 0)
             else:
                 assert got.steps.isfinite().all()
-                assert cache.nbytes <= whole.nbytes * 1.01
+                assert cache.nbytes <= whole.nbytes + spare_bytes(net, cache)
 
 
 def shared_prompt(handle: foveate.Handle, binding: Binding) -> Binding:
@@ -159,7 +156,7 @@ def shared_prompt(handle: foveate.Handle, binding: Binding) -> Binding:
 @each_method()
 def test_a_shared_prompt_is_an_own_prompt(case: Case, family: str, chunk: int | None, seed: int) -> None:
     """Sealing a fork of a dense prompt equals a run of one's own; the original stays what it was."""
-    net = model(family)
+    net = precise(case, family)
     ids, mask = left_padded([tokens(seed, 33), tokens(seed + 2, 61)])
     then = tokens(seed + 1, 2, 6)
     with applied(net, CASES["dense"]) as handle:
@@ -198,7 +195,7 @@ def bound(handle: foveate.Handle, case: Case) -> Binding:
 @each_method()
 def test_a_fork_goes_its_own_way(case: Case, seed: int) -> None:
     """Decoding on a copy changes nothing in the original, and both go on as if alone."""
-    net, ids = model(), tokens(seed, 1, 61)
+    net, ids = precise(case), tokens(seed, 1, 61)
     left, right = tokens(seed + 1, 1, 5), tokens(seed + 2, 1, 5)
     with applied(net, case) as handle:
         cache = handle.cache()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from foveate.models import load
-from foveate.tasks import corpus
+from foveate.tasks import Sample, corpus
 
 CHAT = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|end|>\n{% endfor %}"
@@ -17,7 +19,7 @@ CHAT = (
 )
 
 
-def byte_pairs() -> PreTrainedTokenizerFast:
+def _byte_pairs() -> PreTrainedTokenizerFast:
     """Byte-level BPE with a chat template that trims, as GPT-2's and Llama-3's descendants have."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -32,7 +34,7 @@ def byte_pairs() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=CHAT)
 
 
-def sentence_pieces() -> PreTrainedTokenizerFast:
+def _sentence_pieces() -> PreTrainedTokenizerFast:
     """BPE over words that carry their leading blank, a BOS and no chat template, as Llama-2's base models have."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
@@ -44,7 +46,7 @@ def sentence_pieces() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def characters() -> PreTrainedTokenizerFast:
+def _characters() -> PreTrainedTokenizerFast:
     """One token per byte, BOS before and EOS behind every text, no chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
@@ -57,22 +59,36 @@ def characters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-SYNTHETIC = {"byte pairs": byte_pairs, "sentence pieces": sentence_pieces, "characters": characters}
-
-
 @pytest.fixture(scope="session")
 def bpe() -> PreTrainedTokenizerBase:
-    return byte_pairs()
+    return _byte_pairs()
 
 
 @pytest.fixture(scope="session")
-def real() -> PreTrainedTokenizerBase:
+def sentence_pieces() -> PreTrainedTokenizerBase:
+    return _sentence_pieces()
+
+
+@pytest.fixture(scope="session")
+def characters() -> PreTrainedTokenizerBase:
+    return _characters()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> PreTrainedTokenizerBase:
     return load("smollm2").tokenizer
 
 
-@pytest.fixture(scope="session", params=[*SYNTHETIC, "smollm2"])
+@pytest.fixture(scope="session", params=["bpe", "sentence_pieces", "characters", "smollm2"])
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    return SYNTHETIC[request.param]() if request.param in SYNTHETIC else request.getfixturevalue("real")
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def made() -> Callable[..., list[Sample]]:
+    """Three samples of 2048 tokens of a task, made once for a tokenizer, with a seed that no run had before."""
+    seed = random.SystemRandom().randrange(1 << 40)
+    return functools.cache(lambda task, tokenizer: task.generate(tokenizer, 2048, 3, seed))
 
 
 @pytest.fixture

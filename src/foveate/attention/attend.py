@@ -36,7 +36,8 @@ def attend(
     Heads of K and V may be shared in any way, Dk may differ from Dv, and V may be a view of K, so that MHA, GQA, MQA,
     SQA, DiffQKV, DHA and both forms of MLA are the same call.
 
-    The selection's frame is not looked at: whoever has one moves the queries first.
+    The selection's frame is not looked at: whoever has one moves the queries first. Slots that nobody reads must hold
+    finite numbers, since a read under a mask touches them; only lists served by "gather" never do.
 
     Args:
         q: [B, H, N, Dk], already rotated.

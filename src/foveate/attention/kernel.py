@@ -34,14 +34,14 @@ def softmax_attention(
     causal: bool = False,
     lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of all queries over all keys, or those in `mask`, or (N == M only) those not in the future.
+    """Attention of all queries over all keys, or those in `mask`, or those not in the future.
 
     Args:
         q: [B, H, N, Dk]; k: [B, Hk, M, Dk]; v: [B, Hk, M, Dv], Hk divides H; nothing is empty.
         scale: factor of the scores.
         mask: bool [1 or B, 1 or H, 1 or N, M]; a row may see nothing, which gives out 0 and lse -inf.
         some: with a mask, whether each row sees anything, if that is known: bool [1 or B, 1 or H, 1 or N].
-        causal: query i sees keys 0..i.
+        causal: query i sees keys 0..i. Where `ends_with_keys` says so, N < M is allowed and means 0..M - N + i.
         lse: whether lse is needed; it may be returned all the same.
 
     Returns:
@@ -65,20 +65,32 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool, lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`softmax_attention` with Dk == Dv. The lse of rows that see nothing is undefined."""
+    # Called by name the kernels take contiguous rows for granted, and read others wrongly without a word.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if q.device.type == "cpu" and _FLASH_CPU is not None:
         out, mass = _FLASH_CPU(
             q, k, v, 0.0, causal, attn_mask=None if mask is None else additive(mask, q.dtype), scale=scale
         )
         return out, mass
     if q.device.type == "cuda":
-        half = q.dtype in (torch.float16, torch.bfloat16)
-        if mask is None and half and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and _FLASH_CUDA is not None:
+        if mask is None and _flash_cuda(q):
+            assert _FLASH_CUDA is not None
             return _FLASH_CUDA(q, k, v, 0.0, causal, False, scale=scale)[:2]
         if lse and _EFFICIENT_CUDA is not None and q.dtype != torch.float64 and q.shape[-1] % 8 == 0:
             return _efficient(q, k, v, scale, mask, causal)
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out, _lse(q, k, scale, mask, causal) if lse else None
+
+
+def ends_with_keys(q: Tensor, v: Tensor) -> bool:
+    """Whether `causal` may be asked for with N < M too: the kernel for such inputs lets the last query see all keys."""
+    return q.device.type == "cuda" and _flash_cuda(q if q.shape[-1] >= v.shape[-1] else v)
+
+
+def _flash_cuda(q: Tensor) -> bool:
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return _FLASH_CUDA is not None and half and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
 
 
 def _efficient(

@@ -14,7 +14,8 @@ from foveate.attention.scores import to_heads
 from foveate.attention.selection import Ints, Span
 
 FETCHED = 1 << 20
-"""Most numbers of K fetched at a time: small enough for a core's cache, large enough to keep the kernels busy."""
+"""Most numbers of K fetched at a time: few enough for a core's cache, enough to keep the kernels busy."""
+FETCHED_GPU = 1 << 26
 ROWS = 256
 """Most queries that share one fetch where the selection does not say (spans, or one list for all)."""
 
@@ -38,6 +39,7 @@ class Piece:
 
 
 def pieces(r: Request) -> Iterator[Piece]:
+    """The whole read in pieces, queries in order."""
     by_position = r.visible if r.lists is None else (() if r.span is None else (r.span,))
     if by_position and r.geometry.k_positions is not None:
         yield from _permuted(r)
@@ -47,13 +49,14 @@ def pieces(r: Request) -> Iterator[Piece]:
     blocks = -(-queries // rows)
     heads = k_heads if r.lists is None else max(k_heads, r.lists.shape[1])
     scored = r.shape[1] if r.math else heads
+    most = FETCHED if r.q.device.type == "cpu" else FETCHED_GPU
     done = 0
     while done < blocks:
         count = blocks - done
         # Later blocks may read more than the first: size by the first, then by the longest of those.
         for last in (done + 1, done + count):
             width = batch * max(1, _width(r, done, last, rows, per_list))
-            count = max(1, min(FETCHED // (heads * r.q.shape[3] * width), SCORES // (scored * rows * width), count))
+            count = max(1, min(most // (heads * r.q.shape[3] * width), SCORES // (scored * rows * width), count))
         yield _piece(r, done, done + count, rows, per_list)
         done += count
 

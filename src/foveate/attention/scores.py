@@ -35,17 +35,19 @@ def score_attention(
     scores = (fold(q, k.shape[1]).to(wide) @ k.to(wide).transpose(-1, -2)).mul_(scale)
     scores = scores.view(batch, heads, queries, keys)
     if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores = scores.div_(softcap).tanh() * softcap
     if bias is not None:
-        scores = scores.add_(bias)
+        scores = scores + bias
     if mask is not None:
         scores = scores.masked_fill_(~mask, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
-    weights = scores.sub_(top).exp_()
+    weights = (scores - top).exp_()
     total = weights.sum(-1, keepdim=True)
     out = (fold(weights, k.shape[1]) @ v.to(wide)).view(batch, heads, queries, v.shape[-1])
-    out = out / torch.where(total > 0, total, 1.0)
+    # Not by the sum alone: the out of a row that sees nothing is NaN if the values are.
+    seen = total > 0
+    out = torch.where(seen, out / torch.where(seen, total, 1.0), 0.0)
     return out.to(q.dtype), (top + total.log()).squeeze(-1)
 
 

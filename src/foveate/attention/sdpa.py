@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.attention.kernel import SCORES, softmax_attention
+from foveate.attention.kernel import SCORES, ends_with_keys, softmax_attention
 from foveate.attention.request import Request
 from foveate.attention.scores import score_attention, to_heads
 from foveate.attention.selection import Partial
@@ -28,7 +28,7 @@ def run(request: Request) -> Partial:
     r = request
     if r.dense and r.geometry.plain and not r.math:
         queries, keys = r.q.shape[2], r.k.shape[2]
-        if queries == 1 or queries == keys:
+        if queries == 1 or queries == keys or ends_with_keys(r.q, r.v):
             out, lse = softmax_attention(r.q, r.k, r.v, scale=r.scale, causal=queries > 1, lse=r.lse)
             return Partial(out, lse)  # type: ignore[arg-type]
     return _masked(r)

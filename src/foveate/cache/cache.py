@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -191,7 +191,9 @@ class FoveateCache(CacheBase):
         self._held: dict[int, int] = {}
         self._sum = 0
         self.meter: dict[str, float] | None = None
-        """Pairs read and dense pairs, by phase, while measuring."""
+        """Pairs read, by phase, while measuring."""
+        self.trace: Callable[..., None] | None = None
+        """Told (layer, phase, band, selection, geometry, spans, heads of a pair) of every read while somebody looks."""
         for layer in self.couriers():
             layer.owner = owner
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,7 +140,10 @@ def _reading(
         def meter(pairs: float) -> None:
             tally[f"{phase}_read"] = tally.get(f"{phase}_read", 0.0) + pairs
 
-    return Reading(rows.fresh, spans, scale, softcap, sinks, call.binding.move, meter)
+    trace = None
+    if call.cache is not None and call.cache.trace is not None:
+        trace = partial(call.cache.trace, plan.shape.index, call.phase)
+    return Reading(rows.fresh, spans, scale, softcap, sinks, call.binding.move, meter, trace)
 
 
 def _append(layer: CourierLayer, plan: LayerPlan, module: Any, rows: Rows) -> bool:

@@ -25,7 +25,8 @@ class Reading:
         scale, softcap: of the logits.
         sinks: learned logits [H] that take softmax mass without a value (gpt-oss), or None.
         move: turns rotated queries by delta positions.
-        meter: called with (pairs read, dense pairs) when somebody counts.
+        meter: called with the pairs read when somebody counts.
+        trace: called with (band, selection, geometry, visible spans, query heads of a pair) when somebody looks.
     """
 
     fresh: np.ndarray
@@ -35,6 +36,7 @@ class Reading:
     sinks: Tensor | None = None
     move: Callable[[Tensor, Tensor], Tensor] | None = None
     meter: Callable[[float], None] | None = None
+    trace: Callable[[Band, Selection, Geometry, Sequence[Span], int], None] | None = None
 
 
 def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = False, probs: bool = False) -> Result:
@@ -69,6 +71,8 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
             chosen.append((rows, selection))
             if how.meter is not None:
                 how.meter(float(_real_pairs(selection, geometry, group, visible, band, how, store)))
+            if how.trace is not None:
+                how.trace(band, selection, geometry, visible, group)
         if how.sinks is not None:
             mass = _rows(how.sinks.view(1, heads, 1).expand(batch, heads, queries).float(), band, group, store)
             got.append(Partial(torch.zeros_like(got[0].out), mass))

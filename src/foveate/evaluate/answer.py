@@ -34,8 +34,8 @@ class Answer:
 
 
 def read_prompts(batch: Batch, samples: Sequence[Sample], question_seen: bool, *, part: str = "all") -> Tensor | None:
-    """Read the prompts of the samples: contexts and questions as one piece, or, if the methods must not see the question
-    while they compress, one after the other.
+    """Read the prompts of the samples: contexts and questions as one piece, or, if the methods must not see the
+    question while they compress, one after the other.
 
     Args:
         part: "context": what comes before the methods act; "rest": what comes after; "all": both.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import transformers
 
 
 def versions() -> dict[str, str]:
     """Versions of what decides about results and times."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found

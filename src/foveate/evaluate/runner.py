@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -70,7 +71,7 @@ def run(
     settings: Sequence[Setting],
     out: str | os.PathLike[str],
     *,
-    profiles: Iterable[Profile | str | os.PathLike[str]] = (),
+    profiles: Iterable[Profile | str | Path] = (),
     watch: Watch = lambda done, total, what: None,
 ) -> list[Record]:
     """Run every cell that the folder does not hold yet, and return the records of all cells of the request.
@@ -99,7 +100,9 @@ def run(
 def _check_lengths(request: Request, shape: ModelShape, tokenizer: Any) -> None:
     for length in request.lengths:
         if length > shape.max_positions:
-            raise BadArgument("lengths", length, f"{request.model} has {shape.max_positions} positions; give at most that")
+            raise BadArgument(
+                "lengths", length, f"{request.model} has {shape.max_positions} positions; give at most that"
+            )
         for task in request.tasks:
             minimum = task.minimum(tokenizer)
             if length < minimum:
@@ -114,7 +117,9 @@ def _make_samples(request: Request, tokenizer: Any, watch: Watch) -> dict[tuple[
             watch(0, 0, f"writing samples of {task.name}, {length} tokens")
             samples = task.generate(tokenizer, length, request.samples, request.seed, request.corpus)
             for sample in samples:
-                tokens = len(sample.context_ids) + len(sample.question_ids) + len(sample.target_ids) + sample.max_new_tokens
+                tokens = (
+                    len(sample.context_ids) + len(sample.question_ids) + len(sample.target_ids) + sample.max_new_tokens
+                )
                 if tokens > length:
                     raise FoveateError(f"{task.name} made a prompt of {tokens} tokens where {length} were asked for")
             made[length, task.name] = samples
@@ -202,7 +207,7 @@ class Runner:
         have = self.log.done()
         for bound in self.bounds:
             record = have.get(self.cell(bound.setting, length, task).key())
-            bound = check(bound, self._prompt_lengths(length, task))
+            bound = check(bound, self.shape, self._prompt_lengths(length, task))
             if record is None or (record.status == "refused" and bound.binding is not None):
                 found.append(bound)
         return found
@@ -218,7 +223,9 @@ class Runner:
     def run(self) -> None:
         """Run what is missing: by length, then by task; costs come first at each length."""
         plan = [(n, task, self.pending(n, task)) for n in self.request.lengths for task in self.request.tasks]
-        untimed = {n: self._untimed(n, [b for m, _, todo in plan if m == n for b in todo]) for n in self.request.lengths}
+        untimed = {
+            n: self._untimed(n, [b for m, _, todo in plan if m == n for b in todo]) for n in self.request.lengths
+        }
         self.total = sum(self._work(n, task, todo) for n, task, todo in plan)
         self.total += sum(self._timing_work(n, len(todo)) for n, todo in untimed.items() if todo)
         for length in self.request.lengths:
@@ -253,8 +260,7 @@ class Runner:
     def _untimed(self, length: int, todo: Sequence[Bound]) -> list[Bound]:
         """Settings of which no record of this length holds the costs yet."""
         known = {
-            (r.cell.method, repr(sorted(r.cell.settings.items())), r.cell.budget)
-            for r in self._timed_records(length)
+            (r.cell.method, repr(sorted(r.cell.settings.items())), r.cell.budget) for r in self._timed_records(length)
         }
         wanted = {b.setting.key: b for b in todo if b.binding is not None and b.setting.key not in known}
         return list(wanted.values()) if self.request.repeats else []
@@ -276,7 +282,9 @@ class Runner:
         }
         if not todo:
             return known
-        task = self.request.tasks[0]
+        # The longest prompt of the length, so that no task's cache was larger than the peak that is reported.
+        samples = [self.samples[length, task.name][0] for task in self.request.tasks]
+        sample = max(samples, key=lambda s: len(s.context_ids) + len(s.question_ids))
         work = self._timing_work(length, len(todo)) / (self.request.repeats * (len(todo) + 1))
         others = [b for b in todo if b.setting.method != DENSE]
         costs = costing.measure(
@@ -284,7 +292,7 @@ class Runner:
             self.shape,
             self.dense,
             others,
-            self.samples[length, task.name][0],
+            sample,
             question_seen=self.request.question_seen,
             repeats=self.request.repeats,
             done=lambda: self._advance(work, f"timing, {length} tokens"),
@@ -372,6 +380,9 @@ class Runner:
                 continue
             tally = tallies[key]
             held = int(median(one.kv_bytes for one in tally.answers))
+            costs = dict(known.get(key, {}))
+            if costs.get("kv_bytes_peak") is not None:
+                costs["kv_bytes_peak"] = max(costs["kv_bytes_peak"], *(one.kv_bytes_end for one in tally.answers), held)
             if bound.setting.method == DENSE:
                 dense_bytes = held
             self.log.append(
@@ -388,7 +399,7 @@ class Runner:
                     pairs_read=tally.share("decode"),
                     pairs_prefill=tally.share("prompt"),
                     calibration_s=bound.calibration_s,
-                    **known.get(key, {}),
+                    **costs,
                     **self.facts,
                 )
             )

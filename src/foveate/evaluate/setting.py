@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from foveate.engine.apply import Handle
+from foveate.engine.apply import Handle, find_profiles
 from foveate.engine.binding import Binding
 from foveate.errors import BadArgument, FoveateError, Infeasible
 from foveate.evaluate.record import DENSE
@@ -101,6 +101,15 @@ def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entr
     return list(unique.values())
 
 
+def parse_one(text: str) -> Method:
+    """A single method from its name, or its name with parameters: `kivi(bits=2)`.
+
+    Raises:
+        BadArgument: a name or parameter that is not known, or a composition.
+    """
+    return _parse(text)[0]
+
+
 def text_of(entries: Sequence[Entry]) -> str:
     """The text that `parse_methods` reads as these entries."""
     parts = []
@@ -162,14 +171,23 @@ class Bound:
     """A setting on a model, or why it cannot be had there.
 
     Args:
-        calibration_s: seconds that its profiles took to make; None where it needs none.
+        binding: None where it is refused, with the reason in `refused`.
+        floor: the smallest share that the method could meet, where its budget is why.
+        profiles: calibration of its methods, by id.
     """
 
     setting: Setting
     binding: Binding | None = None
     refused: str | None = None
     floor: float | None = None
-    calibration_s: float | None = None
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+
+    @property
+    def calibration_s(self) -> float | None:
+        """Seconds that its profiles took to make; None where it needs none, or they do not say."""
+        known = [p.provenance.get("seconds") for p in self.profiles.values()]
+        seconds = [float(s) for s in known if isinstance(s, int | float)]
+        return sum(seconds) if seconds else None
 
     def refuse(self, error: FoveateError) -> Bound:
         """The same setting, refused for this reason."""
@@ -185,18 +203,35 @@ def bind(handle: Handle, setting: Setting, profiles: Mapping[str, Profile]) -> B
     Raises:
         BadArgument, Refused: the method cannot run on this model, or lacks its profile.
     """
+    bound = Bound(setting)
     try:
         given = [profiles[m.id] for m in setting.composition.methods if m.id in profiles]
-        binding = handle.bind(setting.composition, profile=given or None)
+        found = find_profiles(setting.composition, handle.binding.shape, given)
+        bound = replace(bound, profiles=found)
+        return replace(bound, binding=Binding(handle.model, setting.composition, found, handle))
     except Infeasible as error:
-        return Bound(setting).refuse(error)
+        return bound.refuse(error)
     except FoveateError as error:
         if setting.named:
             raise
-        return Bound(setting).refuse(error)
-    seconds = [p.provenance.get("seconds") for p in binding.profiles.values()]
-    known = [float(s) for s in seconds if isinstance(s, int | float)]
-    return Bound(setting, binding, calibration_s=sum(known) if known else None)
+        return bound.refuse(error)
+
+
+def check(bound: Bound, shape: ModelShape, lengths: Iterable[int]) -> Bound:
+    """The bound setting, refused if it cannot be had for a prompt of one of these lengths."""
+    if bound.binding is None and bound.floor is None:
+        return bound
+    for length in sorted(set(lengths)):
+        try:
+            if bound.binding is not None:
+                bound.binding.check(length)
+            else:  # not at any length: say which share could be met at this one
+                for method in bound.setting.composition.methods:
+                    method.plan(shape, bound.profiles.get(method.id), length)
+                    method.total(shape, length)
+        except FoveateError as error:
+            return bound.refuse(error)
+    return bound
 
 
 def open_profiles(
@@ -218,18 +253,6 @@ def open_profiles(
             raise BadArgument("profile", profile.model, mend)
         found[profile.method] = profile
     return found
-
-
-def check(bound: Bound, lengths: Iterable[int]) -> Bound:
-    """The bound setting, refused if it cannot be had for a prompt of one of these lengths."""
-    if bound.binding is None:
-        return bound
-    for length in sorted(set(lengths)):
-        try:
-            bound.binding.check(length)
-        except FoveateError as error:
-            return bound.refuse(error)
-    return bound
 
 
 def _entry(parts: Sequence[tuple[Method, bool]], named: bool = True) -> Entry:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import date
 from importlib.metadata import version
 from itertools import islice
 from typing import Literal
@@ -100,10 +101,13 @@ def unchanged(model: nn.Module, ids: Tensor, layers: frozenset[int]) -> tuple[Te
         return _hidden(model, ids), outputs
 
 
+@contextmanager
 def gated(
     model: nn.Module, ids: Tensor, gates: Mapping[int, Tensor], other: Other, full: Mapping[int, Tensor] | None = None
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Final hidden states [B, N, d] with gate * full attention + (1 - gate) * `other` in every gated head.
+
+    A context, to be left after the backward pass, in which layers may be run again.
 
     Args:
         ids: [B, N].
@@ -121,7 +125,7 @@ def gated(
         return (gate * whole.float() + (1 - gate) * other(layer).float()).to(whole.dtype)
 
     with Tap(model, serve):
-        return _hidden(model, ids)
+        yield _hidden(model, ids)
 
 
 def learn_gates(
@@ -162,8 +166,8 @@ def learn_gates(
             goal, outputs = unchanged(model, ids, frozenset(names))
             full = outputs if recipe.full_term == "teacher" else None
             gates = dict(zip(names, values.split(sizes), strict=True))
-            with recomputed(model) if crowded(shape, ids.shape[1], device) else nullcontext():
-                hidden = gated(model, ids, gates, other, full)
+            again = recomputed(model) if crowded(shape, ids.shape[1], device) else nullcontext()
+            with again, gated(model, ids, gates, other, full) as hidden:
                 distance = (hidden[:, example.labels :].float() - goal[:, example.labels :].float()).square().mean()
                 optimiser.zero_grad(set_to_none=True)
                 (distance + recipe.l1 * values.clamp(0, 1).mean()).backward()
@@ -201,11 +205,12 @@ def crowded(shape: ModelShape, tokens: int, device: torch.device) -> bool:
 
 
 def made_with(model: nn.Module) -> dict[str, str]:
-    """Device, dtype and versions, for the provenance of what was learned."""
+    """Device, dtype, versions and date, for the provenance of what was learned."""
     parameter = next(model.parameters())
     name = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type
     versions = {package: version(package) for package in ("foveate", "torch", "transformers")}
-    return {"device": name, "dtype": str(parameter.dtype).removeprefix("torch.")} | versions
+    today = date.today().isoformat()
+    return {"device": name, "dtype": str(parameter.dtype).removeprefix("torch.")} | versions | {"date": today}
 
 
 def _hidden(model: nn.Module, ids: Tensor) -> Tensor:

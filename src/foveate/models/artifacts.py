@@ -45,7 +45,7 @@ def artifact(key: str, name: str, build: Callable[[Path, Path, Report], None], *
     entry wait for each other, so what a dead process left behind is known to be dead and removed.
 
     Args:
-        space: bytes that the build needs at its widest.
+        space: bytes that must be free for the build to have a chance.
 
     Raises:
         Refused: the cache directory cannot be written or has not enough room.
@@ -141,7 +141,7 @@ def _explained(folder: Path, space: int) -> Iterator[None]:
         if reason is None:
             raise
         raise Refused(
-            f"{reason} in {folder}: up to {space / 1e9:.1f} GB are needed there; make room, or set FOVEATE_CACHE to "
+            f"{reason} in {folder}: at least {space / 1e9:.2g} GB are needed there; make room, or set FOVEATE_CACHE to "
             f"another directory"
         ) from error
 

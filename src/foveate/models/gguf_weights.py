@@ -54,12 +54,11 @@ def folder_of(path: Path) -> Path:
         Refused: the file says something that these architectures do not have.
     """
     _check_magic(path)
-    # A converted weight takes two bytes at most in a quantised file, about four times what it takes there.
     return artifact(
         key(sha256(path)),
         re.sub(r"[^\w.-]+", "-", path.stem),
         lambda folder, scratch, report: convert(path, folder, report),
-        space=5 * path.stat().st_size,
+        space=path.stat().st_size,
     )
 
 
@@ -77,7 +76,8 @@ def convert(path: Path, folder: Path, report: Report) -> None:
     metadata = _Metadata(reader)
     if metadata.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise BadArgument("source", str(path), f"its architecture {metadata.architecture!r} cannot be opened; {known} can")
+        mend = f"its architecture {metadata.architecture!r} cannot be opened; {known} can"
+        raise BadArgument("source", str(path), mend)
     config = _config(metadata, reader)
     weights: dict[str, Tensor] = {}
     total = sum(int(tensor.n_elements) for tensor in reader.tensors)
@@ -136,7 +136,7 @@ def _config(metadata: _Metadata, reader: GGUFReader) -> Any:
     if "token_embd.weight" not in tensors:
         raise Refused("the GGUF file holds no token_embd.weight; give the file of a whole model")
     if metadata.get("attention.sliding_window"):
-        raise Refused("the GGUF file asks for sliding attention, which is not opened from GGUF; give the hub checkpoint")
+        raise Refused("the GGUF file asks for sliding attention, which is not read from GGUF; give the hub checkpoint")
     heads = metadata.number("attention.head_count")
     kv_heads = metadata.number("attention.head_count_kv") if metadata.get("attention.head_count_kv") else heads
     hidden = metadata.number("embedding_length")
@@ -158,9 +158,7 @@ def _config(metadata: _Metadata, reader: GGUFReader) -> Any:
         "pad_token_id": metadata.values.get("tokenizer.ggml.padding_token_id"),
     }
     if metadata.architecture == "llama":
-        return LlamaConfig(
-            **common, attention_bias="blk.0.attn_q.bias" in tensors, architectures=["LlamaForCausalLM"]
-        )
+        return LlamaConfig(**common, attention_bias="blk.0.attn_q.bias" in tensors, architectures=["LlamaForCausalLM"])
     if metadata.architecture == "qwen2":
         return Qwen2Config(**common, use_sliding_window=False, architectures=["Qwen2ForCausalLM"])
     return Qwen3Config(
@@ -179,7 +177,7 @@ def _rope_parameters(metadata: _Metadata, factors: ReaderTensor | None) -> dict[
         if original := metadata.get("rope.scaling.original_context_length"):
             rope["original_max_position_embeddings"] = original
     elif kind != "none":
-        raise Refused(f"the GGUF file scales its positions by {kind!r}, which is not opened from GGUF")
+        raise Refused(f"the GGUF file scales its positions by {kind!r}, which is not read from GGUF")
     if factors is not None:
         rope |= _llama3_scaling(np.asarray(factors.data, dtype=np.float64).ravel(), rope["rope_theta"])
     return rope
@@ -202,8 +200,9 @@ def _llama3_scaling(factors: np.ndarray, theta: float) -> dict[str, Any]:
         "original_max_position_embeddings": 8192,
     }
     dim = 2 * len(factors)
-    shape = {"hidden_size": dim, "num_attention_heads": 1, "head_dim": dim}
-    config = LlamaConfig(**shape, rope_parameters=scaling | {"rope_theta": theta})
+    config = LlamaConfig(
+        hidden_size=dim, num_attention_heads=1, head_dim=dim, rope_parameters=scaling | {"rope_theta": theta}
+    )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     if not np.allclose(plain / scaled.double().numpy(), factors, rtol=1e-3):
@@ -261,6 +260,6 @@ def _weight(tensor: ReaderTensor, config: Any) -> Tensor:
 
 
 def _rotate_halves(weight: Tensor, heads: int) -> Tensor:
-    """From rotating neighbours (x0, x1), as llama files are stored, to rotating halves (x0, xD/2) as transformers does."""
+    """From pairs of neighbours (x0, x1), as llama files rotate them, to pairs (x0, xD/2) as transformers does."""
     pairs = weight.shape[0] // heads // 2
     return weight.reshape(heads, pairs, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)

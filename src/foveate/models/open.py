@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _LANGUAGE_MODEL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -48,29 +49,35 @@ def load(
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
     path, local = _locate(str(source))
-    model = _open_model(str(source), path, local, precision).to(place).eval()
+    config = _open_config(str(source), path, local)
     tokenizer = _open_tokenizer(str(source), path, local)
+    model = _open_model(str(source), path, local, config, precision).to(place).eval()
     return Loaded(model, tokenizer)
 
 
 def _locate(source: str) -> tuple[str, bool]:
-    """What to hand to transformers, and whether it is a folder on this machine."""
+    """What to hand to transformers, and whether all of it is on this machine."""
     if source in builtin.BUILTIN:
         return str(builtin.folder_of(source)), True
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         _check_folder(source, path)
         return str(path), True
     if path.is_file():
         return str(gguf_weights.folder_of(path)), True
-    if path.suffix == ".gguf" or path.is_absolute() or source.startswith((".", "~")) or not _HUB_ID.fullmatch(source):
+    elsewhere = path.suffix == ".gguf" or path.is_absolute() or source.startswith((".", "~"))
+    if elsewhere or not _HUB_ID.fullmatch(source) or _close(source):
         raise BadArgument("source", source, f"no such file or folder; {_choices(source)}")
-    return source, False
+    return source, not _reach_hub(source)
+
+
+def _close(source: str) -> str | None:
+    return next(iter(difflib.get_close_matches(source.lower(), builtin.BUILTIN, n=1, cutoff=0.75)), None)
 
 
 def _choices(source: str) -> str:
-    close = difflib.get_close_matches(source, builtin.BUILTIN, n=1, cutoff=0.6)
-    guess = f"did you mean {close[0]!r}? " if close else ""
+    close = _close(source)
+    guess = f"did you mean {close!r}? " if close else ""
     names = ", ".join(builtin.BUILTIN)
     return f"{guess}give a built-in model ({names}), a folder, a .gguf file or a model id of the Hugging Face hub"
 
@@ -82,30 +89,52 @@ def _check_folder(source: str, path: Path) -> None:
         raise BadArgument("source", source, "the folder holds no weights (*.safetensors or *.bin)")
 
 
-def _open_model(source: str, path: str, local: bool, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _reach_hub(source: str) -> bool:
+    """Ask the hub once whether it has the model. Out of reach, what an earlier download left will have to do."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(source, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        mend = f"the Hugging Face hub shows no such model (a private one needs `hf auth login`); {_choices(source)}"
+        raise BadArgument("source", source, mend) from error
+    except Exception:
+        return False
+    return True
+
+
+def _open_config(source: str, path: str, local: bool) -> Any:
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local, trust_remote_code=False)
-        _check_decoder(source, config)
-        return AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=local, trust_remote_code=False
-        )
-    except FoveateError:
-        raise
     except Exception as error:
-        raise _explained(source, local, error) from error
+        raise _explained(source, path, "config", error) from error
+    _check_decoder(source, config)
+    return config
 
 
 def _open_tokenizer(source: str, path: str, local: bool) -> Any:
     from transformers import AutoTokenizer
 
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZERS):
+        raise BadArgument("source", source, "the folder holds no tokenizer (tokenizer.json or the like); save it too")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
     except Exception as error:
-        if local:
-            raise BadArgument("source", source, f"its tokenizer cannot be read ({_line(error)})") from error
-        raise _explained(source, local, error) from error
+        raise _explained(source, path, "tokenizer", error) from error
+
+
+def _open_model(source: str, path: str, local: bool, config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, local_files_only=local, trust_remote_code=False
+        )
+    except Exception as error:
+        raise _explained(source, path, "weights", error) from error
 
 
 def _check_decoder(source: str, config: Any) -> None:
@@ -116,20 +145,22 @@ def _check_decoder(source: str, config: Any) -> None:
         raise BadArgument("source", source, f"{what} is not a decoder-only language model, which Foveate works on")
 
 
-def _explained(source: str, local: bool, error: Exception) -> FoveateError:
-    """transformers' failures as one line. It wraps every hub failure in an OSError whose text tells them apart."""
+def _explained(source: str, path: str, what: str, error: Exception) -> FoveateError:
+    """One of the many exceptions of transformers and the hub as one line."""
     line = _line(error)
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+    if isinstance(error, MemoryError):
         return Refused(f"{source} does not fit into memory: {line}")
-    if local:
-        return BadArgument("source", source, f"the model cannot be opened ({line})")
-    if "gated repo" in line or "401" in line or "403" in line:
-        return Refused(f"{source} is a gated or private model of the Hugging Face hub: log in with `hf auth login`")
-    if not isinstance(error, OSError) or "is not a valid model identifier" in str(error):
-        return BadArgument("source", source, f"{line}; {_choices(source)}")
-    return Refused(f"{source!r} is neither here nor to be had from the Hugging Face hub ({line}); {_choices(source)}")
+    if Path(path).is_dir():
+        return BadArgument("source", source, f"its {what} cannot be read ({line})")
+    if "gated repo" in line:
+        return Refused(f"{source} is a gated model: accept its terms on its page at the hub, then `hf auth login`")
+    if isinstance(error, OSError) and "connect" in line:
+        return Refused(
+            f"{source!r} is not on this machine and the Hugging Face hub cannot be reached; {_choices(source)}"
+        )
+    return BadArgument("source", source, f"its {what} cannot be read ({line})")
 
 
 def _line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(".:") if lines else type(error).__name__

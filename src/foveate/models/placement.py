@@ -37,7 +37,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if dtype == "auto":
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise BadArgument("dtype", dtype, f'give "auto", {", ".join(DTYPES)} or one of these as a torch.dtype')
     return found
 

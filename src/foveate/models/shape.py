@@ -134,9 +134,7 @@ class ModelShape:
         in such a layer, because the next token brings the last one. Recurrent states and indexer keys are not keys
         and values and are not counted.
         """
-        return batch * sum(
-            self.kv_bytes_per_slot(layer.index) * layer.held_tokens(length) for layer in self.layers
-        )
+        return batch * sum(self.kv_bytes_per_slot(layer.index) * layer.held_tokens(length) for layer in self.layers)
 
 
 def _first(config: Any, *names: str) -> Any:

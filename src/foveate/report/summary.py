@@ -35,7 +35,12 @@ class Refusal:
     @property
     def text(self) -> str:
         """`not below 0.29` where the method named its floor, else its own words."""
-        return self.reason if self.floor is None else f"not below {self.floor:.2g}"
+        return self.reason if self.floor is None else self.short
+
+    @property
+    def short(self) -> str:
+        """`not below 0.29`, or that it was refused."""
+        return "refused" if self.floor is None else f"not below {self.floor:.2g}"
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def _held(share: float | None, size: float | None) -> str:
 
 def _kv(row: Row) -> str:
     if not row.cells and row.refusals:
-        return row.refusals[0].text if row.refusals[0].floor is not None else "refused"
+        return row.refusals[0].short
     return _held(row.kv_share, row.kv_bytes)
 
 

@@ -99,9 +99,9 @@ def _ask(kind: Item, keys: Sequence[str], several: bool) -> tuple[str, str]:
     names = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
     if several:
         about = f"special magic {kind} for {names}"
-        return f"Which {about} does the text above mention? Give all of them.", f"The {about} in the text above are:"
+        return f"What are all the {about} in the text above?", f"The {about} are:"
     about = f"special magic {kind[:-1]} for {names}"
-    return f"Which {about} does the text above mention?", f"The {about} in the text above is:"
+    return f"What is the {about} in the text above?", f"The {about} is"
 
 
 def _draw(rng: random.Random, kind: Item, count: int, absent_from: str) -> list[str]:

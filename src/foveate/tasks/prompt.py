@@ -212,11 +212,11 @@ def _tail(words: Sequence[str], tokens: int, added: Callable[[str], int]) -> str
     for count in range(most, max(0, most - 4), -1):
         extra, cost = "", added(sentence(count))
         while cost < tokens:
-            longer = [(added(sentence(count, extra + piece)), piece) for piece in _STRETCH]
-            step = min(((new, piece) for new, piece in longer if cost < new <= tokens), default=None)
+            longer = ((added(sentence(count, extra + piece)), extra + piece) for piece in _STRETCH)
+            step = next((each for each in longer if cost < each[0] <= tokens), None)
             if step is None:
                 break
-            cost, extra = step[0], extra + step[1]
+            cost, extra = step
         if best_cost < cost <= tokens:
             best, best_cost = sentence(count, extra), cost
         if best_cost == tokens:

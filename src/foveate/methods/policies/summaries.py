@@ -33,6 +33,6 @@ def bound_scores(q: Tensor, summary: Tensor) -> Tensor:
     batch, heads, queries, dim = q.shape
     stores = summary.shape[1]
     low, high = summary.float().split(dim, dim=-1)
-    grouped = q.float().view(batch, stores, heads // stores * queries, dim)
+    grouped = q.float().reshape(batch, stores, heads // stores * queries, dim)
     upper = grouped.clamp_min(0) @ high.transpose(-1, -2) + grouped.clamp_max(0) @ low.transpose(-1, -2)
     return upper.view(batch, heads, queries, -1)

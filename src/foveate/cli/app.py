@@ -1,0 +1,65 @@
+"""The program: its commands, and how it fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from foveate.cli import calibrate, compare, methods, models, papers, show
+from foveate.cli.screen import say
+from foveate.errors import FoveateError
+
+app = typer.Typer(
+    name="foveate",
+    help="Efficient attention for language models: published methods behind one interface, compared with evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (compare.compare, show.show, methods.methods, papers.papers, models.models):
+    app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(calibrate.calibrate)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and leave it: 0 when all went well, 2 after one line on stderr, 130 when it was interrupted."""
+    try:
+        code = app(args=None if arguments is None else list(arguments), prog_name="foveate", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader went away (`foveate papers | head`): nothing is left to say, and flushing at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (KeyboardInterrupt, typer.Abort):
+        say("stopped")
+        code = 130
+    except Exception as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        say(reason)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def explain(error: Exception) -> str | None:
+    """One line for what a user can mend; None for a fault of the program, which keeps its traceback."""
+    if isinstance(error, FoveateError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"{where}no space left to write; free some and run the same command again"
+        return f"{where}{error.strerror or error}"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "out of memory: ask for shorter --lengths, a smaller model, or another --device"
+    usage = getattr(error, "format_message", None)  # typer's errors of usage, whichever copy of click it carries
+    if usage is not None:
+        context = getattr(error, "ctx", None)
+        return f"{usage()} See: {context.command_path if context else 'foveate'} --help"
+    return None

@@ -1,0 +1,94 @@
+"""Column sums are those of the attention map."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from tests.attention.reads import Read, random_read, tensors
+from tests.closeness import assert_close
+
+from foveate.attention import ALL, Geometry, Selection, Span, attend, columns, merge
+from foveate.errors import BadArgument
+
+MODULE = import_module("foveate.attention.columns")  # its function has taken its name
+
+
+def by_map(read: Read, lse: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """The same from a whole map, [B, Hk, M]."""
+    g, group = read.places(), read.heads // read.k.shape[1]
+    scores = read.q @ read.k.repeat_interleave(group, 1).mT * read.options.get("scale", read.q.shape[-1] ** -0.5)
+    if "softcap" in read.options:
+        scores = read.options["softcap"] * (scores / read.options["softcap"]).tanh()
+    mask = read.selection.mask(g, read.heads, read.visible)
+    map_ = torch.where(mask, (scores - lse.unsqueeze(-1)).exp(), 0.0)
+    if valid is not None:
+        map_ = map_ * (torch.arange(g.queries) < valid.view(-1, 1, 1)).unsqueeze(-1)
+    return map_.unflatten(1, (-1, group)).sum((2, 3))
+
+
+@pytest.mark.parametrize("number", range(30))
+def test_columns_are_those_of_the_map(seed: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = random_read(seed)
+    read.options.pop("bias", None)
+    if number % 3 == 0:  # a few queries at a time
+        monkeypatch.setattr(MODULE, "SCORES", 5 * read.q.shape[0] * read.heads * read.k.shape[2])
+    lse = read.truth().lse
+    valid = torch.randint(0, read.q.shape[2] + 1, (read.q.shape[0],)) if number % 2 else None
+    got = columns(read.q, read.k, lse, read.selection, read.geometry, visible=read.visible, valid=valid, **read.options)
+    assert got.dtype == torch.float64
+    assert_close(got, by_map(read, lse, valid), 1e-10)
+
+
+def test_mass_is_conserved(seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v = (x.bfloat16() for x in tensors(2, 6, 2, 100, 130, 16))
+    lse = attend(q, k, v).lse
+    valid = torch.tensor([100, 37])
+    got = columns(q, k, lse, valid=valid)
+    assert got.shape == (2, 2, 130)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got.sum(-1), 3.0 * valid.view(2, 1).float(), rtol=1e-4)
+    # What only padding queries could have seen received nothing.
+    assert (got[1, :, 130 - 100 + 37 :] == 0).all()
+
+
+def test_parts_add_up_with_the_lse_of_the_whole(seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v = tensors(1, 4, 2, 30, 80, 8)
+    near, far = Selection(span=Span(window=9)), Selection(span=Span(beyond=9))
+    lse = merge([attend(q, k, v, near), attend(q, k, v, far)]).lse
+    whole = columns(q, k, lse)
+    assert_close(columns(q, k, lse, near) + columns(q, k, lse, far), whole, 1e-12)
+    assert_close(columns(q, k, lse, [near, far]), whole, 1e-12)
+
+
+def test_lists_of_two_grains_may_be_read_in_any_pieces(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(seed)
+    q, k, v = tensors(1, 2, 1, 29, 48, 8)
+    one = Selection(torch.tensor([0, 2], dtype=torch.int32).expand(1, 1, 8, 2), 4, 8)
+    two = Selection(torch.tensor([1, 5], dtype=torch.int32).expand(1, 2, 5, 2), 6, 8)
+    lse = merge([attend(q, k, v, one), attend(q, k, v, two)]).lse
+    want = by_map(Read(q, k, v, one), lse) + by_map(Read(q, k, v, two), lse)
+    for step in (1, 5, 7, 29):
+        monkeypatch.setattr(MODULE, "SCORES", step * 2 * 48)
+        assert_close(columns(q, k, lse, [one, two]), want, 1e-12)
+
+
+def test_unseeing_queries_add_nothing() -> None:
+    q = torch.ones(1, 1, 2, 4)
+    geometry = Geometry(1, 2, 3, torch.tensor([[0]]), torch.tensor([[-2]]))
+    got = attend(q, torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), ALL, geometry)
+    assert torch.equal(columns(q, torch.ones(1, 1, 3, 4), got.lse, ALL, geometry), torch.zeros(1, 1, 3))
+
+
+def test_bad_shapes_are_named() -> None:
+    q, k = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 5, 8)
+    lse = torch.zeros(2, 4, 3)
+    with pytest.raises(BadArgument, match=r"lse=\(2, 4\): one number per query"):
+        columns(q, k, lse[..., 0])
+    with pytest.raises(BadArgument, match=r"k=.*it must fit q"):
+        columns(q, k[..., :4], lse)
+    with pytest.raises(BadArgument, match=r"valid=.*one number per row"):
+        columns(q, k, lse, valid=torch.ones(3))

@@ -1,0 +1,61 @@
+"""Counting pairs and bytes agrees with the mask, pair for pair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.attention.reads import random_lists, random_read
+
+from foveate.attention import ALL, Geometry, Selection, Span
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_counts_are_sums_of_the_mask(seed: int, number: int) -> None:
+    read = random_read(seed)
+    g, selection, heads, store = read.places(), read.selection, read.heads, read.k.shape[1]
+    mask = selection.mask(g, heads, read.visible)
+    count = selection.pairs(g, heads, read.visible)
+    assert count.dtype == torch.int64
+    assert torch.equal(count, mask.sum((-1, -2)))
+    causal = ALL.mask(g, heads).sum((-1, -2))
+    share = selection.density(g, heads, read.visible)
+    assert torch.allclose(share[causal > 0], (count / causal)[causal > 0].double())
+    assert (share[causal == 0] == 1).all()
+    block = selection.q_block if selection.lists is not None and selection.q_block else g.queries
+    used = sum(
+        int(mask[:, :, i : i + block].any(2).unflatten(1, (store, -1)).any(2).sum()) for i in range(0, g.queries, block)
+    )
+    assert selection.bytes_read(g, heads, store, 10, read.visible) == 10 * used
+
+
+@pytest.mark.parametrize("case", ["dense", "span", "lists", "lists and span", "lists in span", "ragged"])
+def test_counting_needs_no_mask(seed: int, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual selections are counted by arithmetic, so that long prompts cost little."""
+    import random
+
+    torch.manual_seed(seed)
+    lists = random_lists(random.Random(seed), (2, 4, 10), 41, 9)
+    g = Geometry(2, 150, 650)
+    selection, visible = {
+        "dense": (ALL, ()),
+        "span": (Selection(span=Span(4, torch.tensor([9, 200]), 3)), ()),
+        "lists": (Selection(lists, 16, 16), ()),
+        "lists and span": (Selection(lists, 16, 16, Span(4, 50)), ()),
+        "lists in span": (Selection(lists, 16, 16), (Span(4, 50),)),
+        "ragged": (Selection(lists, 16, 16), ()),
+    }[case]
+    if case == "ragged":
+        g = Geometry(2, 150, 650, torch.tensor([[640, 600], [650, 333]]), torch.tensor([[490, 450], [500, 183]]))
+    want = selection.mask(g, 4, visible).sum((-1, -2))
+    monkeypatch.setattr(Selection, "seen", lambda *args: pytest.fail("made a mask"))
+    assert torch.equal(selection.pairs(g, 4, visible), want)
+
+
+def test_density_of_plain_cases() -> None:
+    g = Geometry(1, 8, 8)
+    assert ALL.pairs(g, 2).tolist() == [[36, 36]]
+    assert ALL.density(g, 2).tolist() == [[1.0, 1.0]]
+    assert Selection(span=Span(0, 1)).pairs(g, 1).tolist() == [[8]]
+    # One query over 100 slots of which it reads two blocks of 16: an eighth of 256 bytes each way.
+    one = Selection(torch.tensor([[[[0, 3]]]], dtype=torch.int32), None, 16)
+    assert one.bytes_read(Geometry(1, 1, 100), 8, 1, 256) == 32 * 256
