@@ -1,11 +1,29 @@
 """Foveate: every efficient-attention method behind one interface, compared with evidence."""
 
-from foveate.engine.apply import Handle, apply, compose
-from foveate.errors import BadArgument, FoveateError, Infeasible, Refused
-from foveate.methods.budget import Budget
-from foveate.models import load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from foveate.comparison import compare
+    from foveate.engine.apply import Handle, apply, compose
+    from foveate.engine.saved import load
+    from foveate.errors import BadArgument, FoveateError, Infeasible, Refused
+    from foveate.methods.budget import Budget
+
+_PUBLIC = {
+    "BadArgument": "foveate.errors",
+    "Budget": "foveate.methods.budget",
+    "FoveateError": "foveate.errors",
+    "Handle": "foveate.engine.apply",
+    "Infeasible": "foveate.errors",
+    "Refused": "foveate.errors",
+    "apply": "foveate.engine.apply",
+    "compare": "foveate.comparison",
+    "compose": "foveate.engine.apply",
+    "load": "foveate.engine.saved",
+}
 
 __all__ = [
     "BadArgument",
@@ -15,6 +33,14 @@ __all__ = [
     "Infeasible",
     "Refused",
     "apply",
+    "compare",
     "compose",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported on first use, so that `import foveate` and the command line start at once."""
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'foveate' has no attribute {name!r}")

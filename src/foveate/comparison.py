@@ -15,7 +15,8 @@ from typing import Any
 
 from foveate.errors import BadArgument
 from foveate.evaluate.record import Record
-from foveate.evaluate.runner import Request, Watch, run
+from foveate.evaluate.request import Request, Watch
+from foveate.evaluate.runner import run
 from foveate.evaluate.setting import ALL, MethodLike, parse_budgets, parse_methods, settings_of, text_of
 from foveate.methods.base import Method, Profile
 from foveate.methods.budget import Budget

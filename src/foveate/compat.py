@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin as CacheLayerBase
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import cached_file
 
 from foveate.errors import Refused
 
@@ -275,6 +277,17 @@ class LatentProjection:
         """Attention over latents [B, H, N, r] -> head outputs [B, H, N, v]."""
         _, w_uv = self.weights()
         return torch.einsum("bhnr,hvr->bhnv", out, w_uv)
+
+
+def companion_file(source: str, name: str) -> str:
+    """Path of a small file that lies beside a checkpoint, local or on the hub."""
+    local = os.path.join(source, name)
+    if os.path.exists(local):
+        return local
+    found = cached_file(source, name)
+    if found is None:
+        raise OSError(f"{source} has no {name}")
+    return found
 
 
 def is_latent(module: nn.Module) -> bool:

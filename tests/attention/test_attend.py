@@ -37,7 +37,7 @@ def test_random_reads(seed: int, number: int, backend: str | None) -> None:
 @pytest.mark.parametrize("backend", ANY)
 @pytest.mark.parametrize("number", range(5))
 def test_random_reads_in_lower_precision(seed: int, number: int, backend: str | None, dtype: torch.dtype) -> None:
-    check(random_read(seed, options=False), dtype, backend)
+    check(random_read(seed), dtype, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

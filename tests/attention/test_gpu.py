@@ -56,7 +56,7 @@ def check(read: Read, dtype: torch.dtype, backend: str | None) -> None:
 @pytest.mark.parametrize("backend", ["sdpa", "gather"])
 @pytest.mark.parametrize("number", range(20))
 def test_random_reads(seed: int, number: int, backend: str, dtype: torch.dtype) -> None:
-    check(random_read(seed, options=dtype == torch.float32), dtype, backend)
+    check(random_read(seed), dtype, backend)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float16])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -16,7 +18,7 @@ from foveate.errors import BadArgument, Refused
 from foveate.models import load, tiny
 from foveate.models.gguf_tokenizer import tokenizer_of
 from foveate.models.gguf_weights import folder_of
-from tests.models.gguf_files import CHAT, finish, sentence_pieces, write
+from tests.models.gguf_files import CHAT, byte_level_vocabulary, finish, sentence_pieces, write
 
 Q = gguf.GGMLQuantizationType
 
@@ -123,7 +125,11 @@ def test_tokenizer_splits_digits_keeps_specials_and_renders_chats(tmp_path: Path
     assert text == "<|im_start|>hello<|im_end|>"
     assert tokenizer(text).input_ids == [1, tokenizer.convert_tokens_to_ids("hello"), 2]
     assert tokenizer.decode(tokenizer("naïve 日本 12\n").input_ids) == "naïve 日本 12\n"
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
     assert tokenizer.padding_side == "left"
     assert "[PAD280]" not in tokenizer.get_vocab()
 
@@ -145,8 +151,6 @@ def test_each_pre_tokenizer_cuts_digits_its_own_way(pre: str, expected: list[str
 
 
 def byte_level_metadata(pre: str) -> dict:
-    from tests.models.gguf_files import byte_level_vocabulary
-
     tokens, merges = byte_level_vocabulary()
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -198,7 +202,9 @@ def greedy(pieces: list[str], scores: dict[str, float]) -> list[str]:
 
 def test_generation_stops_at_the_end_of_a_turn_too(tmp_path: Path, seed: int):
     write(
-        tmp_path / "m.gguf", tiny("llama", layers=1, vocab_size=320, seed=seed), extra={"tokenizer.ggml.eot_token_id": 0}
+        tmp_path / "m.gguf",
+        tiny("llama", layers=1, vocab_size=320, seed=seed),
+        extra={"tokenizer.ggml.eot_token_id": 0},
     )
     assert load(tmp_path / "m.gguf", dtype="float32", device="cpu").model.generation_config.eos_token_id == [2, 0]
 
@@ -244,13 +250,28 @@ def test_files_that_cannot_be_opened_are_refused_in_one_sentence(tmp_path: Path,
     assert not [entry for entry in (own_cache / "models").iterdir() if entry.is_dir()], "nothing half-made is left"
 
 
-def test_a_tensor_without_a_place_is_refused(tmp_path: Path, seed: int):
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape", "moe"])
+def test_a_file_that_does_not_make_a_whole_model_is_refused(change: str, tmp_path: Path, seed: int):
     model = tiny("qwen3", layers=1, vocab_size=320, seed=seed)
-    state = model.state_dict()
-    model.state_dict = lambda: {**state, "model.layers.0.self_attn.q_norm.bias": torch.zeros(16)}  # type: ignore[method-assign]
-    write(tmp_path / "m.gguf", model, architecture="qwen3", pre="qwen2")
-    opened = load(tmp_path / "m.gguf", dtype="float32", device="cpu")
-    assert opened is not None
+    state = dict(model.state_dict())
+    if change == "missing":
+        del state["model.layers.0.mlp.up_proj.weight"]
+    elif change == "unknown":
+        state["model.layers.0.self_attn.q_norm.bias"] = torch.zeros(16)
+    elif change == "shape":
+        state["model.layers.0.self_attn.q_norm.weight"] = torch.zeros(8)
+    extra = {"model.layers.0.mlp.gate_inp.weight": torch.zeros(4, 64)} if change == "moe" else {}
+    with monkeypatched_state(model, state | extra):
+        write(tmp_path / "m.gguf", model, architecture="qwen3", pre="qwen2")
+    with pytest.raises(Refused, match=r"no place for|does not make a whole qwen3 model"):
+        load(tmp_path / "m.gguf")
+
+
+@contextmanager
+def monkeypatched_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "state_dict", lambda: state)
+        yield
 
 
 def test_chat_template_of_the_file_is_kept(tmp_path: Path, seed: int):

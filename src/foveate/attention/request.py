@@ -91,6 +91,8 @@ def normal(
 ) -> Request:
     """The normal form of an attention call whose arguments have been checked (see `attend`)."""
     heads, k_heads = q.shape[1], k.shape[1]
+    if bias is not None:
+        bias = bias.to(torch.float64 if q.dtype == torch.float64 else torch.float32)  # the dtype of the scores
     if k_heads != v.shape[1] or k_map is not None or v_map is not None:
         k, v, store = _align(k, v, heads, k_map, v_map)
         if k_map is not None and bias is not None and bias.shape[1] not in (1, heads):

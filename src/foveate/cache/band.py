@@ -54,6 +54,8 @@ class Band:
         """A crop may not go back behind this many seen tokens: what it would need again was freed."""
         self._index = torch.from_numpy(pairs).to(k.device)
         self._device_lengths: Tensor | None = None
+        self._allocated: int | None = None
+        """Bytes of all tensors but the lengths, until something is allocated anew."""
 
     # -- what is held -------------------------------------------------------------------------------------------------
 
@@ -77,10 +79,11 @@ class Band:
 
     @property
     def nbytes(self) -> int:
-        loose = [*self.summaries.values(), self._index]
-        if self._device_lengths is not None:
-            loose.append(self._device_lengths)
-        return sum(c.nbytes for c in self._columns()) + sum(t.numel() * t.element_size() for t in loose)
+        if self._allocated is None:
+            loose = [*self.summaries.values(), self._index]
+            self._allocated = sum(c.nbytes for c in self._columns()) + sum(t.numel() * t.element_size() for t in loose)
+        lengths = self._device_lengths
+        return self._allocated + (0 if lengths is None else lengths.numel() * lengths.element_size())
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +150,7 @@ class Band:
     def reserve(self, capacity: int, coming: int = 0) -> None:
         """Grow every column to `capacity` slots, of which `coming` are about to be written."""
         used = self.used
+        self._allocated = None
         for column in self._columns():
             column.reserve(capacity, used, coming)
 
@@ -171,6 +175,7 @@ class Band:
                 if kept is not None:
                     bigger[:, : min(first, kept.shape[1])] = kept[:, :first]
                 kept = bigger
+                self._allocated = None
             kept[:, first:total] = fresh
             self.summaries[name] = kept
 
@@ -181,6 +186,7 @@ class Band:
 
         Tokens at or behind position upcoming[p] were all kept, so a crop may still go back to there.
         """
+        self._allocated = None
         counts = np.array([len(s) for s in slots], dtype=np.int64)
         index = stack_index(slots, self.device)
         if self.positions is None:
@@ -197,6 +203,7 @@ class Band:
     def drop_one(self, slots: Tensor, pairs: np.ndarray) -> None:
         """Free one slot [len(pairs)] of each named pair: its newest token moves there, nothing else is copied."""
         if self.positions is None:
+            self._allocated = None
             self.positions = Column(self.slot_positions().contiguous())
             self.positions.reserve(self.k.data.shape[1] if isinstance(self.k, Column) else self.used, self.used)
         where = torch.from_numpy(pairs).to(self.device)
@@ -216,7 +223,8 @@ class Band:
         if self.bounded:
             self._expire(upcoming)
         for column in (self.k, self.v):
-            if column is not None:
+            if isinstance(column, PackedColumn):
+                self._allocated = None
                 column.settle(self.lengths)
 
     def _expire(self, upcoming: Counts) -> None:
@@ -240,6 +248,7 @@ class Band:
 
     def pack(self, key_side: Side | None, value_side: Side | None) -> None:
         """From now on hold keys and values as the codec's sides say."""
+        self._allocated = None
         dtype = self.k.data.dtype if isinstance(self.k, Column) else self.k.dtype
         if key_side is not None and isinstance(self.k, Column):
             self.k = PackedColumn(self.k, key_side, dtype)
@@ -250,7 +259,7 @@ class Band:
         """Forget the newest removed[p] tokens of each pair (they are the last slots: nothing moved since)."""
         self.lengths = self.lengths - removed
         self.seen = self.seen - removed
-        self._device_lengths = None
+        self._device_lengths = self._allocated = None
         for column in self._columns():
             column.truncate(self.lengths)
         if self.declared:
@@ -268,7 +277,7 @@ class Band:
         new.summaries = {name: t.index_select(0, index) for name, t in self.summaries.items()}
         new.lengths, new.seen, new.floor = self.lengths[source], self.seen[source], self.floor[source]
         new._index = torch.from_numpy(pairs).to(self.device)
-        new._device_lengths = None
+        new._device_lengths = new._allocated = None
         return new
 
 

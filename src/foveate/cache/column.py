@@ -93,9 +93,6 @@ class Column:
     def truncate(self, lengths: Counts) -> None:
         """Forget what lies behind lengths[p] (nothing to do: writing starts there again)."""
 
-    def settle(self, lengths: Counts) -> None:
-        """Pack what may leave the tail (an exact column has none)."""
-
     def rooms(self, lengths: Counts) -> int:
         """Tokens that fit before the column must grow, for the fullest pair."""
         return self.data.shape[1] - int(lengths.max(initial=0))

@@ -15,16 +15,14 @@ class View:
     Slots behind `lengths` are padding. `Hs` is the number of store heads: kv heads, or 1 latent head under MLA.
     """
 
-    def __init__(self, store: Store, fresh: np.ndarray, trailing: np.ndarray | None = None) -> None:
+    def __init__(self, store: Store, fresh: np.ndarray) -> None:
         self._store = store
         self.host_fresh = fresh
-        self._trailing = trailing
 
     @property
     def host_lengths(self) -> np.ndarray:
         """int64 [B, Hs] on the host."""
-        lengths = self._store.lengths
-        return lengths if self._trailing is None else lengths - self._trailing[:, None]
+        return self._store.lengths
 
     @property
     def lengths(self) -> Tensor:
@@ -54,8 +52,7 @@ class View:
     @property
     def seen(self) -> Tensor:
         """Tokens of each row so far, evicted ones counted, int64 [B]: position of the next token."""
-        seen = self._store.seen if self._trailing is None else self._store.seen - self._trailing
-        return torch.from_numpy(seen).to(self._store.bands[0].device)
+        return torch.from_numpy(self._store.seen).to(self._store.bands[0].device)
 
     @property
     def positions(self) -> Tensor:

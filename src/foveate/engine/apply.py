@@ -16,7 +16,7 @@ from foveate.engine.forward import Call, attention
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import METHODS, Composition, Method, Profile
 from foveate.methods.budget import Budget
-from foveate.methods.profile import built_in_profile, from_json, load_profile, to_json
+from foveate.methods.profile import built_in_profile, load_profile, to_json
 from foveate.models.shape import ModelShape
 
 CONFIG_KEY = "foveate"
@@ -42,7 +42,7 @@ def compose(method: MethodLike, budget: Budget | float | int | str | None = None
         names = [name.strip() for name in method.split("|")]
         if settings and len(names) > 1:
             raise BadArgument("settings", settings, "give parameters to one method, not to a composition")
-        made = Composition(tuple(_named(name, settings) for name in names))
+        made = Composition(tuple(named(name, settings) for name in names))
     elif settings:
         raise BadArgument("settings", settings, "give parameters when the method is made, or name it by a text")
     elif isinstance(method, Method):
@@ -54,7 +54,8 @@ def compose(method: MethodLike, budget: Budget | float | int | str | None = None
     return made.with_budget(Budget.of(budget))
 
 
-def _named(name: str, settings: Mapping[str, Any]) -> Method:
+def named(name: str, settings: Mapping[str, Any]) -> Method:
+    """A method by its id and parameters, with clear errors for either."""
     if name not in METHODS:
         raise BadArgument("method", name, f"known methods: {', '.join(sorted(METHODS))}")
     try:
@@ -76,6 +77,12 @@ class Handle:
         self.model, self.active = model, False
         self.binding = Binding(model, composition, profiles, self)
         self._undo: list[Callable[[], None]] = []
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Handle | None:
+        """The handle of the methods that are applied to a model now, or None."""
+        stack = compat.unwrap(model).__dict__.get("_foveate_stack")
+        return stack[-1] if stack else None
 
     @property
     def id(self) -> str:
@@ -311,17 +318,3 @@ def apply(
     handle.install()
     return handle
 
-
-def restore(model: nn.Module, folder: Path) -> Handle | None:
-    """Re-apply what `save_pretrained` of an applied model recorded; None if nothing was."""
-    state = getattr(model.config, CONFIG_KEY, None)
-    if not state:
-        return None
-    methods = tuple(_named(entry["id"], entry["settings"]) for entry in state["methods"])
-    profiles: list[Any] = []
-    if state.get("profiles"):
-        try:
-            profiles = [from_json(raw) for raw in json.loads((folder / state["profiles"]).read_text()).values()]
-        except (OSError, ValueError, KeyError):
-            raise BadArgument("source", str(folder), f"its {state['profiles']} is missing or damaged") from None
-    return apply(model, Composition(methods), profile=profiles or None)

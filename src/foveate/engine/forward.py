@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,9 @@ class Call:
         self.binding, self.cache, self.queries = binding, cache, queries
         self.scratch: dict[str, dict[str, Any]] = {}
         self.rows: Rows | None = None
-        self.extra = 0
         self.complete = False
+        self.pieces: tuple[Call, ...] = ()
+        """The prompt and what follows it, where one forward brings both (candidates of assisted decoding)."""
         if cache is None:
             self.phase = "prompt"
             return
@@ -47,13 +49,20 @@ class Call:
             cache.owner.plan_cache(cache, max(cache.announced, queries))
         if cache.announced > 0:
             self.phase = "prompt"
-            self.extra = max(0, queries - cache.announced)
+            extra = max(0, queries - cache.announced)
             cache.announced = max(0, cache.announced - queries)
             self.complete = cache.announced == 0
+            if extra:
+                self.pieces = (self._piece("prompt", queries - extra), self._piece("decode", extra))
         elif queries > 1 and not cache.managed:
             self.phase, self.complete = "prompt", True
         else:
             self.phase = "decode"
+
+    def _piece(self, phase: str, queries: int) -> Call:
+        piece = copy.copy(self)
+        piece.phase, piece.queries, piece.scratch = phase, queries, {}
+        return piece
 
     def manages(self, module: nn.Module) -> bool:
         """Whether this attention module is one of the decoder's that Foveate serves."""
@@ -81,6 +90,8 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.ndim == 4:
         return _masked(call, module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
+    if call.pieces:
+        return _in_pieces(call, module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
     if call.rows is None:
         call.rows = Rows.of(attention_mask, query.shape[0], query.shape[2])
     rows = call.rows
@@ -117,6 +128,25 @@ def attention(
         out, _ = _attend(call, plan, layer, layer.store, q, how)
     _finish(call, plan, layer, index, how)
     return rows.unroll(out).transpose(1, 2).contiguous(), None
+
+
+def _in_pieces(
+    call: Call, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The prompt is complete, and what is evicted gone, before the tokens behind it read: as in two forwards."""
+    assert call.cache is not None
+    layer: CourierLayer = call.cache.layers[module.layer_idx]
+    k, v = layer.take()
+    outs: list[Tensor] = []
+    end = 0
+    for piece in call.pieces:
+        new = slice(end, end + piece.queries)
+        end += piece.queries
+        layer.staged = (k[:, :, new], v[:, :, new])
+        seen = None if mask is None else mask[:, : mask.shape[1] - call.queries + end]
+        out, _ = attention(piece, module, query[:, :, new], key[:, :, new], value[:, :, new], seen, **kwargs)
+        outs.append(out)
+    return torch.cat(outs, dim=1), None
 
 
 def _reading(
@@ -208,7 +238,7 @@ def _attend(
     if managed and (window or columns):
         captured = q if absorbed is None else absorbed(q)
         if window:
-            _capture_window(layer, captured, how.fresh, call.extra, window)
+            _capture_window(layer, captured, how.fresh, window)
         if columns:
             assert result.lse is not None
             over = parts if absorbed is None else ALL
@@ -241,9 +271,8 @@ def _context(call: Call, plan: LayerPlan, layer: CourierLayer, store: Store, met
     )
 
 
-def _capture_window(layer: CourierLayer, q: Tensor, fresh: np.ndarray, extra: int, width: int) -> None:
+def _capture_window(layer: CourierLayer, q: Tensor, real: np.ndarray, width: int) -> None:
     """Keep the last `width` prompt queries of each row, across chunks and without padding."""
-    real = fresh - extra
     if layer.window is None:
         layer.window = q.new_zeros(q.shape[0], q.shape[1], width, q.shape[3])
         layer.window_seen = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
@@ -267,9 +296,9 @@ def _finish(call: Call, plan: LayerPlan, layer: CourierLayer, index: int, how: R
             return
         if call.complete and not layer.sealed:
             sealing.seal(
-                layer, plan, owner.shape, owner.keeper, lambda m: _context(call, plan, layer, layer.store, m, how), call.extra
+                layer, plan, owner.shape, owner.keeper, lambda m: _context(call, plan, layer, layer.store, m, how)
             )
-        elif (layer.sealed or plan.settles_in_prompt) and not call.extra and not layer.record_past:
+        elif (layer.sealed or plan.settles_in_prompt) and not layer.record_past:
             owner.settle(layer)
     elif call.queries == 1 and not layer.record_past:
         owner.settle(layer)

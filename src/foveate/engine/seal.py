@@ -27,49 +27,44 @@ def seal(
     shape: ModelShape,
     keeper: Method | None,
     make: MakeContext,
-    extra: int = 0,
 ) -> None:
     """Evict, free what no span can see, pack: once, when the prompt is complete.
 
     Args:
         keeper: the method that evicts by score, or None.
-        extra: newest tokens that are not prompt (candidates of assisted decoding); they are never evicted or packed.
     """
-    trailing = np.full(layer.store.rows, extra) if extra else None
     if keeper is not None and plan.shape.kind == "full":
-        seen = layer.store.seen - extra
-        grants = [feasible(lambda n: keeper.total(shape, n), int(n), shape) for n in seen]
+        grants = [feasible(lambda n: keeper.total(shape, n), int(n), shape) for n in layer.store.seen]
         if all(g is not None for g in grants):
             layer.limit = np.array(grants, dtype=np.int64)
-            evict(layer, keeper, make(keeper), trailing)
+            evict(layer, keeper, make(keeper))
     layer.sealed = True
     layer.window = layer.window_seen = None
     if plan.codec is not None:
         layer.store.pack(plan.codec.keys, plan.codec.values)
-    if not extra:
-        layer.store.settle(layer.store.seen)
-        layer.dirty = False
+    layer.store.settle(layer.store.seen)
+    layer.dirty = False
 
 
 def settle(layer: CourierLayer, keeper: Method | None, make: MakeContext) -> None:
     """The steady state after the prompt: evict what exceeds the grant, expire windows, flush tails."""
     if keeper is not None and keeper.every_step and layer.limit is not None:
-        evict(layer, keeper, make(keeper), None)
+        evict(layer, keeper, make(keeper))
     layer.store.settle(layer.store.seen)
     layer.dirty = False
 
 
-def evict(layer: CourierLayer, keeper: Method, ctx: LayerContext, trailing: np.ndarray | None) -> None:
+def evict(layer: CourierLayer, keeper: Method, ctx: LayerContext) -> None:
     """Hold at most what the keeper's rule grants each head, by its scores."""
     store = layer.store
     assert layer.limit is not None
-    view = View(store, np.zeros(store.rows, dtype=np.int64), trailing)
+    view = View(store, np.zeros(store.rows, dtype=np.int64))
     lengths = view.host_lengths
     if (lengths <= layer.limit[:, None]).all():
         return
     scores = protected(keeper, keeper.score(view, ctx), view, layer.limit)
     excess = lengths - layer.limit[:, None]
-    if trailing is None and (excess == 1).all():
+    if (excess == 1).all():
         victims = scores.masked_fill(~view.valid(), torch.inf).argmin(-1).flatten()
         for band in store.bands:
             band.drop_one(victims[band.index], np.arange(len(band.pairs)))
@@ -80,11 +75,8 @@ def evict(layer: CourierLayer, keeper: Method, ctx: LayerContext, trailing: np.n
     for b in range(store.rows):
         for h in range(store.spec.heads):
             if counts[b, h] < lengths[b, h]:
-                slots = np.sort(order[b, h, : counts[b, h]])
-                if trailing is not None:
-                    slots = np.concatenate([slots, lengths[b, h] + np.arange(trailing[b])])
-                kept[b * store.spec.heads + h] = slots
-    store.keep(kept, store.seen if trailing is None else store.seen - trailing)
+                kept[b * store.spec.heads + h] = np.sort(order[b, h, : counts[b, h]])
+    store.keep(kept, store.seen)
 
 
 def protected(keeper: Method, scores: Tensor, view: View, limit: np.ndarray) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -14,54 +14,17 @@ import torch
 from foveate.engine.apply import Handle, apply, compose
 from foveate.engine.binding import Binding
 from foveate.engine.plan import unite
-from foveate.errors import BadArgument, FoveateError
+from foveate.errors import FoveateError
 from foveate.evaluate import cost as costing
 from foveate.evaluate.answer import Answer, answer, read_prompts
 from foveate.evaluate.batch import Batch, rows_at_once
 from foveate.evaluate.machine import describe, versions
 from foveate.evaluate.record import DENSE, Cell, Log, Record
+from foveate.evaluate.request import Request, Watch, check_lengths, make_samples
 from foveate.evaluate.setting import Bound, Setting, bind, check, open_profiles
 from foveate.methods.base import Profile
 from foveate.models.shape import ModelShape
-from foveate.tasks import Corpus, Sample, Task
-
-Watch = Callable[[float, float, str], None]
-"""Told (work done, work in all, what is at work) as a run goes on; the unit is about one prompt token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is run besides the settings: everything that decides about the samples.
-
-    Args:
-        model: its name in records.
-        lengths: context lengths in tokens, answers counted in.
-        samples: per length and task; every setting gets the same ones.
-        question_seen: whether methods see the question while they compress the context.
-        repeats: of each timing.
-        command: what repeats the run.
-    """
-
-    model: str
-    lengths: tuple[int, ...]
-    tasks: tuple[Task, ...]
-    samples: int
-    seed: int = 0
-    question_seen: bool = False
-    repeats: int = 3
-    corpus: Corpus
-    command: str = ""
-
-    def shared(self, model: Any) -> dict[str, Any]:
-        """What all cells have in common and no cell key holds; a run in the same folder must agree with it."""
-        return {
-            "samples": self.samples,
-            "repeats": self.repeats,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-            "corpus": self.corpus.name,
-            "corpus_digest": self.corpus.digest,
-        }
+from foveate.tasks import Sample, Task
 
 
 def run(
@@ -85,45 +48,16 @@ def run(
         FoveateError: the folder cannot be written.
     """
     shape = ModelShape.of(model)
-    _check_lengths(request, shape, tokenizer)
+    check_lengths(request, shape, tokenizer)
     with apply(model, DENSE) as handle, torch.inference_mode():
         given = open_profiles(profiles, settings, shape)
         bounds = [bind(handle, setting, given) for setting in settings]
-        samples = _make_samples(request, tokenizer, watch)
+        samples = make_samples(request, tokenizer, watch)
         with Log(out, request.shared(model), request.command) as log:
             runner = Runner(model, tokenizer, shape, request, handle, bounds, samples, log, watch)
             runner.run()
             done = log.done()
             return [done[cell.key()] for cell in runner.cells()]
-
-
-def _check_lengths(request: Request, shape: ModelShape, tokenizer: Any) -> None:
-    for length in request.lengths:
-        if length > shape.max_positions:
-            raise BadArgument(
-                "lengths", length, f"{request.model} has {shape.max_positions} positions; give at most that"
-            )
-        for task in request.tasks:
-            minimum = task.minimum(tokenizer)
-            if length < minimum:
-                mend = f"{task.name} needs at least {minimum} tokens with this tokenizer"
-                raise BadArgument("lengths", length, mend)
-
-
-def _make_samples(request: Request, tokenizer: Any, watch: Watch) -> dict[tuple[int, str], list[Sample]]:
-    made = {}
-    for length in request.lengths:
-        for task in request.tasks:
-            watch(0, 0, f"writing samples of {task.name}, {length} tokens")
-            samples = task.generate(tokenizer, length, request.samples, request.seed, request.corpus)
-            for sample in samples:
-                tokens = (
-                    len(sample.context_ids) + len(sample.question_ids) + len(sample.target_ids) + sample.max_new_tokens
-                )
-                if tokens > length:
-                    raise FoveateError(f"{task.name} made a prompt of {tokens} tokens where {length} were asked for")
-            made[length, task.name] = samples
-    return made
 
 
 @dataclass

@@ -143,7 +143,7 @@ def settings_of(entries: Sequence[Entry], budgets: Sequence[Budget]) -> list[Set
                 part.with_budget(budget) if part is entry.free and budget is not None else part
                 for part in entry.composition.methods
             )
-            setting = _setting(Composition(parts), budget, entry.named)
+            setting = _setting(entry, Composition(parts), budget)
             found.setdefault(setting.key, setting)
     return list(found.values())
 
@@ -269,14 +269,15 @@ def _entry(parts: Sequence[tuple[Method, bool]], named: bool = True) -> Entry:
     return Entry(composition, free[0] if free else None, named)
 
 
-def _setting(composition: Composition, budget: Budget | None, named: bool) -> Setting:
-    methods = composition.methods
+def _setting(entry: Entry, granted: Composition, budget: Budget | None) -> Setting:
+    """One row: what the entry says of itself, and the budget it was granted besides."""
+    methods = entry.composition.methods
     if len(methods) == 1:
         settings = methods[0].settings()
         own = settings.pop("budget", None)
-        return Setting(methods[0].id, settings, own if budget is None else str(budget), composition, named)
+        return Setting(granted.id, settings, own if budget is None else str(budget), granted, entry.named)
     settings = {f"{m.id}.{name}": value for m in methods for name, value in m.settings().items()}
-    return Setting(composition.id, settings, None if budget is None else str(budget), composition, named)
+    return Setting(granted.id, settings, None if budget is None else str(budget), granted, entry.named)
 
 
 _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.attention import Frame, Parts, Selection, Span
-from foveate.cache import View
+from foveate.attention import ALL, Frame, Parts, Selection, Span
+from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Context, Method, Profile, Role, register
 from foveate.methods.budget import Budget
@@ -62,6 +62,8 @@ class StreamingLLM(Method):
             raise Refused(f'{self.id}: positions cannot be re-counted on {shape.name}; use positions="absolute"')
         recent = self.recent
         budget = Budget.of(self.budget)
+        if budget is not None and budget.whole:
+            return [Role("stream", extra={"recent": UNBOUNDED})] * len(shape.layers)
         if budget is not None:
             recent = budget.held_tokens(shape, length, name=self.id, floor=self.sink + 1) - self.sink
             recent = max(1, recent)
@@ -69,9 +71,11 @@ class StreamingLLM(Method):
 
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         recent = ctx.role.extra["recent"]
+        if view.longest <= recent:
+            return ALL
         near = Selection(span=Span(window=recent))
-        if self.positions == "absolute" or self.sink == 0 or view.longest <= recent:
-            return near if self.sink == 0 or view.longest <= recent else Selection(span=Span(self.sink, recent))
+        if self.sink == 0:
+            return near
         own = (view.seen - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device)
         place = own.clamp_max(self.sink + recent - 1)
         return [near, Selection(span=Span(self.sink, window=0, beyond=recent), frame=Frame(query=place))]

@@ -87,6 +87,7 @@ def convert(path: Path, folder: Path, report: Report) -> None:
             weights[_name(tensor.name, metadata.architecture)] = _weight(tensor, config)
         done += int(tensor.n_elements)
         report("converting", 0.9 * done / total)
+    _check_complete(weights, config)
     config.dtype = max(weights.values(), key=Tensor.numel).dtype
     config.save_pretrained(folder)
     _generation_config(metadata).save_pretrained(folder)
@@ -257,6 +258,24 @@ def _weight(tensor: ReaderTensor, config: Any) -> Tensor:
     if dtype is torch.float16 and max(-low.item(), high.item()) > torch.finfo(dtype).max:
         return values.contiguous()  # a block's scale can lift a weight above the range of its own float16
     return values.to(dtype).contiguous()
+
+
+def _check_complete(weights: dict[str, Tensor], config: Any) -> None:
+    """transformers would draw a missing weight at random and drop one too many, with a warning at most."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        expected = {name: tuple(weight.shape) for name, weight in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise Refused(
+            f"the GGUF file does not make a whole {config.model_type} model: {name} is {found.get(name, 'missing')} "
+            f"in the file and {expected.get(name, 'unknown')} in the model"
+        )
 
 
 def _rotate_halves(weight: Tensor, heads: int) -> Tensor:

@@ -33,7 +33,7 @@ _SUFFIXES = (".txt", ".md", ".rst")
 _LONGEST_SENTENCE = 400  # characters; longer runs (tables, text without full stops) are cut at a space
 
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
-_SENTENCE_END = re.compile(r"""[.!?][)\]"'”’]*\s+(?=["'“‘(\[*]*[^\W_a-z])|[。！？]""")
+_SENTENCE_END = re.compile(r"""[.!?][)\]"'”’]*\s+(?=["'“‘(\[*]*[^\W\d_a-z])|[。！？]""")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd\ufeff]")
 
 

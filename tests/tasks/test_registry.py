@@ -1,0 +1,57 @@
+"""Tasks by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from foveate.errors import BadArgument
+from foveate.tasks import GROUPS, TASKS, expand_tasks, task
+
+NEEDLES = [
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+]
+
+
+def names(tasks) -> list[str]:
+    return [each.name for each in tasks]
+
+
+def test_every_task_is_there_by_its_name_and_says_what_it_is():
+    assert list(TASKS) == [*NEEDLES, "vt", "perplexity"]
+    for name, each in TASKS.items():
+        assert task(name) is each
+        assert each.name == name
+        assert each.kind == ("perplexity" if name == "perplexity" else "generate")
+        assert each.higher_is_better == (name != "perplexity")
+        assert each.description
+        assert each.category
+        assert each.metric
+    assert len({each.description for each in TASKS.values()}) == len(TASKS)
+
+
+def test_groups_and_names_mix_and_repeat_nothing():
+    assert names(expand_tasks("needles")) == NEEDLES
+    assert names(expand_tasks("all")) == list(TASKS)
+    assert names(expand_tasks(" vt, needles ,niah_single_2,vt")) == ["vt", *NEEDLES]
+    assert names(expand_tasks(["perplexity", "niah_single_1,vt"])) == ["perplexity", "niah_single_1", "vt"]
+    assert not set(GROUPS) & set(TASKS)
+
+
+@pytest.mark.parametrize("wanted", ["", " , ", []])
+def test_no_task_at_all_is_refused(wanted):
+    with pytest.raises(BadArgument, match=r"tasks=.*give at least one of needles, all, niah_single_1"):
+        expand_tasks(wanted)
+
+
+def test_unknown_names_are_refused_with_those_there_are():
+    with pytest.raises(BadArgument, match="tasks='nials': no such task or group; there are needles, all, niah"):
+        expand_tasks("vt,nials")
+    with pytest.raises(BadArgument, match=r"task='needles': no such task; there are niah_single_1, .*, perplexity"):
+        task("needles")
