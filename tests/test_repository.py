@@ -20,6 +20,12 @@ SOURCE = ROOT / "src" / "foveate"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def made(path: Path) -> bool:
+    """Whether a tool made the file: caches, environments, output."""
+    parts = path.relative_to(ROOT).parts
+    return any(part in {"site", "runs", "dist", "__pycache__"} or (part[0] == "." and part != ".ci") for part in parts)
+
+
 @cache
 def tracked() -> list[Path]:
     """Files that are in the repository or would be added to it."""
@@ -27,8 +33,7 @@ def tracked() -> list[Path]:
     try:
         listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout.decode().split("\0")
     except (OSError, subprocess.CalledProcessError):  # an unpacked source archive: no repository to ask
-        skip = {".venv", ".venv-5.17", "site", "runs", "__pycache__", ".git"}
-        listed = [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if not skip & set(p.relative_to(ROOT).parts)]
+        listed = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if not made(path)]
     return sorted({ROOT / name for name in listed if name and (ROOT / name).is_file()})
 
 

@@ -28,6 +28,7 @@ _PUBLIC = {
 __all__ = [
     "BadArgument",
     "Budget",
+    "Comparison",
     "FoveateError",
     "Handle",
     "Infeasible",

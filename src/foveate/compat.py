@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin as CacheLayerBase
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from foveate.errors import Refused
 
@@ -39,7 +39,9 @@ def register(attention: Callable[..., tuple[Tensor, None]]) -> None:
     AttentionMaskInterface.register(NAME, _mask)
 
 
-def _dispatch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):
+def _dispatch(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+):
     """Ours where a call was announced by the model's pre-hook, stock SDPA elsewhere (vision towers, unbound models).
 
     A call may bring an attention function of its own (`call.attention`, for taps); the others take the registered one.
@@ -74,17 +76,17 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     return kwargs.get("attention_mask")
 
 
-def text_config(model: nn.Module) -> Any:
+def text_config(model: Any) -> Any:
     """The configuration of the decoder that generates text."""
     return model.config.get_text_config(decoder=True)
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: Any) -> Any:
     """The module that every forward of the decoder passes, below any head or adapter wrapper."""
     return getattr(model, "base_model", model)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper. Adapters that inject keys are refused."""
     if hasattr(model, "peft_config"):
         for config in getattr(model, "peft_config", {}).values():
@@ -97,17 +99,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
+def attention_modules(model: Any) -> Iterator[Any]:
     """The decoder's attention modules, in layer order."""
     found = [
         m
         for m in base_model(model).modules()
-        if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "num_key_value_groups") and hasattr(m, "scaling")
+        if isinstance(getattr(m, "layer_idx", None), int)
+        and hasattr(m, "num_key_value_groups")
+        and hasattr(m, "scaling")
     ]
-    return iter(sorted(found, key=lambda m: m.layer_idx))  # type: ignore[arg-type, return-value]
+    return iter(sorted(found, key=lambda m: m.layer_idx))
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: Any) -> None:
     """Refuse models whose attention cannot be reached or whose layers share keys.
 
     Raises:
@@ -131,11 +135,11 @@ def check_model(model: nn.Module) -> None:
             raise Refused(f"{name}: {type(module).__name__} does not call transformers' attention interface")
 
 
-def stock_layers(model: nn.Module) -> list[Any]:
+def stock_layers(model: Any) -> list[Any]:
     """Transformers' own cache layers for this model; layers of linear attention stay as they are."""
     config = text_config(model)
     layers = list(DynamicCache(config=config).layers)
-    count = max((m.layer_idx for m in attention_modules(model)), default=-1) + 1  # type: ignore[type-var]
+    count = max((m.layer_idx for m in attention_modules(model)), default=-1) + 1
     while len(layers) < max(count, config.num_hidden_layers):
         layers.append(DynamicCache(config=None).layer_class_to_replicate())  # type: ignore[misc]
     return layers
@@ -146,7 +150,7 @@ def is_linear_layer(layer: Any) -> bool:
     return not isinstance(layer, CacheLayerBase) or hasattr(layer, "recurrent_states")
 
 
-def private_config(model: nn.Module) -> tuple[Any, Callable[[], None]]:
+def private_config(model: Any) -> tuple[Any, Callable[[], None]]:
     """Give this model a configuration of its own with our attention selected.
 
     Configurations are shared by construction; every module that holds the old object gets the copy.
@@ -217,7 +221,7 @@ class Rotary:
         return torch.cat([(head * cos + half * sin).to(x.dtype), rest], dim=-1)
 
 
-def rotary(model: nn.Module) -> Rotary:
+def rotary(model: Any) -> Rotary:
     """The rotary embedding of this model.
 
     Raises:

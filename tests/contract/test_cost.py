@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tests.closeness import assert_close
+from tests.closeness import assert_close, relative_rms
 from tests.contract.reach import reachable_bytes
 from tests.contract.runs import (
     EXACT,
@@ -23,8 +23,9 @@ from tests.contract.runs import (
 )
 from tests.contract.subjects import Case, applied, each_method, each_subject, model, profiles
 from tests.contract.test_time import LENGTH, as_list, selecting
-from tests.contract.trace import tracing
+from tests.contract.trace import Reads, tracing
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
 import foveate
 from foveate.attention import Selection
@@ -158,6 +159,44 @@ def test_reported_pairs_are_the_pairs_read(case: Case, family: str, group: int, 
             run(net, cache, ids, tokens(seed + 2, 2, 4), mask)
     assert cache.meter.get("prompt_read", 0) == trace.counts["prompt"] > 0
     assert cache.meter.get("decode_read", 0) == trace.counts["decode"] > 0
+
+
+@each_subject()
+def test_the_reads_are_the_whole_truth(case: Case, family: str, group: int, seed: int) -> None:
+    """Transformers' dense forward under a mask of the recorded pairs gives the same logits, prompt and decode."""
+    net = model(family, group)
+    ids, then = tokens(seed, 1, LENGTH), tokens(seed + 1, 1, 5)
+    method = case.whole() if "format" in case.cls.slots else case.method()
+    with applied(net, case, method) as handle:
+        cache = handle.cache()
+        with tracing(LENGTH + 5) as trace:
+            got = run(net, cache, ids, then)
+    want = under_mask(net, torch.cat([ids, then], dim=1), trace.pairs)
+    if trace.framed:  # what is read is not all there is to such a read: where it stands is
+        assert relative_rms(got.prompt, want[:, :LENGTH]) < 1
+        return
+    assert_close(got.prompt, want[:, :LENGTH], EXACT)
+    assert_close(got.steps, want[:, LENGTH:], EXACT)
+
+
+def under_mask(net: nn.Module, ids: torch.Tensor, pairs: Reads) -> torch.Tensor:
+    """Logits of one dense forward in which layer i reads pairs[i] alone."""
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):  # noqa: ANN001, ANN003, ANN202
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        scores = (query @ key.transpose(-1, -2)) * scaling
+        weights = scores.masked_fill(~pairs[module.layer_idx], -torch.inf).softmax(-1)
+        return (weights @ value).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("by_pairs", attention)
+    AttentionMaskInterface.register("by_pairs", lambda *args, **kwargs: None)
+    net.set_attn_implementation("by_pairs")
+    try:
+        with torch.no_grad():
+            return net(ids, use_cache=False).logits
+    finally:
+        net.set_attn_implementation("sdpa")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3"])

@@ -27,10 +27,12 @@ class Trace:
     Attributes:
         pairs: by layer, bool [B, H, T, T]; a query that was run again (after a crop) replaces what it read before.
         counts: by phase, how many pairs real queries read.
+        framed: whether some part was read at another angle.
     """
 
     def __init__(self, length: int) -> None:
         self.length, self.pairs, self.counts = length, {}, {"prompt": 0, "decode": 0}
+        self.framed = False
         self._layer, self._phase = -1, ""
         self._cleared: set[tuple[int, int]] = set()
 
@@ -43,6 +45,7 @@ class Trace:
         mine = self.pairs.setdefault(self._layer, torch.zeros(batch, heads, self.length, self.length, dtype=torch.bool))
         group = heads // store.spec.heads
         selections = [parts] if isinstance(parts, Selection | Partial) else list(parts)
+        self.framed |= any(isinstance(part, Selection) and part.frame.query is not None for part in selections)
         for band in store.bands:
             for i, pair in enumerate(band.pairs):
                 row, store_head = divmod(int(pair), store.spec.heads)

@@ -30,7 +30,14 @@ def small(family: str = "llama", *, layers: int = 3, seed: int = 0, dtype: torch
     """A model with random weights and its tokenizer."""
     tokenizer = byte_tokenizer()
     model = tiny(
-        family, layers=layers, heads=4, kv_heads=2, vocab_size=len(tokenizer), max_positions=2048, seed=seed, dtype=dtype
+        family,
+        layers=layers,
+        heads=4,
+        kv_heads=2,
+        vocab_size=len(tokenizer),
+        max_positions=2048,
+        seed=seed,
+        dtype=dtype,
     )
     return Loaded(model, tokenizer)
 

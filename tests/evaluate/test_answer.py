@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.evaluate.small import LENGTH, small
@@ -22,7 +24,9 @@ def samples(opened: Loaded, name: str, count: int = 3) -> list[Sample]:
 
 
 @torch.inference_mode()
-def run(opened: Loaded, name: str, question_seen: bool, method: str = "dense", budget: float | None = None, rows: int = 3):
+def run(
+    opened: Loaded, name: str, question_seen: bool, method: str = "dense", budget: float | None = None, rows: int = 3
+):
     model, tokenizer = opened
     some = samples(opened, name, rows)
     with apply(model, method, budget=budget) as handle:
@@ -38,7 +42,9 @@ def test_dense_answers_are_those_of_generate(opened: Loaded, question_seen: bool
     some, answers = run(opened, "niah_single_1", question_seen)
     for sample, one in zip(some, answers, strict=True):
         ids = torch.tensor([[*sample.context_ids, *sample.question_ids]])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=sample.max_new_tokens)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=sample.max_new_tokens
+        )
         assert one.prediction == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert 0 < one.tokens < sample.max_new_tokens + 1
 
@@ -62,8 +68,6 @@ def test_an_answer_ends_as_soon_as_it_is_complete(opened: Loaded) -> None:
     text = str(answers[0].prediction)
     assert len(text) > 20
     wanted = text[7:12]
-    from dataclasses import replace
-
     changed = replace(some[0], references=(wanted,))
     with apply(model, "dense") as handle, torch.inference_mode():
         batch = Batch(model, handle.cache(), 1, ModelShape.of(model))
@@ -79,7 +83,8 @@ def test_held_bytes_are_those_of_the_cache(opened: Loaded) -> None:
     shape = ModelShape.of(model)
     some, (one,) = run(opened, "perplexity", False, rows=1)
     context = len(some[0].context_ids)
-    assert one.kv_bytes_prompt == shape.dense_kv_bytes(context)
+    # besides keys and values the cache holds an index of a few integers per layer
+    assert 0 <= one.kv_bytes_prompt - shape.dense_kv_bytes(context) <= 64 * shape.num_layers
     # one token more, and the room that the cache takes for later ones
     assert shape.dense_kv_bytes(context + 1) <= one.kv_bytes <= shape.dense_kv_bytes(context + 1 + context // 16 + 16)
     assert one.kv_bytes_end >= one.kv_bytes

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.models.gguf_files import CHAT, byte_level_vocabulary, finish, sentence_pieces, write
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from foveate.errors import BadArgument, Refused
 from foveate.models import load, tiny
 from foveate.models.gguf_tokenizer import tokenizer_of
 from foveate.models.gguf_weights import folder_of
-from tests.models.gguf_files import CHAT, byte_level_vocabulary, finish, sentence_pieces, write
 
 Q = gguf.GGMLQuantizationType
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.models.gguf_files import SPECIAL, byte_level_vocabulary
 
 from foveate.errors import BadArgument, FoveateError, Refused
 from foveate.models import Loaded, load, tiny
 from foveate.models.gguf_tokenizer import tokenizer_of
 from foveate.models.placement import has_bfloat16, resolve_device, resolve_dtype
-from tests.models.gguf_files import SPECIAL, byte_level_vocabulary
 
 
 @pytest.fixture

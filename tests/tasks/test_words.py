@@ -9,7 +9,7 @@ import re
 import pytest
 
 from foveate.errors import BadArgument
-from foveate.tasks import words
+from foveate.tasks import TASKS, words
 
 
 def test_the_lists_are_long_and_plain():
@@ -29,15 +29,26 @@ def test_no_key_is_part_of_another(seed):
 
 
 def test_many_keys_have_a_word_more(seed):
-    pairs = len(words.adjectives()) * len(words.nouns())
-    few, many = (words.draw_keys(random.Random(seed), count) for count in (pairs // 4, pairs // 4 + 1))
+    half = len(words.adjectives()) * len(words.nouns()) // 2
+    few = words.draw_keys(random.Random(seed), 5, among=half)
+    many = words.draw_keys(random.Random(seed), 5, among=half + 1)
     assert all(key.count("-") == 1 for key in few)
     assert all(key.count("-") == 2 for key in many)
-    assert len(set(many)) == len(many)
+    assert len(set(words.draw_keys(random.Random(seed), half + 1))) == half + 1
+
+
+def test_keys_of_one_prompt_have_equally_many_words(monkeypatch, bpe, seed):
+    first, last = words.adjectives()[:20], words.nouns()[:20]
+    monkeypatch.setattr(words, "adjectives", lambda: first)
+    monkeypatch.setattr(words, "nouns", lambda: last)
+    for length, dashes in ((512, 1), (4096, 2)):
+        (sample,) = TASKS["niah_multikey_2"].generate(bpe, length, 1, seed)
+        keys = re.findall(r"numbers? for (\S+) (?:is|in)\b", bpe.decode(sample.context_ids + sample.question_ids))
+        assert {key.count("-") for key in keys} == {dashes}
 
 
 def test_more_keys_than_there_are_are_refused(monkeypatch):
     monkeypatch.setattr(words, "adjectives", lambda: ("mute", "loud"))
     monkeypatch.setattr(words, "nouns", lambda: ("bell", "drum"))
-    with pytest.raises(BadArgument, match="keys=3: at most 2 different keys"):
-        words.draw_keys(random.Random(0), 3)
+    with pytest.raises(BadArgument, match="keys=5: at most 4 different keys"):
+        words.draw_keys(random.Random(0), 5)

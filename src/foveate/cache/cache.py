@@ -178,6 +178,8 @@ class FoveateCache(CacheBase):
 
     def __init__(self, layers: list[Any], owner: Any) -> None:
         super().__init__(layers=layers)
+        self.layers: list[Any] = layers
+        self._is_user_defined = True
         self.owner = owner
         self.shared: State = {}
         self.announced = 0
@@ -259,7 +261,7 @@ class FoveateCache(CacheBase):
             self.shared = {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.shared = select_rows(self.shared, beam_idx.cpu().numpy())
 
     def batch_repeat_interleave(self, repeats: int) -> None:

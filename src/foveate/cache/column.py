@@ -20,12 +20,20 @@ class Side(Protocol):
     dimension 1 at a rate of one row per `rows(tensor)` tokens, so that they grow and are cut like any column.
     """
 
-    tail: int
-    """Newest tokens that are never packed (KIVI's values: R)."""
-    flush: int
-    """Tokens leave the tail in units of this many (KIVI's keys: R; its values: 1)."""
-    unit: int
-    """Tokens that share one packed row of some tensor: the packed body is cut only at multiples of it."""
+    @property
+    def tail(self) -> int:
+        """Newest tokens that are never packed (KIVI's values: R)."""
+        ...
+
+    @property
+    def flush(self) -> int:
+        """Tokens leave the tail in units of this many (KIVI's keys: R; its values: 1)."""
+        ...
+
+    @property
+    def unit(self) -> int:
+        """Tokens that share one packed row of some tensor: the packed body is cut only at multiples of it."""
+        ...
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
         """[P, n, D] exact -> tensors [P, n or n / unit, ...]."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from foveate.attention import Span
@@ -150,9 +149,7 @@ class Store:
 
     def croppable(self, removed: Counts) -> bool:
         """False when the crop would need tokens that were freed."""
-        return all(
-            (band.seen - removed[band.pairs // self.spec.heads] >= band.floor).all() for band in self.bands
-        )
+        return all((band.seen - removed[band.pairs // self.spec.heads] >= band.floor).all() for band in self.bands)
 
     def select_rows(self, rows: np.ndarray) -> None:
         """New row r is a copy of old row rows[r]: beam reorder, repeat and batch selection are one operation."""

@@ -172,7 +172,9 @@ class PreHook:
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict]:
         cache = kwargs.get("past_key_values")
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
@@ -192,6 +194,8 @@ class PreHook:
         binding = self.handle.binding if cache is None else cache.owner
         if cache is not None and not binding.active:
             raise Refused("this cache belongs to a model on which Foveate is not applied (any more); make a new one")
+        if cache is not None and compat.base_model(binding.model) is not module:
+            raise Refused("this cache holds the keys of another model; make one by the handle of this model")
         kwargs[compat.KEYWORD] = Call(binding, cache, int(inputs.shape[1]))
         return args, kwargs
 
@@ -209,16 +213,19 @@ class PrepareCache:
         if cache is None and generation_config.use_cache is not False:
             if chosen not in (None, "dynamic"):
                 raise BadArgument(
-                    "cache_implementation", chosen, f"with {self.handle.id} applied the cache is Foveate's; leave it out"
+                    "cache_implementation",
+                    chosen,
+                    f"with {self.handle.id} applied the cache is Foveate's; leave it out",
                 )
             cache = model_kwargs["past_key_values"] = self.handle.cache()
             made = True
         result = self.original(generation_config, model_kwargs, *args, **kwargs)
         if not isinstance(cache, FoveateCache):
             return result
+        assists = bool(getattr(generation_config, "is_assistant", False))
         if made:
             cache._is_user_defined = False
-            if getattr(generation_config, "is_assistant", False):
+            if assists:
                 cache.activate_past_recording()
         target = compat.prompt_columns(generation_config, model_kwargs)
         seen = cache.get_seq_length()
@@ -226,8 +233,9 @@ class PrepareCache:
             inputs = model_kwargs.get("inputs_embeds")
             target = seen + 1 if inputs is None else int(inputs.shape[1])
         first = not cache.managed or not any(layer.record_past for layer in cache.couriers())
-        if first or not getattr(generation_config, "is_assistant", False):
-            cache.expect(max(0, target - seen))
+        if first or not assists:
+            # An assistant whose first proposal is rejected whole takes back the prompt's last token as well.
+            cache.expect(max(0, target - seen - assists))
         return result
 
 
@@ -250,9 +258,7 @@ class SavePretrained:
         return result
 
 
-def find_profiles(
-    composition: Composition, shape: ModelShape, given: ProfileLike | None = None
-) -> dict[str, Profile]:
+def find_profiles(composition: Composition, shape: ModelShape, given: ProfileLike | None = None) -> dict[str, Profile]:
     """Profiles of the composition's methods: the given ones, else those that ship for this model.
 
     Raises:
@@ -317,4 +323,3 @@ def apply(
     handle = Handle(inner, composition, find_profiles(composition, ModelShape.of(inner), profile))
     handle.install()
     return handle
-

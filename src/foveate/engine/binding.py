@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate import compat
 from foveate.cache import FoveateCache, Store, StoreSpec
@@ -34,7 +34,7 @@ class Binding:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         composition: Composition,
         profiles: Mapping[str, Profile],
         installation: Any,
@@ -140,9 +140,8 @@ class Binding:
             raise Refused(f"{self.id} acts inside the prompt, so it cannot take over one that was computed densely")
         new = self.cache()
         old_layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CourierLayer)}
-        if any(layer.sealed or not layer.store.aligned for layer in old_layers.values()):
-            if any(layer.store.spec.spans == () and not layer.store.aligned for layer in old_layers.values()):
-                raise Refused("tokens were evicted from this cache already; fork one that holds its whole prompt")
+        if any(layer.store.spec.spans == () and not layer.store.aligned for layer in old_layers.values()):
+            raise Refused("tokens were evicted from this cache already; fork one that holds its whole prompt")
         length = next(iter(old_layers.values())).columns
         new.length, new.planned, new.managed = length, True, True
         for index, plan in self._plan(length).items():
@@ -198,5 +197,3 @@ class Binding:
         """Evict, expire and pack what became due."""
         plan = self._plan(layer.length)[layer.index]
         sealing.settle(layer, self.keeper, lambda m: self.context(layer, plan, m))
-
-

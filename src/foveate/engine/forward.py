@@ -45,6 +45,8 @@ class Call:
         if cache is None:
             self.phase = "prompt"
             return
+        if len({layer.columns for layer in cache.couriers()}) > 1:
+            raise Refused("the last forward of this cache did not finish; start with a new cache")
         if not cache.planned:
             cache.owner.plan_cache(cache, max(cache.announced, queries))
         if cache.announced > 0:
@@ -91,7 +93,9 @@ def attention(
     if attention_mask is not None and attention_mask.ndim == 4:
         return _masked(call, module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
     if call.pieces:
-        return _in_pieces(call, module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
+        return _in_pieces(
+            call, module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux
+        )
     if call.rows is None:
         call.rows = Rows.of(attention_mask, query.shape[0], query.shape[2])
     rows = call.rows
@@ -167,8 +171,10 @@ def _reading(
     if call.cache is not None and call.cache.meter is not None:
         tally, phase = call.cache.meter, call.phase
 
-        def meter(pairs: float) -> None:
+        def count(pairs: float) -> None:
             tally[f"{phase}_read"] = tally.get(f"{phase}_read", 0.0) + pairs
+
+        meter = count
 
     trace = None
     if call.cache is not None and call.cache.trace is not None:
@@ -216,7 +222,9 @@ def _expand_latent(
     for wide in store.bands:
         wide.seen = band.seen[wide.pairs // store.spec.heads]
         if band.positions is not None:
-            wide.positions = Column(band.slot_positions()[torch.from_numpy(wide.pairs // store.spec.heads)].contiguous())
+            wide.positions = Column(
+                band.slot_positions()[torch.from_numpy(wide.pairs // store.spec.heads)].contiguous()
+            )
     return store
 
 
@@ -242,7 +250,9 @@ def _attend(
         if columns:
             assert result.lse is not None
             over = parts if absorbed is None else ALL
-            for band, mass in zip(layer.store.bands, column_sums(layer.store, captured, over, result.lse, how), strict=True):
+            for band, mass in zip(
+                layer.store.bands, column_sums(layer.store, captured, over, result.lse, how), strict=True
+            ):
                 band.tags[COLUMNS].data[:, : band.used, 0] += mass
     out = result.out
     for method in binding.observers if managed else ():
@@ -252,7 +262,9 @@ def _attend(
     return out, result
 
 
-def _context(call: Call, plan: LayerPlan, layer: CourierLayer, store: Store, method: Method, how: Reading) -> LayerContext:
+def _context(
+    call: Call, plan: LayerPlan, layer: CourierLayer, store: Store, method: Method, how: Reading
+) -> LayerContext:
     return LayerContext(
         id=method.id,
         phase=call.phase,
@@ -318,5 +330,6 @@ def _masked(call: Call, module: Any, query: Tensor, key: Tensor, value: Tensor, 
         key, value = compat.LatentProjection(module).expand(view.k()) if latent else (view.k(), view.v())
         if mask.shape[-1] > key.shape[2]:
             mask = mask[..., : key.shape[2]]
-    return compat.sdpa_attention_forward(module, query, key, value, mask, **{k: v for k, v in kwargs.items() if v is not None})
-
+    return compat.sdpa_attention_forward(
+        module, query, key, value, mask, **{k: v for k, v in kwargs.items() if v is not None}
+    )

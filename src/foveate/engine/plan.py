@@ -73,7 +73,10 @@ def plan_layers(
         ranks: latent rank of each MLA layer.
         capture: further needs, for a prompt that several methods will share.
     """
-    roles = {m.id: list(feasible(lambda n, m=m: m.plan(shape, profiles.get(m.id), n), length, shape)) for m in composition.methods}
+    roles = {
+        m.id: list(feasible(lambda n, m=m: m.plan(shape, profiles.get(m.id), n), length, shape))
+        for m in composition.methods
+    }
     plans = {}
     for layer in shape.layers:
         if layer.kind == "other":

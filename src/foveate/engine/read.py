@@ -44,7 +44,7 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
 
     Parts must be disjoint; they are intersected with causality, the spans and what is held.
     """
-    batch, heads, queries, dim = q.shape
+    batch, heads, queries, _ = q.shape
     group = heads // store.spec.heads
     listed: list[Selection | Partial] = [parts] if isinstance(parts, Selection | Partial) else list(parts)
     lse = lse or len(listed) > 1 or how.sinks is not None or probs
@@ -66,7 +66,17 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
             selection = _local(part, band, group, store)
             rows = _rows(turned, band, group, store)
             got.append(
-                attend(rows, keys, values, selection, geometry, visible=visible, scale=how.scale, softcap=how.softcap, lse=lse)
+                attend(
+                    rows,
+                    keys,
+                    values,
+                    selection,
+                    geometry,
+                    visible=visible,
+                    scale=how.scale,
+                    softcap=how.softcap,
+                    lse=lse,
+                )
             )
             chosen.append((rows, selection))
             if how.meter is not None:
@@ -88,7 +98,7 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
 
 def column_sums(store: Store, q: Tensor, parts: Parts, total: Tensor, how: Reading) -> list[Tensor]:
     """Attention mass of each held key over the real queries, query heads of a group added: [P, used] per band."""
-    batch, heads, queries, _ = q.shape
+    heads, queries = q.shape[1:3]
     group = heads // store.spec.heads
     listed = [parts] if isinstance(parts, Selection | Partial) else list(parts)
     sums = []

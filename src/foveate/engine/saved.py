@@ -18,7 +18,10 @@ from foveate.models import Loaded
 
 
 def load(
-    source: str | os.PathLike[str] = "smollm2", *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+    source: str | os.PathLike[str] = "smollm2",
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
 ) -> Loaded:
     """Open a model with its tokenizer; if it was saved with methods applied, they are applied again.
 
@@ -33,7 +36,7 @@ def load(
     Raises:
         BadArgument: unknown source, or a value that cannot be used.
     """
-    loaded = models.load(source, dtype=dtype, device=device)
+    loaded = models.load(os.fspath(source), dtype=dtype, device=device)
     restore(loaded.model, str(source))
     return loaded
 

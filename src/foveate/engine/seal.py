@@ -34,7 +34,8 @@ def seal(
         keeper: the method that evicts by score, or None.
     """
     if keeper is not None and plan.shape.kind == "full":
-        grants = [feasible(lambda n: keeper.total(shape, n), int(n), shape) for n in layer.store.seen]
+        total = keeper.total
+        grants = [feasible(lambda n: total(shape, n), int(n), shape) for n in layer.store.seen]
         if all(g is not None for g in grants):
             layer.limit = np.array(grants, dtype=np.int64)
             evict(layer, keeper, make(keeper))

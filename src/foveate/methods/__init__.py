@@ -11,7 +11,7 @@ for _module in iter_modules(__path__):
 
 globals().update({cls.__name__: cls for cls in METHODS.values()})
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "METHODS",
     "Budget",
     "Composition",

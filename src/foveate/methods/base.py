@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
-from foveate.attention import ALL, Partial, Parts, Span
+from foveate.attention import ALL, Parts, Span
 from foveate.cache import Blocks, Side, Tag, View
 from foveate.errors import BadArgument
 from foveate.methods.budget import Budget
@@ -91,19 +90,32 @@ class Context(Protocol):
         forward: this method's scratch of one forward, shared by its layers.
     """
 
-    phase: str
-    layer: int
-    shape: LayerShape
-    role: Role
-    scale: float
-    softcap: float | None
-    window: Tensor | None
-    window_valid: Tensor | None
-    limit: Tensor | None
-    rope: Rope
-    mine: dict[str, Tensor]
-    shared: dict[str, Tensor]
-    forward: dict[str, Any]
+    @property
+    def phase(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def shape(self) -> LayerShape: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def softcap(self) -> float | None: ...
+    @property
+    def window(self) -> Tensor | None: ...
+    @property
+    def window_valid(self) -> Tensor | None: ...
+    @property
+    def limit(self) -> Tensor | None: ...
+    @property
+    def rope(self) -> Rope: ...
+    @property
+    def mine(self) -> dict[str, Tensor]: ...
+    @property
+    def shared(self) -> dict[str, Tensor]: ...
+    @property
+    def forward(self) -> dict[str, Any]: ...
 
     def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result: ...
 
@@ -225,7 +237,7 @@ class Method:
     # -- per forward --------------------------------------------------------------------------------------------------
 
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
-        """prefill, decode: which held pairs the queries q [B, H, N, D] read. The view ends with the queries' own keys."""
+        """prefill, decode: which held pairs the queries q [B, H, N, D] read. The view ends with their own keys."""
         return ALL
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> Tensor | None:
@@ -358,5 +370,3 @@ def register(cls: type[Method]) -> type[Method]:
         raise ValueError(f"{cls.__name__}: unknown slots {sorted(unknown)}")
     METHODS[cls.id] = cls
     return cls
-
-

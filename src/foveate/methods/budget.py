@@ -1,4 +1,4 @@
-"""One meaning of "budget" everywhere: the share of the whole model's dense KV cache that is held, or of its pairs read."""
+"""One meaning of "budget" everywhere: the share of the model's dense KV cache that is held, or of its pairs read."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class Budget:
             raise BadArgument("budget", text, "give a ratio (0.25), tokens (1024) or bytes (64MB)") from None
 
     def __str__(self) -> str:
-        return {"ratio": f"{self.value:g}", "tokens": f"{self.value:.0f} tokens", "bytes": f"{self.value:.0f} B"}[self.kind]
+        return {"ratio": f"{self.value:g}", "tokens": f"{self.value:.0f} tokens", "bytes": f"{self.value:.0f} B"}[
+            self.kind
+        ]
 
     @property
     def whole(self) -> bool:

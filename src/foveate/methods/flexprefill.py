@@ -101,7 +101,14 @@ class FlexPrefill(Method):
         return torch.where(aware[:, None, None], lines | covered, lines)
 
     def _lines(
-        self, vertical: Tensor, slash: Tensor, columns: Tensor, aware: Tensor, causal: Tensor, newest: Tensor, whole: bool
+        self,
+        vertical: Tensor,
+        slash: Tensor,
+        columns: Tensor,
+        aware: Tensor,
+        causal: Tensor,
+        newest: Tensor,
+        whole: bool,
     ) -> Tensor:
         """Block columns and block diagonals that cover gamma of the probe; query-aware heads get the least of both."""
         blocks = columns.shape[1]

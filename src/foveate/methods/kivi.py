@@ -21,8 +21,8 @@ EXACT = 16
 @register
 @dataclass(frozen=True, kw_only=True)
 class KIVI(Method):
-    """Asymmetric min-max quantisation of the cache once the prompt is over: groups of consecutive tokens per channel for
-    keys, groups of channels per token for values. The newest tokens stay exact: keys until `residual` of them are
+    """Asymmetric min-max quantisation of the cache once the prompt is over: groups of consecutive tokens per channel
+    for keys, groups of channels per token for values. The newest tokens stay exact: keys until `residual` of them are
     complete, values always the last `residual`. The prompt's own attention uses exact tokens.
 
     Heads that hold a constant window (because another method says so) stay exact: there is little to pack.

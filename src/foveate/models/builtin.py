@@ -113,10 +113,12 @@ def _download(name: str, model: Builtin, scratch: Path, report: Report) -> Path:
                 process.wait()
     if process.returncode != 0:
         said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in said if line.startswith("ERROR")] or said or [f"exit code {process.returncode}"]
-        if "No space left" in errors[-1]:
-            raise OSError(errno.ENOSPC, errors[-1])
-        raise Refused(f"{name} could not be downloaded ({errors[-1]}): check the network, or {by_hand}")
+        if any("No space left" in line for line in said):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # pip's own faults end in a traceback, whose last line is the telling one
+        errors = [line for line in said if line.startswith("ERROR") and line != "ERROR: Exception:"] or said
+        reason = errors[-1] if errors else f"pip ended with {process.returncode}"
+        raise Refused(f"{name} could not be downloaded ({reason}): check the network, or {by_hand}")
     report("downloading", 1.0)
     return next(target.glob("*.whl"))
 

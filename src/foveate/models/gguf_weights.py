@@ -265,7 +265,8 @@ def _check_complete(weights: dict[str, Tensor], config: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        expected = {name: tuple(weight.shape) for name, weight in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")
     found = {name: tuple(weight.shape) for name, weight in weights.items()}

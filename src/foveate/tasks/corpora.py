@@ -153,9 +153,9 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 
 def _is_prose(paragraph: str) -> bool:
     """Sentences, rather than a heading, a grammar, a table or a piece of code."""
-    if len(paragraph) < 80 or not paragraph[0].isupper() or paragraph[-1] != "." or ">>>" in paragraph:
+    if len(paragraph) < 50 or not paragraph[0].isupper() or paragraph[-1] != "." or ">>>" in paragraph:
         return False
-    return sum(char.isalpha() or char == " " for char in paragraph) > 0.92 * len(paragraph)
+    return sum(char.isalpha() or char == " " for char in paragraph) > 0.88 * len(paragraph)
 
 
 def _sentence_spans(text: str) -> Iterator[tuple[int, int]]:

@@ -18,7 +18,7 @@ from foveate.tasks.prompt import Draft, Insert
 from foveate.tasks.words import draw_keys
 
 _DEPTHS = 40  # needles in running text stand at 40 equally spaced depths, drawn without replacement
-_TOKENS_PER_NEEDLE = 8  # no tokenizer writes a needle with fewer: how many distractors can be asked for
+_TOKENS_PER_NEEDLE = 12  # no tokenizer writes a needle with fewer: how many distractors can be asked for
 _RESERVE = 128
 
 Hay = Literal["noise", "text", "needles"]
@@ -48,7 +48,7 @@ class Needles:
         """Intro, needles at their depths, and the question for the first `queries` keys."""
         rng = request.rng
         taken = request.corpus.text if self.hay == "text" else ""
-        keys = _draw(rng, self.key, self.keys, taken)
+        keys = _draw(rng, self.key, self.keys, taken, self._needles(request))
         values = _draw(rng, self.value, self.keys * self.values, taken)
         needles = [(keys[number // self.values], value) for number, value in enumerate(values)]
         asked = keys[: self.queries]
@@ -77,10 +77,14 @@ class Needles:
         if self.hay == "text":
             return running_text(request.tokenizer, request.corpus, request.rng)
         taken = " ".join(insert.text for insert in draft.inserts)
-        number = request.length // _TOKENS_PER_NEEDLE + 128
+        number = self._needles(request)
         keys = _draw(request.rng, self.key, number, taken)
         values = _draw(request.rng, self.value, number, taken)
         return lines(needle_sentence(self.value, key, value) for key, value in zip(keys, values, strict=True))
+
+    def _needles(self, request: Request) -> int:
+        """At least as many as one prompt can hold."""
+        return request.length // _TOKENS_PER_NEEDLE + 128 if self.hay == "needles" else self.keys
 
 
 def needle_sentence(kind: Item, key: str, value: str) -> str:
@@ -104,12 +108,15 @@ def _ask(kind: Item, keys: Sequence[str], several: bool) -> tuple[str, str]:
     return f"What is the {about} in the text above?", f"The {about} is"
 
 
-def _draw(rng: random.Random, kind: Item, count: int, absent_from: str) -> list[str]:
-    """Different keys or values of a kind, none of which occurs in `absent_from` or is part of another."""
+def _draw(rng: random.Random, kind: Item, count: int, absent_from: str, among: int = 0) -> list[str]:
+    """`count` different keys or values of a kind, none of which occurs in `absent_from` or is part of another.
+
+    among: how many there will be in the prompt; all keys of a prompt have equally many words.
+    """
     drawn: dict[str, None] = {}
     while len(drawn) < count:
         if kind == "words":
-            fresh = draw_keys(rng, count)
+            fresh = draw_keys(rng, count, among)
         elif kind == "numbers":
             fresh = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), count)]
         else:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from foveate.tasks.haystack import Haystack
 
-HAYSTACK_ROOM = 48  # tokens: the least haystack a prompt is made with
+_HAYSTACK_ROOM = 48  # tokens: the least haystack a prompt is made with
 _SHORTEST_TAIL = 8  # tokens: a gap at the end of the haystack below this is widened by one more unit
 # Extras for the last sentence of the haystack: in the tokenizers we know, one of them costs a single token.
 _STRETCH = (" so", " it", " is", " and", " to", " a", "!", ".", " .", "-", "x")
@@ -66,7 +66,7 @@ class Prompt:
 def least_length(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -> int:
     """A length in tokens that is enough for each of the drafts and some haystack, rounded up to a multiple of 16."""
     turn = chat_turn(tokenizer)
-    fixed = len(turn.ids) + HAYSTACK_ROOM
+    fixed = len(turn.ids) + _HAYSTACK_ROOM
     texts = [_compose(turn, draft, [], "\n").text for draft in drafts]
     needed = max(
         fixed + count_tokens(tokenizer, text) + _reserve(tokenizer, draft)
@@ -87,7 +87,7 @@ def fit(tokenizer: PreTrainedTokenizerBase, draft: Draft, haystack: Haystack, le
     """
     turn = chat_turn(tokenizer)
     reserve = _reserve(tokenizer, draft)
-    composed = _compose(turn, draft, _fill(tokenizer, turn, draft, haystack, length - reserve), haystack.separator)
+    composed = _compose(turn, draft, _fill(tokenizer, turn, draft, haystack, length, reserve), haystack.separator)
     encoded = encode(tokenizer, composed.text)
     shift, split = len(turn.ids), encoded.token_at(composed.question)
     evidence = [encoded.span(*span) for span in composed.evidence]
@@ -101,16 +101,18 @@ def fit(tokenizer: PreTrainedTokenizerBase, draft: Draft, haystack: Haystack, le
     )
 
 
-def _fill(tokenizer: PreTrainedTokenizerBase, turn: Turn, draft: Draft, haystack: Haystack, tokens: int) -> list[str]:
-    """The units with which the prompt is `tokens` long."""
+def _fill(
+    tokenizer: PreTrainedTokenizerBase, turn: Turn, draft: Draft, haystack: Haystack, length: int, reserve: int
+) -> list[str]:
+    """The units with which prompt and reserve are `length` tokens."""
 
     def missing(units: list[str]) -> int:
         text = _compose(turn, draft, units, haystack.separator).text
-        return tokens - len(turn.ids) - count_tokens(tokenizer, text)
+        return length - reserve - len(turn.ids) - count_tokens(tokenizer, text)
 
     room = missing([])
     if room < 0:
-        raise BadArgument("length", tokens, f"the prompt needs {tokens - room} tokens before any haystack; give more")
+        raise BadArgument("length", length, f"prompt and answer need {length - room} tokens without any haystack")
     units, costs = _take(tokenizer, haystack, room)
     number = bisect.bisect_right(list(itertools.accumulate(costs)), room)
     # Costs were counted unit by unit; where tokens cross the borders, the whole differs a little.

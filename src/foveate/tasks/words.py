@@ -55,18 +55,25 @@ def nouns() -> tuple[str, ...]:
     return tuple(kept)
 
 
-def draw_keys(rng: random.Random, count: int) -> list[str]:
+def draw_keys(rng: random.Random, count: int, among: int = 0) -> list[str]:
     """`count` different keys, "adjective-noun"; none is part of another.
 
-    Beyond a quarter of the pairs there are, keys become "adjective-adjective-noun", so that drawing stays quick.
+    Args:
+        among: how many keys the prompt will hold in all, if more than `count`. Where that is over half of the pairs
+            there are, every key is "adjective-adjective-noun".
+
+    Raises:
+        BadArgument: so many keys cannot be made.
     """
     first, last = adjectives(), nouns()
-    words = 1 if 4 * count <= len(first) * len(last) else 2
-    if words == 2 and 4 * count > len(first) ** 2 * len(last):
-        raise BadArgument("keys", count, f"at most {len(first) ** 2 * len(last) // 4} different keys can be made")
+    among = max(count, among)
+    extra = 1 if 2 * among > len(first) * len(last) else 0
+    most = len(first) ** (1 + extra) * len(last) // 2
+    if among > most:
+        raise BadArgument("keys", among, f"at most {most} different keys can be made; ask for a smaller length")
     keys: dict[str, None] = {}
     while len(keys) < count:
-        keys.setdefault("-".join([*rng.sample(first, words), rng.choice(last)]))
+        keys.setdefault("-".join([*(rng.choice(first) for _ in range(1 + extra)), rng.choice(last)]))
     return list(keys)
 
 

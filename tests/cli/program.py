@@ -1,0 +1,48 @@
+"""Runs the command line, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from foveate.cli import main
+
+PROGRAM = [sys.executable, "-c", "from foveate.cli import main; main()"]
+PLAIN = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "160", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def invoke(capsys: pytest.CaptureFixture[str], words: Sequence[object]) -> Outcome:
+    """The program in this process."""
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return Outcome(int(left.value.code or 0), captured.out, captured.err)
+
+
+def spawn(words: Sequence[object], folder: Path, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """The program in a process of its own."""
+    return subprocess.Popen(
+        [*prefix, *PROGRAM, *map(str, words)],
+        cwd=folder,
+        env=PLAIN,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Outcome:
+    out, err = process.communicate(timeout=300)
+    return Outcome(process.returncode, out, err)
