@@ -14,7 +14,14 @@ import pytest
 from foveate.cli import main
 
 PROGRAM = [sys.executable, "-c", "from foveate.cli import main; main()"]
-PLAIN = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "160", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+PLAIN = {
+    **os.environ,
+    "NO_COLOR": "1",
+    "TERM": "dumb",
+    "COLUMNS": "160",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 class Outcome(NamedTuple):

@@ -183,7 +183,9 @@ def test_an_empty_corpus(capsys, model: Path, tmp_path: Path) -> None:
     assert "holds no text" in bad(capsys, model, tmp_path / "out", "--corpus", tmp_path / "empty.txt")
     assert "no such file or folder" in bad(capsys, model, tmp_path / "out", "--corpus", tmp_path / "none.txt")
     (tmp_path / "short.txt").write_text("Only this sentence stands here.")
-    said = bad(capsys, model, tmp_path / "out", "--corpus", tmp_path / "short.txt", "--tasks", "perplexity", "--lengths", 1500)
+    said = bad(
+        capsys, model, tmp_path / "out", "--corpus", tmp_path / "short.txt", "--tasks", "perplexity", "--lengths", 1500
+    )
     assert "short.txt" in said
 
 
@@ -202,7 +204,9 @@ def test_a_model_that_a_method_cannot_take(capsys, model: Path, tmp_path: Path) 
     config = json.loads((copy / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     (copy / "config.json").write_text(json.dumps(config))
-    said = bad(capsys, copy, tmp_path / "out", "--methods", "streaming-llm", "--lengths", LENGTH, "--tasks", "perplexity")
+    said = bad(
+        capsys, copy, tmp_path / "out", "--methods", "streaming-llm", "--lengths", LENGTH, "--tasks", "perplexity"
+    )
     assert "streaming-llm: positions cannot be re-counted" in said
 
 

@@ -65,7 +65,9 @@ def test_models_says_what_is_there(capsys, monkeypatch, tmp_path: Path) -> None:
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     code = "import sys\nfrom foveate.cli import main\ntry: main(['compare', '--help'])\nexcept SystemExit: pass\n"
     code += "heavy = {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=PLAIN, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=PLAIN, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "--question-seen" in done.stdout
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from foveate.models import Loaded, tiny
+from foveate.tasks import Sample, task
+from foveate.tasks.perplexity import Perplexity
 
 LENGTH = 1100
 """Enough characters for a needle task of one token per byte."""
@@ -48,3 +52,19 @@ def saved(folder: Path, **options: object) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Brief:
+    """A task with short answers, so that a random model, which never ends its own, is soon done."""
+
+    def __init__(self, name: str, tokens: int = 12) -> None:
+        whole = task(name)
+        self.task = replace(whole, targets=tokens) if isinstance(whole, Perplexity) else whole
+        self.tokens = tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def generate(self, *args: Any, **options: Any) -> list[Sample]:
+        made = self.task.generate(*args, **options)
+        return [replace(each, max_new_tokens=min(self.tokens, each.max_new_tokens)) for each in made]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.evaluate.small import LENGTH, small
+from tests.evaluate.small import LENGTH, Brief, small
 
 from foveate.engine.apply import apply
 from foveate.evaluate.answer import answer, read_prompts, stop_tokens
@@ -20,7 +20,7 @@ def opened() -> Loaded:
 
 
 def samples(opened: Loaded, name: str, count: int = 3) -> list[Sample]:
-    return task(name).generate(opened.tokenizer, LENGTH, count, seed=3)
+    return Brief(name, 24).generate(opened.tokenizer, LENGTH, count, seed=3)
 
 
 @torch.inference_mode()
@@ -89,7 +89,9 @@ def test_held_bytes_are_those_of_the_cache(opened: Loaded) -> None:
     assert shape.dense_kv_bytes(context + 1) <= one.kv_bytes <= shape.dense_kv_bytes(context + 1 + context // 16 + 16)
     assert one.kv_bytes_end >= one.kv_bytes
     _, (less,) = run(opened, "perplexity", False, "snapkv", 0.25, rows=1)
-    assert less.kv_bytes_prompt == pytest.approx(0.25 * one.kv_bytes_prompt, rel=0.05)
+    # a position of 4 bytes beside every token that stays, and one block of spare slots
+    slots = [slots * (4 + shape.kv_bytes_per_token // 6) * 6 for slots in (context // 4, context // 4 + 16)]
+    assert slots[0] <= less.kv_bytes_prompt <= slots[1] + 64 * shape.num_layers
 
 
 def test_stop_tokens(opened: Loaded) -> None:

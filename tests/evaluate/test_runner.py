@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close
-from tests.evaluate.small import LENGTH, small
+from tests.evaluate.small import LENGTH, Brief, small
 
 from foveate.engine.apply import apply, compose
 from foveate.engine.binding import Binding
@@ -36,7 +36,7 @@ def request(**changes: Any) -> Request:
     base = Request(
         model="small",
         lengths=(LENGTH,),
-        tasks=(task("niah_single_1"), task("perplexity")),
+        tasks=(Brief("niah_single_1"), Brief("perplexity")),
         samples=3,
         seed=1,
         repeats=0,
@@ -164,7 +164,7 @@ def test_other_settings_in_the_same_folder_are_refused(opened: Loaded, finished)
 
 
 def test_what_cannot_be_met_is_recorded_with_its_floor(opened: Loaded, tmp_path: Path) -> None:
-    records = start(opened, tmp_path, request(tasks=(task("perplexity"),), samples=1), "quest, snapkv", "0.1")
+    records = start(opened, tmp_path, request(tasks=(Brief("perplexity"),), samples=1), "quest, snapkv", "0.1")
     found = by_method(records)
     assert found["snapkv"].status == "done"
     assert found["quest"].status == "refused"
@@ -173,14 +173,14 @@ def test_what_cannot_be_met_is_recorded_with_its_floor(opened: Loaded, tmp_path:
     at_floor = f"{found['quest'].floor + 0.005:.3f}"
     (record,) = [
         r
-        for r in start(opened, tmp_path, request(tasks=(task("perplexity"),), samples=1), "quest", at_floor)
+        for r in start(opened, tmp_path, request(tasks=(Brief("perplexity"),), samples=1), "quest", at_floor)
         if r.cell.method == "quest"
     ]
     assert record.status == "done"
 
 
 def test_a_refusal_is_looked_at_again(opened: Loaded, tmp_path: Path, monkeypatch) -> None:
-    asked = request(tasks=(task("perplexity"),), samples=1)
+    asked = request(tasks=(Brief("perplexity"),), samples=1)
     with monkeypatch.context() as patch:
         patch.setattr(
             running,
@@ -213,7 +213,9 @@ def test_a_shared_prompt_gives_what_a_prompt_of_its_own_gives(opened: Loaded, me
         own.prompt([s.context_ids for s in some])
         dense = Batch(model, handle.cache(), 3, shape)
         dense.prompt([s.context_ids for s in some])
-        assert forked.cache.nbytes == own.cache.nbytes < 0.6 * dense.cache.nbytes
+        # apart from a few integers per layer that a forward leaves behind
+        assert abs(forked.cache.nbytes - own.cache.nbytes) <= 64 * shape.num_layers
+        assert own.cache.nbytes < 0.6 * dense.cache.nbytes
         got, want, whole = (b.prompt([s.question_ids for s in some]) for b in (forked, own, dense))
         assert_close(got, want, 1e-5)
         assert float((got - whole).abs().max()) > 1e-3  # something was lost, so the store did compress
@@ -229,7 +231,7 @@ def test_the_question_is_seen_only_when_asked_for(opened: Loaded, tmp_path: Path
     monkeypatch.setattr(
         batching.Batch, "prompt", lambda self, rows: sealed.append(len(rows[0])) or original(self, rows)
     )
-    asked = request(tasks=(task("niah_single_1"),), samples=1)
+    asked = request(tasks=(Brief("niah_single_1"),), samples=1)
     sample = task("niah_single_1").generate(opened.tokenizer, LENGTH, 1, seed=1)[0]
     context, question = len(sample.context_ids), len(sample.question_ids)
     (_, unseen) = start(opened, tmp_path / "unseen", asked, "snapkv", "0.3")
@@ -260,7 +262,7 @@ def test_a_method_that_fails_on_the_way_is_refused_and_the_others_go_on(
         return original(batch, *rest)
 
     monkeypatch.setattr(running, "answer", failing)
-    asked = request(tasks=(task("perplexity"),), samples=2)
+    asked = request(tasks=(Brief("perplexity"),), samples=2)
     found = by_method(start(opened, tmp_path, asked, "snapkv,kivi"))
     assert (found["snapkv"].status, found["snapkv"].refused) == ("refused", "broken here")
     assert found["kivi"].status == "done"
@@ -278,6 +280,6 @@ def test_progress_ends_where_it_said(opened: Loaded, tmp_path: Path) -> None:
 def test_the_model_is_left_as_it_was(opened: Loaded, tmp_path: Path) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     before = opened.model(ids).logits
-    start(opened, tmp_path, request(tasks=(task("perplexity"),), samples=1), "snapkv")
+    start(opened, tmp_path, request(tasks=(Brief("perplexity"),), samples=1), "snapkv")
     assert torch.equal(opened.model(ids).logits, before)
     assert "_foveate_stack" not in opened.model.__dict__

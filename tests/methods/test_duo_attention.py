@@ -285,7 +285,7 @@ def test_calibration_gives_a_profile_that_plan_takes(tmp_path: Any) -> None:
     recipe = GateRecipe(steps=3, lr=0.1)
     made = DuoAttention().calibrate(probe, recipe=recipe)
     assert made.provenance["steps"] == 3
-    assert (made.provenance["sink"], made.provenance["recent"]) == (8, 16)
+    assert (made.provenance["sink"], made.provenance["recent"]) == (16, 32)
     assert made.provenance["lengths"][1] == 256
     assert made.provenance["device"] == "cpu"
     assert probe.total == len(probe.notes) == 3
@@ -304,3 +304,9 @@ def test_calibration_gives_a_profile_that_plan_takes(tmp_path: Any) -> None:
 def test_calibration_refuses_what_plan_refuses() -> None:
     with pytest.raises(foveate.Refused, match="one latent vector"):
         DuoAttention().calibrate(Probe(tiny("deepseek-v3"), WordTokenizer()))
+
+
+@pytest.mark.parametrize("longest", [513, 20])
+def test_calibration_refuses_texts_that_do_not_fit(longest: int) -> None:
+    with pytest.raises(foveate.BadArgument, match=rf"(longest|lengths)={longest}"):
+        DuoAttention().calibrate(Probe(llama(), WordTokenizer()), longest=longest, recipe=GateRecipe(steps=1))

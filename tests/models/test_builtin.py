@@ -127,6 +127,33 @@ def test_without_the_package_it_says_what_to_do(shop: Shop, tmp_path: Path):
     assert entries(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n",
+            "no space",
+        ),
+        (
+            "ERROR: Exception:\nTraceback (most recent call last):\nOSError: proxy is away\n",
+            r"\(OSError: proxy is away\)",
+        ),
+        ("", r"\(pip ended with 2\)"),
+    ],
+)
+def test_faults_of_pip_itself_are_one_line(
+    text: str, message: str, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "other" / "pip").mkdir(parents=True)
+    (tmp_path / "other" / "pip" / "__init__.py").touch()
+    (tmp_path / "other" / "pip" / "__main__.py").write_text(f"import sys; sys.stderr.write({text!r}); sys.exit(2)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "other"))
+    with pytest.raises(Refused, match=message) as caught:
+        load("shop")
+    assert "\n" not in str(caught.value)
+    assert entries(tmp_path) == []
+
+
 def test_without_pip_it_says_what_to_do(shop: Shop, monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pip" else find(name, *a))

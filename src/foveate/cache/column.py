@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SPARE = 16
+"""Tokens that a growing column finds room for beyond what it needs, so that growing is not done per token."""
+
 Counts = np.ndarray
 """Host counts, int64 [P]: one per (row, store head) pair."""
 
@@ -135,8 +138,9 @@ class PackedColumn:
         shift = torch.from_numpy(due).to(old.device)[:, None] + torch.arange(width, device=old.device)
         shift = shift.clamp_max(old.shape[1] - 1)
         kept = old.gather(1, shift.unsqueeze(-1).expand(-1, -1, old.shape[-1]))
-        room = width + max(self.side.flush, 16)
-        if old.shape[1] > 2 * room:
+        # The tail never grows beyond its exact tokens and one flush, whatever the prompt left behind.
+        room = min(width + SPARE, max(width, self.side.tail + self.side.flush))
+        if old.shape[1] > room + SPARE:
             self.tail.data = old.new_zeros(old.shape[0], room, old.shape[-1])
         self.tail.data[:, :width] = kept
 
@@ -151,7 +155,8 @@ class PackedColumn:
         for held, new, rate in zip(self.body, fresh, self.rates, strict=True):
             need = end // rate
             if held.shape[1] < need:
-                room = need + (max(self.side.flush, need * rate // 16) // rate if held.shape[1] else 0)
+                often = held.shape[1] > 0 and self.side.flush < SPARE
+                room = need + (max(SPARE, need * rate // 16) // rate if often else 0)
                 bigger = held.new_zeros((held.shape[0], room, *held.shape[2:]))
                 bigger[:, : held.shape[1]] = held
                 held = bigger
@@ -191,7 +196,7 @@ class PackedColumn:
     def reserve(self, capacity: int, used: int, coming: int = 0) -> None:
         """`capacity` and `used` are slots; the tail needs only what is not packed, what comes, and few spare slots."""
         exact = used - int(self.packed.min())
-        spare = min(capacity - used, max(self.side.flush, 16, coming))
+        spare = min(capacity - used, max(SPARE, coming))
         self.tail.reserve(max(exact + spare, self.tail.data.shape[1]), min(exact, self.tail.data.shape[1]))
 
     def rooms(self, lengths: Counts) -> int:

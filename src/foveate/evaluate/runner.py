@@ -161,7 +161,7 @@ class Runner:
             n: self._untimed(n, [b for m, _, todo in plan if m == n for b in todo]) for n in self.request.lengths
         }
         self.total = sum(self._work(n, task, todo) for n, task, todo in plan)
-        self.total += sum(self._timing_work(n, len(todo)) for n, todo in untimed.items() if todo)
+        self.total += sum(self._timing_work(n, todo) for n, todo in untimed.items() if todo)
         for length in self.request.lengths:
             known = self._time(length, untimed[length])
             for n, task, todo in plan:
@@ -185,9 +185,12 @@ class Runner:
         steps = len(self.samples[length, task.name][0].target_ids) or 32
         return self.request.samples * (64 + steps * (6 + 18 / rows) + 0.05 * length)
 
-    def _timing_work(self, length: int, settings: int) -> float:
-        per_prompt = length + 24 * 2 * costing.STEPS
-        return self.request.repeats * (settings + 1) * per_prompt
+    def _timing_work(self, length: int, todo: Sequence[Bound]) -> float:
+        return self.request.repeats * self._timed_prompts(todo) * (length + 24 * 2 * costing.STEPS)
+
+    def _timed_prompts(self, todo: Sequence[Bound]) -> int:
+        """Prompts that are timed in one repeat: dense is, whether or not it is asked for."""
+        return 1 + sum(b.setting.method != DENSE for b in todo)
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
@@ -219,7 +222,7 @@ class Runner:
         # The longest prompt of the length, so that no task's cache was larger than the peak that is reported.
         samples = [self.samples[length, task.name][0] for task in self.request.tasks]
         sample = max(samples, key=lambda s: len(s.context_ids) + len(s.question_ids))
-        work = self._timing_work(length, len(todo)) / (self.request.repeats * (len(todo) + 1))
+        work = self._timing_work(length, todo) / (self.request.repeats * self._timed_prompts(todo))
         others = [b for b in todo if b.setting.method != DENSE]
         costs = costing.measure(
             self.model,

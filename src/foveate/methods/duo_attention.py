@@ -124,31 +124,41 @@ class DuoAttention(Method):
         )
 
     def calibrate(
-        self, probe: Probe, data: Iterable[Example] | None = None, *, recipe: GateRecipe | None = None
+        self,
+        probe: Probe,
+        data: Iterable[Example] | None = None,
+        *,
+        longest: int | None = None,
+        recipe: GateRecipe | None = None,
     ) -> Profile:
         """Learn one gate per kv head on texts with passkeys: how much of its far attention does the model need?
 
-        The paper's settings on a GPU: 2000 steps, texts of 1000 to 32000 tokens, closed gates leaving 128 sinks and
-        256 recent tokens. A model of fewer positions has shorter texts, and below 4096 a window of a sixteenth of the
-        longest (sinks half of that), so that gates are learned on what the window cannot reach. On a CPU texts end at
-        1024 tokens, and 50 steps with a larger learning rate are made: minutes for a small model, a coarser ranking.
+        The paper's settings on a GPU: 2000 steps on texts of 1000 to 32000 tokens, closed gates leaving 128 sinks and
+        256 recent tokens. Where texts are shorter, that window is at most an eighth of the longest (the sinks half of
+        it), so that gates are learned on what it cannot reach. On a CPU 100 steps are made on texts of 256 to 512
+        tokens: minutes for a small model, and a coarser ranking.
 
         Args:
             probe: the model, its tokenizer, a seed.
             data: examples instead of the synthetic ones.
+            longest: tokens of the longest text; the shortest has half of them, at most 1000.
             recipe: other steps, learning rate, l1 weight or full term.
 
         Raises:
             Refused: latent attention (MLA).
+            BadArgument: texts longer than the model's positions, or too short for a passkey.
         """
         shape = ModelShape.of(probe.model)
         gated_layers(shape)
-        device = next(probe.model.parameters()).device.type
-        longest = min(32000 if device != "cpu" else 1024, shape.max_positions)
-        lengths = evenly(min(longest, max(min(1000, longest // 4), shortest(probe.tokenizer))), longest)
-        recent = min(256, longest // 16)
+        on_cpu = next(probe.model.parameters()).device.type == "cpu"
+        recipe = recipe or (GateRecipe(steps=100) if on_cpu else GateRecipe())
+        if longest is None:
+            longest = min(max(512, shortest(probe.tokenizer)) if on_cpu else 32000, shape.max_positions)
+        if longest > shape.max_positions:
+            raise BadArgument("longest", longest, f"the model has {shape.max_positions} positions")
+        recent = max(1, min(256, longest // 8))
         sink = recent // 2
-        recipe = recipe or (GateRecipe(steps=50, lr=0.05) if device == "cpu" else GateRecipe())
+        lengths = evenly(min(longest, max(min(1000, longest // 2), shortest(probe.tokenizer))), longest)
         examples = passkey_examples(probe.tokenizer, lengths, probe.seed) if data is None else data
         report = probe.progress(recipe.steps, f"{self.id}: gates")
 
