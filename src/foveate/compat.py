@@ -32,11 +32,9 @@ _attention: Callable[..., tuple[Tensor, None]] | None = None
 
 
 def register(attention: Callable[..., tuple[Tensor, None]]) -> None:
-    """Register the attention function together with its mask function; one without the other loses causality."""
+    """Name the attention function of calls that bring none of their own."""
     global _attention
     _attention = attention
-    AttentionInterface.register(NAME, _dispatch)
-    AttentionMaskInterface.register(NAME, _mask)
 
 
 def _dispatch(
@@ -74,6 +72,11 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
         # Every row got one real token and the store knows its older ones; None keeps shapes constant over steps.
         return None
     return kwargs.get("attention_mask")
+
+
+# Together, and as soon as anybody may announce a call: one without the other loses causality.
+AttentionInterface.register(NAME, _dispatch)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 def text_config(model: Any) -> Any:

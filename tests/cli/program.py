@@ -50,6 +50,12 @@ def spawn(words: Sequence[object], folder: Path, prefix: Sequence[str] = ()) -> 
     )
 
 
+def errors(done: Outcome) -> list[str]:
+    """What was said on stderr, without the bars that transformers draws while it loads a model."""
+    assert "Traceback" not in done.err
+    return [line for line in done.err.replace("\r", "\n").splitlines() if line and "Loading weights" not in line]
+
+
 def finish(process: subprocess.Popen[str]) -> Outcome:
     out, err = process.communicate(timeout=300)
     return Outcome(process.returncode, out, err)

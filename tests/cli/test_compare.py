@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from tests.cli.program import finish, invoke, spawn
+from tests.cli.program import PLAIN, errors, finish, invoke, spawn
 from tests.evaluate.small import LENGTH, small
 
 import foveate
@@ -57,7 +57,7 @@ def test_the_table_goes_to_stdout_and_the_run_to_its_folder(finished, model: Pat
     assert len(records) == 3 * 4
     assert (folder / "run" / "report.html").stat().st_size > 10_000
     assert json.loads((folder / "run" / "run.json").read_text())["settings"]["samples"] == 2
-    assert not [line for line in done.err.splitlines() if not line.startswith(("foveate: ", "Loading weights", "\r"))]
+    assert not [line for line in done.err.splitlines() if not line.startswith("foveate: ")]
     assert records[0].command == " ".join(
         [
             f"foveate compare {model} --methods 'snapkv,quest(dense_layers=0)' --budgets 0.5",
@@ -126,7 +126,7 @@ def test_ctrl_c_leaves_one_line_and_valid_records(model: Path, tmp_path: Path) -
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-# -- what cannot be -----------------------------------------------------------------------------------------------------
+# -- what cannot be ----------------------------------------------------------------------------------------------------
 
 
 def bad(capsys, model: object, out: Path, *more: object) -> str:
@@ -134,10 +134,8 @@ def bad(capsys, model: object, out: Path, *more: object) -> str:
     done = invoke(capsys, ["compare", model, "--out", out, *more])
     assert done.code == 2
     assert done.out == ""
-    lines = [line for line in done.err.splitlines() if line.startswith("foveate: ")]
-    assert "Traceback" not in done.err
     assert not out.exists()
-    (line,) = lines
+    (line,) = errors(done)
     return line
 
 
@@ -219,17 +217,20 @@ def test_a_folder_that_cannot_be_written(capsys, model: Path, tmp_path: Path) ->
     assert file.read_text() == "in the way"
 
 
+FULL = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+from foveate.cli import main
+main()
+"""
+
+
 def test_a_full_disk(model: Path, tmp_path: Path) -> None:
     """Files may not grow beyond 6000 bytes: the records that fit stay, and the next run goes on behind them."""
-    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); sys.argv = ['foveate', *sys.argv[1:]]\n"
-    code += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nfrom foveate.cli import main\nmain()"
-    import sys
-
-    from tests.cli.program import PLAIN
-
     arguments = [str(word) for word in words(model, Path("run"))]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=PLAIN, capture_output=True, text=True, check=False
+        [sys.executable, "-c", FULL, *arguments], cwd=tmp_path, env=PLAIN, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
@@ -242,7 +243,7 @@ def test_a_full_disk(model: Path, tmp_path: Path) -> None:
     assert 1 <= len(read(tmp_path / "run")) < 12
 
 
-# -- from Python ---------------------------------------------------------------------------------------------------------
+# -- from Python -------------------------------------------------------------------------------------------------------
 
 
 def test_compare_from_python(tmp_path: Path, monkeypatch) -> None:
@@ -277,7 +278,3 @@ def test_compare_from_python(tmp_path: Path, monkeypatch) -> None:
         foveate.compare(model, tokenizer=tokenizer, methods="snapkv", lengths=LENGTH, out=got.out, resume=False)
     assert torch.is_grad_enabled()
     assert os.listdir("runs") == [got.out.name]
-
-
-def test_limits_of_this_process_are_untouched() -> None:
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -49,12 +49,14 @@ class Trace:
         for band in store.bands:
             for i, pair in enumerate(band.pairs):
                 row, store_head = divmod(int(pair), store.spec.heads)
+                count, by_head = None, any(_lists_by_head(part, store.spec.heads) for part in selections)
                 for head in range(store_head * group, (store_head + 1) * group):
-                    count = torch.zeros(queries, int(band.lengths[i]), dtype=torch.int64)
-                    for part in selections:
-                        if isinstance(part, Selection):  # a Partial was recorded when the method attended it
-                            count += read_by(part, band, i, row, head, store_head, store, how, queries)
-                    assert count.max() <= 1, "two parts read the same pair"
+                    if count is None or by_head:
+                        count = torch.zeros(queries, int(band.lengths[i]), dtype=torch.int64)
+                        for part in selections:
+                            if isinstance(part, Selection):  # a Partial was recorded when the method attended it
+                                count += read_by(part, band, i, row, head, store_head, store, how, queries)
+                        assert count.max() <= 1, "two parts read the same pair"
                     self._enter(mine[row, head], count.bool(), band, i, int(how.fresh[row]), (row, head))
 
     def _enter(self, mine: Tensor, seen: Tensor, band: Band, i: int, fresh: int, where: tuple[int, int]) -> None:
@@ -67,6 +69,11 @@ class Trace:
         rows[:, positions] = seen[:fresh]
         mine[first : first + fresh] |= rows
         self.counts[self._phase] += int(seen[:fresh].sum())
+
+
+def _lists_by_head(part: Selection | Partial, store_heads: int) -> bool:
+    """Whether the query heads of a group have lists of their own."""
+    return isinstance(part, Selection) and part.lists is not None and part.lists.shape[1] not in (1, store_heads)
 
 
 def read_by(

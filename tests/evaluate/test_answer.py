@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tests.evaluate.small import LENGTH, Brief, small
@@ -62,20 +60,25 @@ def test_log_probabilities_are_those_of_one_forward(opened: Loaded) -> None:
         assert one.tokens == len(sample.target_ids) - 1
 
 
+class Content(Brief):
+    """A task that has heard enough after some characters."""
+
+    def done(self, text: str, sample: Sample) -> bool:
+        return len(text) >= 5
+
+
 def test_an_answer_ends_as_soon_as_it_is_complete(opened: Loaded) -> None:
     model, tokenizer = opened
-    some, answers = run(opened, "niah_single_1", True)
-    text = str(answers[0].prediction)
-    assert len(text) > 20
-    wanted = text[7:12]
-    changed = replace(some[0], references=(wanted,))
+    some, whole = run(opened, "niah_single_1", True)
     with apply(model, "dense") as handle, torch.inference_mode():
-        batch = Batch(model, handle.cache(), 1, ModelShape.of(model))
-        logits = read_prompts(batch, [changed], True)
-        (one,) = answer(batch, logits, [changed], task("niah_single_1"), tokenizer)
-    assert one.score == 1.0
-    assert one.tokens < answers[0].tokens
-    assert str(one.prediction).endswith(wanted[-1])
+        batch = Batch(model, handle.cache(), 3, ModelShape.of(model))
+        logits = read_prompts(batch, some, True)
+        assert logits is not None
+        early = answer(batch, logits, some, Content("niah_single_1"), tokenizer)
+    for short, long in zip(early, whole, strict=True):
+        assert short.tokens < long.tokens
+        assert len(str(short.prediction)) >= 5
+        assert str(long.prediction).startswith(str(short.prediction).rstrip("\ufffd"))
 
 
 def test_held_bytes_are_those_of_the_cache(opened: Loaded) -> None:

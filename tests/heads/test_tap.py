@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tests.closeness import assert_close
@@ -190,3 +193,15 @@ def test_recomputed_layers_give_the_same_gradients(seed: int) -> None:
     for x, y in zip(got, want, strict=True):
         assert_close(x, y, 1e-4)
     assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+def test_needs_nothing_but_itself() -> None:
+    """A tap works in a process in which no method was ever applied."""
+    code = (
+        "import sys, torch; from foveate.heads.tap import Tap; from foveate.models import tiny\n"
+        "model, seen = tiny('llama', layers=1), []\n"
+        "with torch.no_grad(), Tap(model, lambda layer: seen.append(1) or layer.attend()):\n"
+        "    model(torch.ones(1, 5).long())\n"
+        "assert seen == [1] and 'foveate.engine' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

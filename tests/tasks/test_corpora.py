@@ -129,6 +129,15 @@ def test_a_users_text_becomes_the_haystack(bpe, tmp_path, seed):
     assert len(sample.context_ids) + len(sample.question_ids) + sample.max_new_tokens == 900
 
 
+def test_scripts_without_blanks_fill_a_prompt_exactly(tokenizer, tmp_path, seed):
+    rng = random.Random(seed)
+    file = tmp_path / "sea.txt"
+    file.write_text("".join(chr(rng.randrange(0x4E00, 0x9FA5)) + "。" * (rng.random() < 0.02) for _ in range(4000)))
+    for length in (rng.randrange(2000, 3000), rng.randrange(3000, 4000)):
+        (sample,) = TASKS["niah_single_2"].generate(tokenizer, length, 1, seed, corpus(file))
+        assert len(sample.context_ids) + len(sample.question_ids) + sample.max_new_tokens == length
+
+
 def test_a_text_of_special_tokens_alone_is_refused(bpe, tmp_path):
     file = tmp_path / "odd.txt"
     file.write_text("All of it <|end|> is odd")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from foveate.cli.options import AsJson, Device, Dtype, ModelName
-from foveate.cli.screen import Watcher, print_json, say
+from foveate.cli.screen import Watcher, print_json, quiet_loading, say
 from foveate.errors import BadArgument
 
 
@@ -32,6 +32,7 @@ def calibrate(
 
     What the method's calibration can be told besides is given as options of their own, such as --steps 100.
     """
+    quiet_loading(model)
     from foveate.evaluate.setting import parse_one
     from foveate.methods.profile import save_profile
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from foveate.cli.options import AsJson, Device, Dtype, ModelName, whole_numbers
-from foveate.cli.screen import Watcher, print_json, say
+from foveate.cli.screen import Watcher, print_json, quiet_loading, say
 
 
 def compare(
@@ -53,6 +53,7 @@ def compare(
         "samples": samples,
         "repeats": repeats,
     }
+    quiet_loading(model)
     try:
         with Watcher("compare") as watch:
             watch(0, 0, "loading")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +18,13 @@ from rich.text import Text
 def say(message: str) -> None:
     """One line on stderr."""
     print(f"foveate: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def quiet_loading(model: str) -> None:
+    """Turn transformers' own progress bars off for a model that is here or comes with a bar of ours. What was set is
+    looked at when transformers is imported, so this comes before it; a choice of the user's stays."""
+    if Path(model).expanduser().exists() or "/" not in model:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def print_json(data: Any) -> None:
@@ -52,7 +61,7 @@ class Watcher:
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.started: float | None = None
-        self.said = 0.0
+        self.said = time.monotonic()
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.fields[label]}"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foveate.cli.options import AsJson, Device, Dtype
-from foveate.cli.screen import print_json
+from foveate.cli.screen import print_json, quiet_loading
 from foveate.errors import BadArgument, FoveateError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def show(
     Three maps: the pairs computed inside the prompt, the positions held when it is over, and those that the next token
     reads. A map that is full is said in a line instead.
     """
+    quiet_loading(model)
     from foveate.engine.apply import apply
     from foveate.evaluate.record import DENSE
     from foveate.evaluate.setting import bind, check, open_profiles, parse_budgets, parse_methods, settings_of

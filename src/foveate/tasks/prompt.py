@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 _HAYSTACK_ROOM = 48  # tokens: the least haystack a prompt is made with
 _SHORTEST_TAIL = 8  # tokens: a gap at the end of the haystack below this is widened by one more unit
+_SHORT = "So."
+_MARK = "\0"  # stands in no text: control characters are taken out of a corpus
+_NEIGHBOURHOOD = 120  # characters: farther away, no token changes with the last sentence
+_LONGEST_WORD = 16  # characters: scripts without blanks are cut there in the last sentence
 # Extras for the last sentence of the haystack: in the tokenizers we know, one of them costs a single token.
 _STRETCH = (" so", " it", " is", " and", " to", " a", "!", ".", " .", "-", "x")
 
@@ -124,16 +129,19 @@ def _fill(
     if gap == 0:
         return filled
 
-    words = haystack.tail or tuple(" ".join(units[number : number + 3]).split())
-    before = (filled[-1] if filled else draft.intro)[-80:]
-    alone = count_tokens(tokenizer, f"{before}\n")
+    # The last sentence is chosen by the tokens of its neighbourhood, then checked in the whole prompt.
+    around = _compose(turn, draft, [*filled, _MARK], haystack.separator).text
+    before, _, after = around.partition(_MARK)
+    before, after = before[-_NEIGHBOURHOOD:], after[:_NEIGHBOURHOOD]
 
-    def added(tail: str) -> int:
-        return count_tokens(tokenizer, f"{before}{haystack.separator}{tail}\n") - alone
+    def nearby(tail: str) -> int:
+        return count_tokens(tokenizer, f"{before}{tail}{after}")
 
-    best, least, wanted = filled, gap, gap
-    for _ in range(6):
-        candidate = [*filled, _tail(words, wanted, added)]
+    words = haystack.tail or re.findall(rf"\S{{1,{_LONGEST_WORD}}}", " ".join(units[number : number + 3]))
+    wanted = nearby(_SHORT) + missing([*filled, _SHORT])
+    best, least = filled, gap
+    for _ in range(4):
+        candidate = [*filled, _tail(words, wanted, nearby)]
         left = missing(candidate)
         if 0 <= left < least:
             best, least = candidate, left
@@ -203,24 +211,26 @@ def _take(tokenizer: PreTrainedTokenizerBase, haystack: Haystack, budget: int) -
     return units, costs
 
 
-def _tail(words: Sequence[str], tokens: int, added: Callable[[str], int]) -> str:
-    """The first words as one sentence that adds exactly `tokens` tokens, or the nearest number found below."""
+def _tail(words: Sequence[str], wanted: int, nearby: Callable[[str], int]) -> str:
+    """The first words as one sentence for which `nearby` is exactly `wanted`, or the nearest number found below."""
 
     def sentence(count: int, extra: str = "") -> str:
         return " ".join(words[:count]).rstrip(".,;:") + extra + "."
 
-    most = bisect.bisect_right(range(1, len(words) + 1), tokens, key=lambda count: added(sentence(count)))
-    best, best_cost = sentence(1), 0
+    most = bisect.bisect_right(range(1, len(words) + 1), wanted, key=lambda count: nearby(sentence(count)))
+    if most == 0:
+        most, words = 1, [_SHORT.rstrip(".")]
+    best, best_cost = _SHORT, 0
     for count in range(most, max(0, most - 4), -1):
-        extra, cost = "", added(sentence(count))
-        while cost < tokens:
-            longer = ((added(sentence(count, extra + piece)), extra + piece) for piece in _STRETCH)
-            step = next((each for each in longer if cost < each[0] <= tokens), None)
+        extra, cost = "", nearby(sentence(count))
+        while cost < wanted:
+            longer = ((nearby(sentence(count, extra + piece)), extra + piece) for piece in _STRETCH)
+            step = next((each for each in longer if cost < each[0] <= wanted), None)
             if step is None:
                 break
             cost, extra = step
-        if best_cost < cost <= tokens:
+        if best_cost < cost <= wanted:
             best, best_cost = sentence(count, extra), cost
-        if best_cost == tokens:
+        if best_cost == wanted:
             break
     return best
