@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from foveate.comparison import compare
+    from foveate.comparison import Comparison, compare
     from foveate.engine.apply import Handle, apply, compose
     from foveate.engine.saved import load
     from foveate.errors import BadArgument, FoveateError, Infeasible, Refused
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "BadArgument": "foveate.errors",
     "Budget": "foveate.methods.budget",
+    "Comparison": "foveate.comparison",
     "FoveateError": "foveate.errors",
     "Handle": "foveate.engine.apply",
     "Infeasible": "foveate.errors",

@@ -14,11 +14,11 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.contract.reach import reachable_bytes
 from torch import Tensor
 
 from foveate.attention import Span
 from foveate.cache import Blocks, Store, StoreSpec, Tag, View
-from tests.contract.reach import reachable_bytes
 
 DIM, BLOCK, FRESH = 6, 4, -1
 THOROUGH = settings(
@@ -165,9 +165,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.settle(self.store.seen)
         for b, row in enumerate(self.truth):
             for h in range(self.heads):
-                row[h] = [
-                    t for t in row[h] if t[0] < self.sink[h] or self.seen[b] - t[0] < self.window[h]
-                ]
+                row[h] = [t for t in row[h] if t[0] < self.sink[h] or self.seen[b] - t[0] < self.window[h]]
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:

@@ -115,7 +115,7 @@ def dense_bytes(model: nn.Module, cache: FoveateCache) -> int:
 
 
 def spare_bytes(model: nn.Module, cache: FoveateCache) -> int:
-    """One block of spare slots per row and head, with their position: what a growing cache may hold beside its budget."""
+    """One block of spare slots per row and head, with their positions: what a cache may hold beside its budget."""
     from foveate.cache.band import GROWTH
 
     shape = ModelShape.of(model)

@@ -78,7 +78,7 @@ CASES = {name: case for name, case in ALL_CASES.items() if case.profile_for or n
 
 @cache
 def model(family: str = "llama", group: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A tiny model, made once. It has at least two layers of full attention, since some methods leave the first alone."""
+    """A tiny model, made once, with at least two layers of full attention: some methods leave the first alone."""
     heads, kv_heads = GROUPS[group]
     layers = 4 if family == "gemma3" else 3
     return tiny(family, layers=layers, heads=heads, kv_heads=kv_heads, dtype=dtype, seed=seed)
@@ -96,7 +96,7 @@ def precise(case: Case, family: str = "llama", group: int = 2) -> nn.Module:
 
 @contextmanager
 def applied(model: nn.Module, case: Case, method: Method | Composition | None = None) -> Iterator[foveate.Handle]:
-    """The case's method on a model. A refusal of the pair is checked and ends the test; plain models take every method."""
+    """The case's method on a model. A refusal is checked and ends the test; plain models take every method."""
     try:
         handle = foveate.apply(model, method or case.method(), profile=profiles(case, model))
     except Refused as error:

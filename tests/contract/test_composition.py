@@ -18,7 +18,8 @@ from foveate.methods import Composition, Method, Profile
 from foveate.methods.base import EXCLUSIVE
 
 PAIRS = [
-    pytest.param(CASES[a], CASES[b], id=f"{a}-{b}") for a, b in combinations([c for c in CASES if CASES[c].cls.slots], 2)
+    pytest.param(CASES[a], CASES[b], id=f"{a}-{b}")
+    for a, b in combinations([c for c in CASES if CASES[c].cls.slots], 2)
 ]
 
 
@@ -48,7 +49,10 @@ def test_every_pair(case: Case, other: Case, family: str, seed: int) -> None:
     net = model(family)
     ids, then = tokens(seed, 1, 101), tokens(seed + 1, 1, 4)
     runs: list[Run] = []
-    for first, second in (((case, case.method()), (other, other.method())), ((other, other.method()), (case, case.method()))):
+    for first, second in (
+        ((case, case.method()), (other, other.method())),
+        ((other, other.method()), (case, case.method())),
+    ):
         handle = together(net, first, second)
         if handle is None:
             assert not runs, "one order runs, the other is refused"

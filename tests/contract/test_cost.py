@@ -73,7 +73,7 @@ def budgets_of(case: Case, net: nn.Module, length: int) -> list[float]:
 
 
 def floor_of(handle: foveate.Handle, case: Case, length: int) -> float:
-    """The smallest share that can be had at a length. Binding asks for what any length could meet, so it refuses first."""
+    """The smallest share at a length. Binding asks for what any length could meet, so it refuses first."""
     budget, profile = 1e-6, profiles(case, handle.model)
     for _ in range(2):
         with pytest.raises(Infeasible) as refusal:
@@ -130,7 +130,7 @@ def test_read_share_is_within_the_budget(case: Case, family: str, seed: int) -> 
             prompt(net, cache, ids)
             blocks: list[int] = []
 
-            def note(original, method, q, view, ctx, blocks=blocks):  # noqa: ANN001, ANN202
+            def note(original, method, q, view, ctx, blocks=blocks):
                 parts = original(method, q, view, ctx)
                 for part in as_list(parts):
                     if isinstance(part, Selection) and part.lists is not None:
@@ -182,7 +182,7 @@ def test_the_reads_are_the_whole_truth(case: Case, family: str, group: int, seed
 def under_mask(net: nn.Module, ids: torch.Tensor, pairs: Reads) -> torch.Tensor:
     """Logits of one dense forward in which layer i reads pairs[i] alone."""
 
-    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):  # noqa: ANN001, ANN003, ANN202
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         scores = (query @ key.transpose(-1, -2)) * scaling
@@ -207,7 +207,7 @@ def test_unread_slots_may_hold_anything(case: Case, family: str, seed: int) -> N
     ids, then = tokens(seed, 2, LENGTH), tokens(seed + 1, 2, 1)
     taken: list = []
 
-    def record(original, method: Method, q, view, ctx):  # noqa: ANN001, ANN202
+    def record(original, method: Method, q, view, ctx):
         taken.append(original(method, q, view, ctx))
         return taken[-1]
 
@@ -229,7 +229,7 @@ def test_unread_slots_may_hold_anything(case: Case, family: str, seed: int) -> N
     assert (spoilt > 0) == skips, f"{spoilt} held slots are not read"
 
 
-def poison_unread(layer, pairs: torch.Tensor) -> int:  # noqa: ANN001
+def poison_unread(layer, pairs: torch.Tensor) -> int:
     """NaN in the keys and values of held slots that none of a store head's query heads reads."""
     heads = layer.store.spec.heads
     group = pairs.shape[1] // heads
@@ -251,7 +251,7 @@ def poison_unread(layer, pairs: torch.Tensor) -> int:  # noqa: ANN001
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3"])
 @each_method()
 def test_freed_slots_may_hold_anything(case: Case, family: str, seed: int) -> None:
-    """Spare slots behind the longest head hold NaN, those that shorter heads share with longer ones hold huge numbers."""
+    """Spare slots behind the longest head hold NaN, those beside longer heads hold huge numbers."""
     net = model(family)
     ids, mask = left_padded([tokens(seed, 30), tokens(seed + 1, LENGTH)])
     then = tokens(seed + 2, 2, 4)

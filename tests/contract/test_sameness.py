@@ -6,7 +6,19 @@ import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
 from tests.contract.reach import reachable_tensors
-from tests.contract.runs import EXACT, Run, assert_used, decode, held, left_padded, plain, prompt, run, spare_bytes, tokens
+from tests.contract.runs import (
+    EXACT,
+    Run,
+    assert_used,
+    decode,
+    held,
+    left_padded,
+    plain,
+    prompt,
+    run,
+    spare_bytes,
+    tokens,
+)
 from tests.contract.subjects import (
     CASES,
     Case,
@@ -25,6 +37,7 @@ from torch import nn
 import foveate
 from foveate.engine.binding import Binding
 from foveate.errors import Refused
+
 
 def agree(got: Run, want: Run, limit: float = EXACT) -> None:
     assert_close(got.prompt, want.prompt, limit)

@@ -72,7 +72,9 @@ def test_there_and_back(case: Case, seed: int) -> None:
         after = state(cache)
     assert before.keys() == after.keys() == turned.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert any(not torch.equal(before[name], turned[name]) for name in before if before[name].shape == turned[name].shape)
+    assert any(
+        not torch.equal(before[name], turned[name]) for name in before if before[name].shape == turned[name].shape
+    )
 
 
 @pytest.mark.parametrize("recording", [True, False], ids=["recording", "plain"])

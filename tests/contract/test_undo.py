@@ -20,7 +20,7 @@ FAMILIES = ["llama", "gemma3", "deepseek-v3"]
 
 
 def anatomy(net: nn.Module) -> dict[str, Any]:
-    """Every attribute of every module, by identity, with hooks and parameters by key; and the configuration's content."""
+    """Every attribute of every module by identity, hooks and parameters by key, and the configuration's content."""
     parts: dict[str, Any] = {}
     for name, module in net.named_modules():
         for key, value in vars(module).items():

@@ -50,7 +50,12 @@ def gemma2() -> nn.Module:
 def gpt_oss() -> nn.Module:
     """A learned logit per head that takes mass without a value; sliding layers; experts."""
     config = GptOssConfig(
-        **COMMON, head_dim=16, sliding_window=8, num_local_experts=4, num_experts_per_tok=2, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+        **COMMON,
+        head_dim=16,
+        sliding_window=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     config._attn_implementation = "eager"
     return GptOssForCausalLM(config)

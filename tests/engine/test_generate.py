@@ -27,7 +27,12 @@ import foveate
 from foveate.errors import Refused
 from foveate.models.tiny import tiny
 
-ENDLESS: dict[str, Any] = {"eos_token_id": 9999, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+ENDLESS: dict[str, Any] = {
+    "eos_token_id": 9999,
+    "pad_token_id": 0,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
 
 
 def generate(net: nn.Module, ids: Tensor, mask: Tensor | None = None, new: int = 7, **kwargs: Any) -> Any:

@@ -44,7 +44,7 @@ def test_forward_and_backward(family: str, checkpointing: bool, seed: int) -> No
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3"])
 def test_gradients_through_a_cached_prompt(family: str, seed: int) -> None:
-    """In eval mode a forward fills a cache: gradients still reach keys and values, and the cache keeps no graph alive."""
+    """In eval mode a forward fills a cache: gradients still reach k and v, and the cache keeps no graph alive."""
     net = copy.deepcopy(model(family))
     ids = tokens(seed, 2, 41)
     want = gradients(net, ids, use_cache=False)

@@ -33,7 +33,7 @@ def logits(model: Any, ids: Tensor, steps: Tensor | None = None, chunks: int | N
     cache = None
     with torch.no_grad():
         out = None
-        for i, piece in enumerate(pieces):
+        for piece in pieces:
             out = model(piece, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
         assert out is not None
@@ -43,7 +43,9 @@ def logits(model: Any, ids: Tensor, steps: Tensor | None = None, chunks: int | N
     return torch.stack(rows, dim=1), cache
 
 
-def applied(model: Any, method: Any, ids: Tensor, steps: Tensor | None = None, chunks: int | None = None, **kwargs: Any):
+def applied(
+    model: Any, method: Any, ids: Tensor, steps: Tensor | None = None, chunks: int | None = None, **kwargs: Any
+):
     """`logits` under a method, through an announced cache."""
     with foveate.apply(model, method, **kwargs) as handle, torch.no_grad():
         cache = handle.cache()

@@ -13,8 +13,6 @@ from foveate.methods import H2O
 SMALL = {"budget": 24}
 
 
-
-
 def test_room_for_all_is_dense() -> None:
     model, ids, steps = llama(), prompt(2, 41), prompt(2, 7, seed=1)
     want, _ = logits(model, ids, steps)
@@ -24,7 +22,7 @@ def test_room_for_all_is_dense() -> None:
         assert all(len(x) == 48 for store in stores(cache) for x in held(store))
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
 @pytest.mark.parametrize("chunks", [None, 7])
 def test_mass_is_the_column_sum_of_the_attention_map(heads: int, kv_heads: int, chunks: int | None) -> None:
     ids = prompt(2, 41)
@@ -35,9 +33,7 @@ def test_mass_is_the_column_sum_of_the_attention_map(heads: int, kv_heads: int, 
     for read, store in zip(seen, stores(cache), strict=True):
         q = read["q"]
         k = read["store"].bands[0].keys().unflatten(0, (2, kv_heads)).repeat_interleave(heads // kv_heads, 1)
-        logit = (q @ k.transpose(-1, -2) * read["how"].scale).masked_fill(
-            torch.ones(41, 41).triu(1).bool(), -torch.inf
-        )
+        logit = (q @ k.transpose(-1, -2) * read["how"].scale).masked_fill(torch.ones(41, 41).triu(1).bool(), -torch.inf)
         want = logit.softmax(-1).sum(2).unflatten(1, (kv_heads, -1)).sum(2)
         (band,) = store.bands
         got = band.tags["columns"].read(41).squeeze(-1).unflatten(0, (2, kv_heads))

@@ -45,9 +45,11 @@ def test_identity_is_dense() -> None:
     assert_close(got, want, TOLERANCE)
 
 
-@pytest.mark.parametrize("length,steps", [(41, 0), (41, 7), (48, 0), (48, 1), (5, 2), (7, 9)])
+@pytest.mark.parametrize(("length", "steps"), [(41, 0), (41, 7), (48, 0), (48, 1), (5, 2), (7, 9)])
 def test_residual_lengths(length: int, steps: int) -> None:
-    _, cache = applied(llama(), KIVI(group=4, residual=8), prompt(1, length), prompt(1, steps, seed=1) if steps else None)
+    _, cache = applied(
+        llama(), KIVI(group=4, residual=8), prompt(1, length), prompt(1, steps, seed=1) if steps else None
+    )
     total = length + steps
     for store in stores(cache):
         (band,) = store.bands

@@ -64,7 +64,7 @@ def test_first_layers_and_prompt_are_dense() -> None:
     assert [r["parts"].dense for r in seen] == [True] * 5 + [False]
 
 
-@pytest.mark.parametrize("share,lists", [("head", 6), ("group", 2)])
+@pytest.mark.parametrize(("share", "lists"), [("head", 6), ("group", 2)])
 def test_lists_hold_the_newest_page_and_the_budget(share: str, lists: int) -> None:
     model, ids, steps = llama(layers=3), prompt(2, 61), prompt(2, 5, seed=1)
     with watching() as seen:

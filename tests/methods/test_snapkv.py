@@ -42,7 +42,7 @@ def test_room_for_all_is_dense() -> None:
     assert isinstance(cache, foveate.engine.apply.FoveateCache)
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 def test_keeps_the_top_of_the_plain_formula(heads: int, kv_heads: int, reduce: str) -> None:
     """kernel=1: raw top-k; each head decides by its own group's window attention."""

@@ -51,7 +51,7 @@ def test_absolute_positions_equal_a_masked_read() -> None:
     with watching() as seen:
         applied(model, StreamingLLM(sink=3, recent=17, positions="absolute"), ids)
     (read,) = seen
-    (band,) = [b for b in read["store"].bands]
+    (band,) = list(read["store"].bands)
     with watching() as dense:
         applied(model, "dense", ids)
     k, v = (x.unflatten(0, (1, 2)) for x in (dense[0]["store"].bands[0].keys(), dense[0]["store"].bands[0].values()))

@@ -187,6 +187,12 @@ def test_without_a_limit_of_positions_it_is_the_largest_number():
     config = transformers.MambaConfig(**{**SMALL, "state_size": 4})
     shape = ModelShape.of(config)
     assert shape.max_positions == sys.maxsize
+
+
+@pytest.mark.parametrize("config", [transformers.MambaConfig, transformers.RwkvConfig])
+def test_recurrent_models_hold_no_keys_and_values(config: type):
+    shape = ModelShape.of(config(num_hidden_layers=3))
+    assert {layer.kind for layer in shape.layers} == {"other"}
     assert shape.dense_kv_bytes(1000) == 0
 
 

@@ -197,6 +197,8 @@ def _layers(text: Any) -> list[LayerShape]:
 
 
 def _layer(index: int, attention: str, config: Any) -> LayerShape:
+    if _first(config, "num_attention_heads") is None:
+        attention = "recurrent"  # RWKV and the first Mamba state no layer types, and no heads either
     window = None
     if attention in _WINDOWED:
         window = _first(config, "sliding_window")
