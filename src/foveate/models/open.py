@@ -128,13 +128,20 @@ def _open_tokenizer(source: str, path: str, local: bool) -> Any:
 
 def _open_model(source: str, path: str, local: bool, config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    # Reading weights takes a second or two: a bar for it would only stand between the user and the answer.
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, local_files_only=local, trust_remote_code=False
         )
     except Exception as error:
         raise _explained(source, path, "weights", error) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_decoder(source: str, config: Any) -> None:
