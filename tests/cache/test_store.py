@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.contract.reach import reachable_bytes
@@ -26,6 +26,7 @@ THOROUGH = settings(
     stateful_step_count=20,
     deadline=None,
     database=None,
+    phases=[Phase.generate],  # a life of 20 steps can be read as it is; to shorten it takes minutes
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 

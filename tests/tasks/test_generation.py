@@ -223,13 +223,13 @@ def test_a_sample_depends_on_its_index_and_seed_and_on_nothing_else(task, bpe, s
 
 
 def test_depths_cover_the_haystack_evenly(bpe, seed):
-    for name, count in (("niah_single_1", 240), ("niah_single_2", 240), ("niah_multivalue", 60)):
+    for name, count in (("niah_single_1", 160), ("niah_single_2", 160), ("niah_multivalue", 40)):
         task = TASKS[name]
         depths = [depth for sample in task.generate(bpe, 1200, count, seed) for depth in sample.depths]
-        assert len(depths) == 240
+        assert len(depths) == 160
         fifths = [sum(low / 5 <= depth < (low + 1) / 5 + (low == 4) for depth in depths) for low in range(5)]
-        # 48 are expected in each, with a standard deviation of 6.2; sentences of unequal length add a little.
-        assert all(14 <= fifth <= 82 for fifth in fifths), fifths
+        # 32 are expected in each, with a standard deviation of 5.1; sentences of unequal length add a little.
+        assert all(6 <= fifth <= 58 for fifth in fifths), fifths
         assert min(depths) < 0.1
         assert max(depths) > 0.9
 

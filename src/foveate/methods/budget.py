@@ -62,16 +62,19 @@ class Budget:
                     return cls.bytes(int(float(raw[: -len(unit)]) * size))
             if raw.endswith("%"):
                 return cls.ratio(float(raw[:-1]) / 100)
-            return cls.ratio(float(raw)) if "." in raw else cls.tokens(int(raw))
+            if raw.endswith("tokens"):
+                return cls.tokens(int(raw[: -len("tokens")]))
+            return cls.ratio(float(raw)) if "." in raw or "e" in raw else cls.tokens(int(raw))
         except BadArgument:
             raise
         except ValueError:
             raise BadArgument("budget", text, "give a ratio (0.25), tokens (1024) or bytes (64MB)") from None
 
     def __str__(self) -> str:
-        return {"ratio": f"{self.value:g}", "tokens": f"{self.value:.0f} tokens", "bytes": f"{self.value:.0f} B"}[
-            self.kind
-        ]
+        """A text that `Budget.of` reads back."""
+        if self.kind == "ratio":
+            return repr(float(self.value))
+        return f"{self.value:.0f} {'tokens' if self.kind == 'tokens' else 'B'}"
 
     @property
     def whole(self) -> bool:
