@@ -21,6 +21,7 @@ from tests.contract.runs import (
     tokens,
 )
 from tests.contract.subjects import CASES, Case, applied, assert_refusal, each_method, model, precise
+from tests.contract.trace import same_reads, tracing
 
 from foveate.errors import Refused
 
@@ -106,6 +107,27 @@ def test_tokens_can_be_taken_back(case: Case, family: str, recording: bool, seed
         assert_used(net, cache, less=case.holds_less)
         assert_close(got, want, EXACT)
         assert held(cache, 0) == held(never, 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@each_method()
+def test_recording_the_past_reads_the_same(case: Case, family: str, seed: int) -> None:
+    """A cache that holds what a crop may want back (a draft's) must not read it."""
+    net = model(family)
+    ids, then = tokens(seed, 1, 73), tokens(seed + 1, 1, 6)
+    with applied(net, case) as handle:
+        if not handle.binding.croppable:
+            return
+        usual, recording = handle.cache(), handle.cache()
+        recording.activate_past_recording()
+        with tracing(79) as want:
+            expected = run(net, usual, ids, then)
+        with tracing(79) as got:
+            found = run(net, recording, ids, then)
+        assert_used(net, recording, less=case.holds_less)
+    same_reads(got.pairs, want.pairs)
+    if "format" not in case.cls.slots:  # nothing is packed meanwhile
+        assert_close(found.steps, expected.steps, EXACT)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

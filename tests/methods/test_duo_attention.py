@@ -17,7 +17,7 @@ import foveate
 from foveate.heads.gates import GateRecipe
 from foveate.heads.tap import Tap, Tapped
 from foveate.methods import DuoAttention, Profile, Quest
-from foveate.methods.profile import fingerprint, load_profile, save_profile
+from foveate.methods.profile import built_in_profile, fingerprint, load_profile, save_profile
 from foveate.models import ModelShape, tiny
 
 SINK, RECENT = 3, 16
@@ -191,8 +191,8 @@ def test_infeasible_below_the_floor() -> None:
     method = DuoAttention(**SMALL)
     floor = method.floor(shape, length)
     assert floor == pytest.approx((SINK + RECENT) / length)
-    with pytest.raises(foveate.Infeasible, match=r"budget=0\.189.*cannot hold less than 0\.190") as refusal:
-        method.with_budget(floor - 1e-3).plan(shape, profile(model), length)
+    with pytest.raises(foveate.Infeasible, match=r"budget=0\.189: .*cannot hold less than 0\.190") as refusal:
+        method.with_budget(0.189).plan(shape, profile(model), length)
     assert refusal.value.floor == pytest.approx(floor)
     roles = method.with_budget(floor).plan(shape, profile(model), length)
     assert all(role.extra["streaming"] == (0, 1) for role in roles)
@@ -310,3 +310,34 @@ def test_calibration_refuses_what_plan_refuses() -> None:
 def test_calibration_refuses_texts_that_do_not_fit(longest: int) -> None:
     with pytest.raises(foveate.BadArgument, match=rf"(longest|lengths)={longest}"):
         DuoAttention().calibrate(Probe(llama(), WordTokenizer()), longest=longest, recipe=GateRecipe(steps=1))
+
+
+def test_the_shipped_profile_fits_its_model() -> None:
+    """What `apply` finds for the built-in model: a gate for each of its kv heads, and how they were learned."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        num_hidden_layers=30,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+    )
+    shape = ModelShape.of(config)
+    shipped = built_in_profile("duo-attention", shape)
+    assert shipped is not None
+    gates = torch.tensor(shipped.data["gates"])
+    assert gates.shape == (30, 3)
+    assert gates.min() >= 0
+    assert gates.max() <= 1
+    assert gates.std() > 0.1  # they tell heads apart
+    made = shipped.provenance
+    assert made["steps"] >= 100
+    assert made["tokens"] >= made["steps"] * made["lengths"][0]
+    assert made["lengths"][0] > 2 * (made["sink"] + made["recent"])
+    assert {"seconds", "device", "dtype", "torch", "transformers", "date", "seed"} <= made.keys()
+    roles = DuoAttention(budget=0.5).plan(shape, shipped, 2048)
+    held = sum(3 * 2048 - len(role.extra.get("streaming", ())) * (2048 - 320) for role in roles)
+    assert 0.49 < held / (90 * 2048) <= 0.5

@@ -291,7 +291,7 @@ class Method:
         for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default:
-                out[f.name] = str(value) if isinstance(value, Budget) else value
+                out[f.name] = value.plain if isinstance(value, Budget) else value
         return out
 
     def with_budget(self, budget: Budget | float | int | None) -> Method:

@@ -71,20 +71,29 @@ class Budget:
             raise BadArgument("budget", text, "give a ratio (0.25), tokens (1024) or bytes (64MB)") from None
 
     def __str__(self) -> str:
-        """A text that `Budget.of` reads back."""
+        """A short text that `Budget.of` reads back (ratios to six digits)."""
         if self.kind == "ratio":
-            return repr(float(self.value))
+            text = f"{self.value:g}"
+            return text if "." in text or "e" in text else f"{text}.0"
         return f"{self.value:.0f} {'tokens' if self.kind == 'tokens' else 'B'}"
+
+    @property
+    def plain(self) -> float | int | str:
+        """The JSON value that `Budget.of` reads back exactly."""
+        return {"ratio": self.value, "tokens": int(self.value), "bytes": f"{int(self.value)} B"}[self.kind]
 
     @property
     def whole(self) -> bool:
         """Everything may be held or read, however long the text becomes."""
         return self.kind == "ratio" and self.value >= 1
 
-    def held_tokens(self, shape: ModelShape, length: int, *, name: str, floor: int = 1) -> int:
+    def held_tokens(self, shape: ModelShape, length: int, *, name: str, floor: int = 1, extra: int = 4) -> int:
         """Tokens per head that each managed (full-attention) layer may hold on average at this length.
 
         Sliding layers of the model hold their window whatever the method does, so the managed layers get what is left.
+
+        Args:
+            extra: bytes per held token and head beside its key and value: its position, and the method's tags.
 
         Raises:
             Infeasible: when less than `floor` tokens would be left; carries the smallest share that works.
@@ -92,14 +101,16 @@ class Budget:
         managed = sum(shape.kv_bytes_per_slot(layer.index) for layer in shape.layers if layer.kind == "full")
         dense = shape.dense_kv_bytes(length)
         fixed = dense - managed * length
+        heads = sum(layer.store_heads for layer in shape.layers if layer.kind == "full")
+        slot = managed if self.whole else managed + extra * heads
         if self.kind == "tokens":
             tokens = int(self.value)
         else:
             granted = self.value * dense if self.kind == "ratio" else self.value
-            tokens = int((granted - fixed) / managed + 1e-9) if managed else length
+            tokens = int((granted - fixed) / slot + 1e-9) if managed else length
         floor = min(floor, length)
         if tokens < floor:
-            share = (fixed + floor * managed) / dense
+            share = min(1.0, (fixed + floor * slot) / dense)
             raise Infeasible(
                 f"budget={self}: {name} cannot hold less than {share:.3f} of the dense cache at {length} tokens "
                 f"({floor} tokens a head); raise the budget",

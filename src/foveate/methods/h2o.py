@@ -50,7 +50,7 @@ class H2O(Method):
 
     def total(self, shape: ModelShape, length: int) -> int | None:
         budget = Budget.of(self.budget) or Budget.ratio(0.2)
-        return None if budget.whole else budget.held_tokens(shape, length, name=self.id, floor=2)
+        return None if budget.whole else budget.held_tokens(shape, length, name=self.id, floor=2, extra=8)
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         if ctx.phase != "decode" or result.probs is None:
