@@ -29,7 +29,7 @@ def words(model: Path, out: Path, *more: object) -> list[object]:
         "--methods",
         "snapkv,quest(dense_layers=0)",
         "--budgets",
-        "0.5",
+        "0.6",
         "--lengths",
         f"{LENGTH},{LENGTH + 60}",
         "--tasks",
@@ -60,7 +60,7 @@ def test_the_table_goes_to_stdout_and_the_run_to_its_folder(finished, model: Pat
     assert not [line for line in done.err.splitlines() if not line.startswith("foveate: ")]
     assert records[0].command == " ".join(
         [
-            f"foveate compare {model} --methods 'snapkv,quest(dense_layers=0)' --budgets 0.5",
+            f"foveate compare {model} --methods 'snapkv,quest(dense_layers=0)' --budgets 0.6",
             f"--lengths {LENGTH},{LENGTH + 60} --tasks niah_single_1,perplexity --samples 2 --repeats 1 --out run",
         ]
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.cache import FoveateCache, View
+from foveate.cache.band import GROWTH
 from foveate.cache.cache import state_tensors
 from foveate.models.shape import ModelShape
 
@@ -115,15 +116,15 @@ def dense_bytes(model: nn.Module, cache: FoveateCache) -> int:
 
 
 def spare_bytes(model: nn.Module, cache: FoveateCache) -> int:
-    """One block of spare slots per row and head, with their positions: what a cache may hold beside its budget."""
-    from foveate.cache.band import GROWTH
-
+    """One block of spare slots per row and head, with position and tags: what a growing cache may hold beside its
+    budget."""
     shape = ModelShape.of(model)
-    rows = next(iter(cache.couriers())).store.rows
-    per_slot = sum(
-        shape.kv_bytes_per_slot(layer.index) + 4 * layer.store_heads for layer in shape.layers if layer.kind != "other"
-    )
-    return rows * GROWTH * per_slot
+    total = 0
+    for layer in cache.couriers():
+        beside = 4 + sum(tag.width * tag.dtype.itemsize for tag in layer.store.spec.tags.values())
+        slot = shape.kv_bytes_per_slot(layer.index) + beside * layer.store.spec.heads
+        total += layer.store.rows * GROWTH * slot
+    return total
 
 
 def assert_used(model: nn.Module, cache: Any, *, less: bool) -> None:
