@@ -116,14 +116,14 @@ def dense_bytes(model: nn.Module, cache: FoveateCache) -> int:
 
 
 def spare_bytes(model: nn.Module, cache: FoveateCache) -> int:
-    """One block of spare slots per row and head, with position and tags: what a growing cache may hold beside its
-    budget."""
+    """One block of spare slots per row and head, with position and tags, and the head's number and length: what a
+    growing cache may hold beside its budget."""
     shape = ModelShape.of(model)
     total = 0
     for layer in cache.couriers():
         beside = 4 + sum(tag.width * tag.dtype.itemsize for tag in layer.store.spec.tags.values())
         slot = shape.kv_bytes_per_slot(layer.index) + beside * layer.store.spec.heads
-        total += layer.store.rows * GROWTH * slot
+        total += layer.store.rows * (GROWTH * slot + layer.store.spec.heads * (8 + 4))
     return total
 
 

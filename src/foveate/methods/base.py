@@ -291,7 +291,9 @@ class Method:
         for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default:
-                out[f.name] = value.plain if isinstance(value, Budget) else value
+                if isinstance(value, Budget):  # as people write it, unless that would lose digits
+                    value = str(value) if Budget.of(str(value)) == value else value.plain
+                out[f.name] = value
         return out
 
     def with_budget(self, budget: Budget | float | int | None) -> Method:

@@ -8,6 +8,9 @@ from typing import Literal
 from foveate.errors import BadArgument, Infeasible
 from foveate.models.shape import ModelShape
 
+PAIR_BYTES = 16
+"""What a store holds per row and head besides its tokens: where it stands and how long it is."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -103,14 +106,15 @@ class Budget:
         fixed = dense - managed * length
         heads = sum(layer.store_heads for layer in shape.layers if layer.kind == "full")
         slot = managed if self.whole else managed + extra * heads
+        loose = 0 if self.whole else PAIR_BYTES * heads
         if self.kind == "tokens":
             tokens = int(self.value)
         else:
             granted = self.value * dense if self.kind == "ratio" else self.value
-            tokens = int((granted - fixed) / slot + 1e-9) if managed else length
+            tokens = int((granted - fixed - loose) / slot + 1e-9) if managed else length
         floor = min(floor, length)
         if tokens < floor:
-            share = min(1.0, (fixed + floor * slot) / dense)
+            share = min(1.0, (fixed + floor * slot + loose) / dense)
             raise Infeasible(
                 f"budget={self}: {name} cannot hold less than {share:.3f} of the dense cache at {length} tokens "
                 f"({floor} tokens a head); raise the budget",
