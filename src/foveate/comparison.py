@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -13,7 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from foveate.errors import BadArgument
+from foveate.errors import BadArgument, FoveateError
 from foveate.evaluate.record import Record
 from foveate.evaluate.request import Request, Watch
 from foveate.evaluate.runner import run
@@ -33,6 +34,8 @@ TASKS = ("niah_single_2", "niah_multikey_1")
 SAMPLES = 6
 REPEATS = 2
 """What is compared when nothing else is asked for: sized so that two cores finish in a few minutes."""
+
+_ROOM = 2**20  # bytes: less than this holds no run
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def compare(
     folder = Path(out) if out is not None else Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     if not resume and (folder / "records.jsonl").exists():
         raise BadArgument("out", str(folder), "holds a run already; give another folder, or let it resume")
+    _check_room(folder)
     given = [profiles] if isinstance(profiles, str | Path | Profile) else list(profiles)
     name, opened = _open(model, tokenizer, dtype, device)
     request = Request(
@@ -183,6 +187,17 @@ def _lengths(lengths: int | Iterable[int]) -> tuple[int, ...]:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise BadArgument("lengths", size, "give whole numbers of tokens")
     return tuple(sorted(sizes))
+
+
+def _check_room(folder: Path) -> None:
+    """Say now, rather than after the model was loaded and half a folder made, that nothing can be written there."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise BadArgument("out", str(folder), f"nothing can be written to {place}; give another folder")
+    if shutil.disk_usage(place).free < _ROOM:
+        raise FoveateError(f"{place}: no space left to write; free some and run the same command again")
 
 
 def _open(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[str, Loaded]:

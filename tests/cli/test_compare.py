@@ -217,6 +217,12 @@ def test_a_folder_that_cannot_be_written(capsys, model: Path, tmp_path: Path) ->
     assert file.read_text() == "in the way"
 
 
+def test_a_disk_that_is_full_from_the_start(capsys, model: Path, tmp_path: Path, monkeypatch) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: full)
+    assert f"{tmp_path}: no space left to write" in bad(capsys, model, tmp_path / "a" / "out", "--methods", "snapkv")
+
+
 FULL = """
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
-from tests.contract.runs import EXACT, assert_used, held, left_padded, plain, prompt, run, tokens
+from tests.contract.runs import EXACT, Run, assert_used, held, left_padded, plain, prompt, run, tokens
 from tests.contract.subjects import CASES
 from torch import nn
 from transformers import (
@@ -116,8 +116,21 @@ def test_dense_equals_transformers(make: Callable[[], nn.Module], seed: int) -> 
         cache = handle.cache()
         got = run(net, cache, ids, then)
         assert_used(net, cache, less=False)
-    assert_close(got.prompt, want.prompt, EXACT)
-    assert_close(got.steps, want.steps, EXACT)
+    limit = max(EXACT, 2 * own_noise(net, ids, then, want))
+    assert_close(got.prompt, want.prompt, limit)
+    assert_close(got.steps, want.steps, limit)
+
+
+@torch.no_grad()
+def own_noise(net: nn.Module, ids: torch.Tensor, then: torch.Tensor, want: Run) -> float:
+    """What lies between one forward over all and single steps on transformers' own cache: linear attention computes a
+    prompt and a step in different ways."""
+    out = net(ids, use_cache=True)
+    steps = []
+    for i in range(then.shape[1]):
+        out = net(then[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+        steps.append(out.logits)
+    return relative_rms(torch.cat(steps, dim=1), want.steps)
 
 
 @every
@@ -130,6 +143,8 @@ def test_compressed_generate_in_a_padded_batch(make: Callable[[], nn.Module], se
         rows = [tokens(seed, 30), tokens(seed + 1, 61)]
     ids, mask = left_padded(rows)
     then = tokens(seed + 2, 2, 5)
+    dense = plain(net, rows[1][None], then[1:])
+    limit = max(EXACT, 2 * own_noise(net, rows[1][None], then[1:], dense))
     with foveate.apply(net, CASES["snapkv"].method()) as handle:
         cache = handle.cache()
         got = run(net, cache, ids, then, mask)
@@ -139,11 +154,10 @@ def test_compressed_generate_in_a_padded_batch(make: Callable[[], nn.Module], se
             alone = handle.cache()
             handle.binding.plan_cache(alone, 61)
             want = run(net, alone, row[None], then[b : b + 1])
-            assert_close(got.steps[b : b + 1], want.steps, EXACT)
+            assert_close(got.steps[b : b + 1], want.steps, limit)
             assert held(cache, b) == held(alone, 0)
         again = prompt(net, handle.cache(), ids, mask)
-        assert_close(again[:, -1], got.prompt[:, -1], EXACT)
-    dense = plain(net, rows[1][None], then[1:])
+        assert_close(again[:, -1], got.prompt[:, -1], limit)
     assert relative_rms(got.steps[1:], dense.steps) > 1e-3
 
 

@@ -29,7 +29,7 @@ from foveate.models.tiny import tiny
 
 ENDLESS: dict[str, Any] = {
     "eos_token_id": 9999,
-    "pad_token_id": 0,
+    "pad_token_id": 9998,
     "return_dict_in_generate": True,
     "output_logits": True,
 }
@@ -244,6 +244,7 @@ def helper(family: str, seed: int, dtype: torch.dtype) -> nn.Module:
     noise = torch.Generator().manual_seed(seed % 2**31)
     with torch.no_grad():
         draft.lm_head.weight += 0.02 * torch.randn(draft.lm_head.weight.shape, generator=noise).to(dtype)
+    draft.generation_config.eos_token_id, draft.generation_config.pad_token_id = 9999, 9998
     draft.generation_config.num_assistant_tokens = 3
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0

@@ -86,7 +86,7 @@ class Watcher:
 
     def __call__(self, done: float, total: float, what: str) -> None:
         now = time.monotonic()
-        if self.started is None and done > 0:
+        if self.started is None and total > 0:
             self.started = now
         if self.bar is not None:
             if not self.bar.tasks:

@@ -162,6 +162,7 @@ class Runner:
         }
         self.total = sum(self._work(n, task, todo) for n, task, todo in plan)
         self.total += sum(self._timing_work(n, todo) for n, todo in untimed.items() if todo)
+        self.watch(0.0, self.total, "warming up")
         for length in self.request.lengths:
             known = self._time(length, untimed[length])
             for n, task, todo in plan:
