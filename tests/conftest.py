@@ -5,6 +5,11 @@ from __future__ import annotations
 import zlib
 
 import pytest
+from hypothesis import settings
+
+# An example that is slow on a busy machine is not wrong.
+settings.register_profile("foveate", deadline=None)
+settings.load_profile("foveate")
 
 
 @pytest.fixture

@@ -29,9 +29,19 @@ def run(request: Request) -> Partial:
     if r.dense and r.geometry.plain and not r.math:
         queries, keys = r.q.shape[2], r.k.shape[2]
         if queries == 1 or queries == keys or ends_with_keys(r.q, r.v):
-            out, lse = softmax_attention(r.q, r.k, r.v, scale=r.scale, causal=queries > 1, lse=r.lse)
-            return Partial(out, lse)  # type: ignore[arg-type]
+            return everything(r.q, r.k, r.v, r.scale, r.lse)
     return _masked(r)
+
+
+def is_best(q: Tensor, keys: int) -> bool:
+    """Whether a read of all causal pairs may come here unasked: no other backend serves it on this device."""
+    return q.device.type == "cpu" and q.shape[2] in (1, keys)
+
+
+def everything(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> Partial:
+    """All causal pairs: of one query, of as many queries as keys, or where the kernel knows which ones come last."""
+    out, mass = softmax_attention(q, k, v, scale=scale, causal=q.shape[2] > 1, lse=lse)
+    return Partial(out, mass)  # type: ignore[arg-type]
 
 
 def _masked(r: Request) -> Partial:

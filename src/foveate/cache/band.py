@@ -21,6 +21,7 @@ class Band:
 
     Args:
         pairs: host int64 [P], row * Hs + head, ascending.
+        heads: Hs.
         spans: the visibility these heads promise (host integers); what they hide may be freed.
         k, v: exact tensors [P, C, Dk] and [P, C, Dv]; v None when values are a slice of the keys (MLA).
         tags, blocks: what methods asked for.
@@ -29,6 +30,7 @@ class Band:
     def __init__(
         self,
         pairs: np.ndarray,
+        heads: int,
         spans: tuple[Span, ...],
         k: Tensor,
         v: Tensor | None,
@@ -36,7 +38,8 @@ class Band:
         blocks: Mapping[str, Blocks],
         value_dim: int,
     ) -> None:
-        self.pairs, self.spans, self.value_dim = pairs, spans, value_dim
+        self.spans, self.value_dim = spans, value_dim
+        self._name(pairs, heads, k.device)
         self.k: AnyColumn = Column(k)
         self.v: AnyColumn | None = None if v is None else Column(v)
         self.positions: Column | None = None
@@ -47,31 +50,74 @@ class Band:
         }
         self.declared = dict(blocks)
         self.summaries: dict[str, Tensor] = {}
-        self.lengths: Counts = np.zeros(len(pairs), dtype=np.int64)
-        self.seen: Counts = np.zeros(len(pairs), dtype=np.int64)
-        """Tokens ever appended: the next token's logical position."""
+        self._arrived = 0
+        """Tokens that every pair took and that are not in the counts yet: a decode step waits for the host."""
+        self._seen = np.zeros(len(pairs), dtype=np.int64)
+        self.lengths = np.zeros(len(pairs), dtype=np.int64)
         self.floor: Counts = np.zeros(len(pairs), dtype=np.int64)
         """A crop may not go back behind this many seen tokens: what it would need again was freed."""
-        self._index = torch.from_numpy(pairs).to(k.device)
-        self._device_lengths: Tensor | None = None
-        self._allocated: int | None = None
-        """Bytes of all tensors but the lengths, until something is allocated anew."""
+        self._renew()
+
+    def _name(self, pairs: np.ndarray, heads: int, device: torch.device) -> None:
+        self.pairs, self.heads = pairs, heads
+        self.rows = pairs // heads
+        """Row of each pair, host int64 [P]."""
+        self.index = torch.from_numpy(pairs).to(device)
+        """Pair numbers on the device, int64 [P]."""
 
     # -- what is held -------------------------------------------------------------------------------------------------
 
     @property
-    def capacity(self) -> int:
-        return self.used + min(c.rooms(self.lengths) for c in self._columns())
+    def lengths(self) -> Counts:
+        """Slots in use by each pair. Never changed in place."""
+        self._count()
+        return self._lengths
 
-    @property
-    def used(self) -> int:
+    @lengths.setter
+    def lengths(self, counts: Counts) -> None:
+        self._count()
+        self._lengths = counts
+        self.used = int(counts.max(initial=0))
         """Slots in use by the longest pair."""
-        return int(self.lengths.max(initial=0))
+        self.even = bool((counts == self.used).all())
+        """All pairs hold the same number of tokens."""
+        self._device_lengths: Tensor | None = None
+        self._room: int | None = None
+        self._grids: tuple[Tensor, Tensor] | None = None
 
     @property
-    def even(self) -> bool:
-        """All pairs hold the same number of tokens."""
-        return bool((self.lengths == self.lengths[0]).all())
+    def seen(self) -> Counts:
+        """Tokens ever appended: the next token's logical position."""
+        self._count()
+        return self._seen
+
+    @seen.setter
+    def seen(self, counts: Counts) -> None:
+        self._count()
+        self._seen = counts
+
+    def _count(self) -> None:
+        if self._arrived:
+            self._lengths, self._seen = self._lengths + self._arrived, self._seen + self._arrived
+            self._arrived = 0
+
+    def _renew(self) -> None:
+        """Something was or will be allocated anew: forget what was added up."""
+        self._allocated: int | None = None
+        """Bytes of all tensors but the lengths."""
+        self._room: int | None = None
+        self._grids: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def room(self) -> int:
+        """Tokens that every pair can take before a column must grow."""
+        if self._room is None:
+            self._room = min(c.room(self.lengths, self.used) for c in self._columns())
+        return self._room
+
+    @property
+    def capacity(self) -> int:
+        return self.used + self.room
 
     @property
     def bounded(self) -> bool:
@@ -80,19 +126,14 @@ class Band:
     @property
     def nbytes(self) -> int:
         if self._allocated is None:
-            loose = [*self.summaries.values(), self._index]
+            loose = [*self.summaries.values(), self.index]
             self._allocated = sum(c.nbytes for c in self._columns()) + sum(t.numel() * t.element_size() for t in loose)
         lengths = self._device_lengths
         return self._allocated + (0 if lengths is None else lengths.numel() * lengths.element_size())
 
     @property
     def device(self) -> torch.device:
-        return self._index.device
-
-    @property
-    def index(self) -> Tensor:
-        """Pair numbers on the device, int64 [P]."""
-        return self._index
+        return self.index.device
 
     def device_lengths(self) -> Tensor:
         """int32 [P]."""
@@ -121,36 +162,75 @@ class Band:
 
     # -- arriving -----------------------------------------------------------------------------------------------------
 
-    def append(self, k: Tensor, v: Tensor | None, counts: Counts) -> None:
-        """Append the first counts[p] of N tokens: k [P, N, Dk], v [P, N, Dv]."""
-        need = int((self.lengths + counts).max())
-        short = need - self.used - min(c.rooms(self.lengths) for c in self._columns())
-        if short > 0:
+    def append(self, k: Tensor, v: Tensor | None, counts: Counts | None) -> None:
+        """Append the first counts[p] of N tokens (None: all of them): k [P, N, Dk], v [P, N, Dv]."""
+        before, n = self.lengths, k.shape[1]
+        need = self.used + n if counts is None else int((before + counts).max())
+        if need - self.used > self.room:
             # A prompt is allocated exactly; later tokens find spare slots that cost one copy per 16 or more of them.
             spare = max(GROWTH, need // 16) if self.used else 0
             if self.bounded:  # what a window will expire needs no room
                 most = max(int(s.sink) + int(s.window) for s in self.spans if s.window is not None)
                 spare = max(0, min(spare, most - need))
             self.reserve(need + spare, need - self.used)
-        before = self.lengths
-        self.k.write(k, before, counts)
+        new: list[tuple[AnyColumn, Tensor]] = [(self.k, k)]
         if self.v is not None and v is not None:
-            self.v.write(v, before, counts)
+            new.append((self.v, v))
         if self.positions is not None:
-            fresh = torch.from_numpy(self.seen[:, None] + np.arange(k.shape[1])).to(self.device, torch.int32)
-            self.positions.write(fresh, before, counts)
-        self.lengths = before + counts
-        self.seen = self.seen + counts
-        self._device_lengths = None
+            fresh = torch.from_numpy(self.seen[:, None] + np.arange(n)).to(self.device, torch.int32)
+            new.append((self.positions, fresh))
         for tag in self.tags.values():
-            spot = tag.data.new_full((len(self.pairs), k.shape[1], *tag.data.shape[2:]), tag.fill)
-            tag.write(spot, before, counts)
-        self.refold(int(before.min()))
+            new.append((tag, tag.data.new_full((len(self.pairs), n, *tag.data.shape[2:]), tag.fill)))
+        if counts is None and self.even:
+            for column, x in new:
+                column.write_level(x, self.used)
+        else:
+            for column, x in new:
+                column.write(x, before, counts)
+        if counts is None:
+            self._advance(n)
+        else:
+            self.lengths = before + counts
+            self.seen = self.seen + counts
+        if self.declared:
+            self.refold(int(before.min()))
+
+    def _advance(self, n: int) -> None:
+        """Every pair took n tokens."""
+        self._room = self.room - n
+        self._arrived += n
+        self.used += n
+        self._device_lengths = None
+
+    def append_whole(self, k: Tensor, v: Tensor) -> bool:
+        """`append` for k [B, Hs, N, Dk] and v [B, Hs, N, Dv], all of which arrive, in two copies and nothing more.
+
+        False, and nothing done, if this band needs the long way.
+        """
+        n = k.shape[2]
+        if n > self.room or self.grids is None:
+            return False
+        for grid, x in zip(self.grids, (k, v), strict=True):
+            grid[:, :, self.used : self.used + n] = x
+        self._advance(n)
+        return True
+
+    @property
+    def grids(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values as [B, Hs, C, D], if they are exact, slot = position, and nothing else is kept per slot."""
+        if self._grids is None:
+            plain = self.positions is None and not self.tags and not self.declared and self.even
+            if plain and isinstance(self.k, Column) and isinstance(self.v, Column) and not len(self.pairs) % self.heads:
+                k, v = (
+                    c.data.view(len(self.pairs) // self.heads, self.heads, *c.data.shape[1:]) for c in (self.k, self.v)
+                )
+                self._grids = (k, v)
+        return self._grids
 
     def reserve(self, capacity: int, coming: int = 0) -> None:
         """Grow every column to `capacity` slots, of which `coming` are about to be written."""
         used = self.used
-        self._allocated = None
+        self._renew()
         for column in self._columns():
             column.reserve(capacity, used, coming)
 
@@ -175,7 +255,7 @@ class Band:
                 if kept is not None:
                     bigger[:, : min(first, kept.shape[1])] = kept[:, :first]
                 kept = bigger
-                self._allocated = None
+                self._renew()
             kept[:, first:total] = fresh
             self.summaries[name] = kept
 
@@ -186,7 +266,7 @@ class Band:
 
         Tokens at or behind position upcoming[p] were all kept, so a crop may still go back to there.
         """
-        self._allocated = None
+        self._renew()
         counts = np.array([len(s) for s in slots], dtype=np.int64)
         index = stack_index(slots, self.device)
         if self.positions is None:
@@ -196,14 +276,13 @@ class Band:
             column.gather(index, index.shape[1] + spare)
         self.lengths = counts
         self.floor = self.seen.copy() if upcoming is None else np.maximum(self.floor, upcoming)
-        self._device_lengths = None
         self.summaries = {}
         self.refold()
 
     def drop_one(self, slots: Tensor, pairs: np.ndarray) -> None:
         """Free one slot [len(pairs)] of each named pair: its newest token moves there, nothing else is copied."""
         if self.positions is None:
-            self._allocated = None
+            self._renew()
             self.positions = Column(self.slot_positions().contiguous())
             self.positions.reserve(self.k.data.shape[1] if isinstance(self.k, Column) else self.used, self.used)
         where = torch.from_numpy(pairs).to(self.device)
@@ -211,12 +290,17 @@ class Band:
         for column in self._columns():
             assert isinstance(column, Column), "a packed body is cut by whole groups only"
             column.move(slots.long(), last, where)
-        self.lengths = self.lengths.copy()
-        self.lengths[pairs] -= 1
+        left = self.lengths.copy()
+        left[pairs] -= 1
+        self.lengths = left
         self.floor[pairs] = self.seen[pairs]
-        self._device_lengths = None
         if self.declared:
             self.refold(int(slots.min()))
+
+    @property
+    def settles(self) -> bool:
+        """Whether tokens leave it (or its exact tail) as others arrive."""
+        return bool(self.spans and self.bounded) or isinstance(self.k, PackedColumn) or isinstance(self.v, PackedColumn)
 
     def settle(self, upcoming: Counts) -> None:
         """Free what no query at or behind position upcoming[p] can see, then pack what may leave the exact tail."""
@@ -224,7 +308,7 @@ class Band:
             self._expire(upcoming)
         for column in (self.k, self.v):
             if isinstance(column, PackedColumn):
-                self._allocated = None
+                self._renew()
                 column.settle(self.lengths)
 
     def _expire(self, upcoming: Counts) -> None:
@@ -248,7 +332,7 @@ class Band:
 
     def pack(self, key_side: Side | None, value_side: Side | None) -> None:
         """From now on hold keys and values as the codec's sides say."""
-        self._allocated = None
+        self._renew()
         dtype = self.k.data.dtype if isinstance(self.k, Column) else self.k.dtype
         if key_side is not None and isinstance(self.k, Column):
             self.k = PackedColumn(self.k, key_side, dtype)
@@ -259,7 +343,7 @@ class Band:
         """Forget the newest removed[p] tokens of each pair (they are the last slots: nothing moved since)."""
         self.lengths = self.lengths - removed
         self.seen = self.seen - removed
-        self._device_lengths = self._allocated = None
+        self._renew()
         for column in self._columns():
             column.truncate(self.lengths)
         if self.declared:
@@ -269,15 +353,16 @@ class Band:
         """A copy of local pairs `source` under the names `pairs`."""
         index = torch.from_numpy(source).to(self.device)
         new = Band.__new__(Band)
-        new.pairs, new.spans, new.value_dim = pairs, self.spans, self.value_dim
+        new.spans, new.value_dim = self.spans, self.value_dim
+        new._name(pairs, self.heads, self.device)
         new.k, new.v = self.k.pick(index), None if self.v is None else self.v.pick(index)
         new.positions = None if self.positions is None else self.positions.pick(index)
         new.tags = {name: c.pick(index) for name, c in self.tags.items()}
         new.declared = self.declared
         new.summaries = {name: t.index_select(0, index) for name, t in self.summaries.items()}
-        new.lengths, new.seen, new.floor = self.lengths[source], self.seen[source], self.floor[source]
-        new._index = torch.from_numpy(pairs).to(self.device)
-        new._device_lengths = new._allocated = None
+        new._arrived, new._seen, new.lengths = 0, self.seen[source], self.lengths[source]
+        new.floor = self.floor[source]
+        new._renew()
         return new
 
 

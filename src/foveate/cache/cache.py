@@ -149,6 +149,8 @@ class CourierLayer(CacheLayerBase):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor this layer holds."""
+        if self.window is None and not self.mine:
+            return self.store.nbytes
         extra = [self.window, self.window_seen, *(t for _, t in state_tensors(self.mine))]
         return self.store.nbytes + sum(t.numel() * t.element_size() for t in extra if t is not None)
 

@@ -73,14 +73,20 @@ class Column:
         new[:, :used] = self.data[:, :used]
         self.data = new
 
-    def write(self, x: Tensor, starts: Counts, counts: Counts) -> None:
-        """Write x [P, N, ...]: the first counts[p] of its tokens behind slot starts[p]."""
-        n, first = x.shape[1], int(starts[0])
-        if (counts == n).all() and (starts == first).all():
-            self.data[:, first : first + n] = x
+    def write(self, x: Tensor, starts: Counts, counts: Counts | None) -> None:
+        """Write x [P, N, ...]: the first counts[p] of its tokens (None: all) behind slot starts[p]."""
+        if counts is None:
+            counts = np.full(len(starts), x.shape[1])
+        first = int(starts[0])
+        if (counts == x.shape[1]).all() and (starts == first).all():
+            self.write_level(x, first)
             return
         pair, slot, token = (torch.from_numpy(i).to(self.data.device) for i in slot_index(starts, counts))
         self.data[pair, slot] = x[pair, token].to(self.data.dtype)
+
+    def write_level(self, x: Tensor, first: int) -> None:
+        """Write x [P, N, ...] behind slot `first` of every pair."""
+        self.data[:, first : first + x.shape[1]] = x
 
     def read(self, used: int) -> Tensor:
         """The first `used` slots [P, used, ...]; a view."""
@@ -104,9 +110,9 @@ class Column:
     def truncate(self, lengths: Counts) -> None:
         """Forget what lies behind lengths[p] (nothing to do: writing starts there again)."""
 
-    def rooms(self, lengths: Counts) -> int:
-        """Tokens that fit before the column must grow, for the fullest pair."""
-        return self.data.shape[1] - int(lengths.max(initial=0))
+    def room(self, lengths: Counts, used: int) -> int:
+        """Tokens that fit before the column must grow, for the fullest pair (it uses `used` slots)."""
+        return self.data.shape[1] - used
 
 
 class PackedColumn:
@@ -199,11 +205,14 @@ class PackedColumn:
         spare = min(capacity - used, max(SPARE, coming))
         self.tail.reserve(max(exact + spare, self.tail.data.shape[1]), min(exact, self.tail.data.shape[1]))
 
-    def rooms(self, lengths: Counts) -> int:
+    def room(self, lengths: Counts, used: int) -> int:
         return self.tail.data.shape[1] - int((lengths - self.packed).max(initial=0))
 
-    def write(self, x: Tensor, starts: Counts, counts: Counts) -> None:
+    def write(self, x: Tensor, starts: Counts, counts: Counts | None) -> None:
         self.tail.write(x, starts - self.packed, counts)
+
+    def write_level(self, x: Tensor, first: int) -> None:
+        self.tail.write(x, first - self.packed, None)
 
     def pick(self, pairs: Tensor) -> PackedColumn:
         new = PackedColumn(self.tail.pick(pairs), self.side, self.dtype)

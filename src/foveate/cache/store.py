@@ -67,7 +67,7 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held: keys, values, positions, tags, summaries, spare slots."""
-        return sum(band.nbytes for band in self.bands)
+        return self.bands[0].nbytes if len(self.bands) == 1 else sum(band.nbytes for band in self.bands)
 
     @property
     def aligned(self) -> bool:
@@ -85,18 +85,21 @@ class Store:
             out[band.pairs] = value
         return out.reshape(self.rows, self.spec.heads)
 
-    def append(self, k: Tensor, v: Tensor | None, fresh: Counts) -> None:
-        """Append the first fresh[b] of N tokens of every row: k [B, Hs, N, Dk], v [B, Hs, N, Dv]."""
+    def append(self, k: Tensor, v: Tensor | None, fresh: Counts | None) -> None:
+        """Append the first fresh[b] of N tokens of every row (None: all): k [B, Hs, N, Dk], v [B, Hs, N, Dv]."""
         if not self.bands:
             self._create(k, v)
+        if fresh is None and v is not None and len(self.bands) == 1 and self.bands[0].append_whole(k, v):
+            self.seen = self.seen + k.shape[2]
+            return
         flat_k, flat_v = k.flatten(0, 1), None if v is None else v.flatten(0, 1)
         for band in self.bands:
-            counts = fresh[band.pairs // self.spec.heads]
+            counts = None if fresh is None else fresh[band.rows]
             if len(band.pairs) == flat_k.shape[0]:
                 band.append(flat_k, flat_v, counts)
             else:
                 band.append(flat_k[band.index], None if flat_v is None else flat_v[band.index], counts)
-        self.seen = self.seen + fresh
+        self.seen = self.seen + (k.shape[2] if fresh is None else fresh)
 
     def _create(self, k: Tensor, v: Tensor | None) -> None:
         self.rows = k.shape[0]
@@ -107,12 +110,20 @@ class Store:
             empty = k.new_empty(len(pairs), 0, k.shape[-1])
             empty_v = None if v is None else v.new_empty(len(pairs), 0, v.shape[-1])
             dim = self.spec.value_dim or (0 if v is None else v.shape[-1])
-            self.bands.append(Band(pairs, spans, empty, empty_v, self.spec.tags, self.spec.blocks, dim))
+            self.bands.append(
+                Band(pairs, self.spec.heads, spans, empty, empty_v, self.spec.tags, self.spec.blocks, dim)
+            )
+
+    @property
+    def settles(self) -> bool:
+        """Whether tokens leave it, or its exact tail, as others arrive."""
+        return any(band.settles for band in self.bands)
 
     def settle(self, upcoming: Counts) -> None:
         """Free what no query at or behind position upcoming[b] can see; pack what may leave the exact tail."""
         for band in self.bands:
-            band.settle(upcoming[band.pairs // self.spec.heads])
+            if band.settles:
+                band.settle(upcoming[band.rows])
 
     def keep(self, slots: Mapping[int, np.ndarray], upcoming: Counts) -> None:
         """Hold only the listed slots (ascending) of each (row, head) pair; others of the store stay whole.
@@ -130,7 +141,7 @@ class Store:
             for size in np.unique(sizes):
                 local = np.nonzero(sizes == size)[0]
                 part = band if len(local) == len(listed) else band.pick(local, band.pairs[local])
-                part.keep([listed[i] for i in local], upcoming=upcoming[part.pairs // self.spec.heads])
+                part.keep([listed[i] for i in local], upcoming=upcoming[part.rows])
                 bands.append(part)
         self.bands = bands
 
@@ -144,12 +155,12 @@ class Store:
     def crop(self, removed: Counts) -> None:
         """Forget the newest removed[b] tokens of every row."""
         for band in self.bands:
-            band.crop(removed[band.pairs // self.spec.heads])
+            band.crop(removed[band.rows])
         self.seen = self.seen - removed
 
     def croppable(self, removed: Counts) -> bool:
         """False when the crop would need tokens that were freed."""
-        return all((band.seen - removed[band.pairs // self.spec.heads] >= band.floor).all() for band in self.bands)
+        return all((band.seen - removed[band.rows] >= band.floor).all() for band in self.bands)
 
     def select_rows(self, rows: np.ndarray) -> None:
         """New row r is a copy of old row rows[r]: beam reorder, repeat and batch selection are one operation."""

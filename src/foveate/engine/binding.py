@@ -15,6 +15,7 @@ from foveate.engine import seal as sealing
 from foveate.engine.context import LayerContext
 from foveate.engine.plan import LayerPlan, plan_layers, scoring
 from foveate.engine.read import Reading
+from foveate.engine.rows import Rows
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Composition, Method, Needs, Profile
 from foveate.methods.profile import fingerprint
@@ -48,6 +49,8 @@ class Binding:
         self.ranks = {m.layer_idx: m.kv_lora_rank for m in compat.attention_modules(model) if compat.is_latent(m)}
         self.scales = {m.layer_idx: float(m.scaling) for m in compat.attention_modules(model)}
         self.keeper = scoring(composition)
+        self.choosers = {"prompt": composition.filling("prefill"), "decode": composition.filling("decode")}
+        """Who selects, by phase."""
         self.observers = [m for m in composition.methods if type(m).attended is not Method.attended]
         self._plans: dict[int, dict[int, LayerPlan]] = {}
         self._rotary: compat.Rotary | None = None
@@ -183,7 +186,7 @@ class Binding:
             shape=plan.shape,
             role=plan.roles[method.id],
             store=layer.store,
-            how=Reading(np.zeros(layer.store.rows, dtype=np.int64), None, scale, move=self.move),
+            how=Reading(Rows(np.zeros(layer.store.rows, dtype=np.int64)), None, scale, move=self.move),
             rope=self,
             own=layer.mine,
             common={},

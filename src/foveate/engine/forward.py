@@ -102,7 +102,7 @@ def attention(
     q = rows.roll(query)
     if call.cache is None:
         plan = call.binding.transient_plan(call.queries)[index]
-        store = _expanded(plan, rows.roll(key), rows.roll(value), rows.fresh)
+        store = _expanded(plan, rows.roll(key), rows.roll(value), rows.counts)
         how = _reading(call, plan, rows, scale, softcap, s_aux)
         layer = CourierLayer(store.spec)
         layer.store = store
@@ -120,7 +120,7 @@ def attention(
     projection = compat.LatentProjection(module) if latent else None
     if first and projection is None and torch.is_grad_enabled() and key.requires_grad:
         # What is held is detached; the prompt itself is read from the live tensors, so that gradients reach k and v.
-        store = _expanded(plan, rows.roll(key), rows.roll(value), rows.fresh)
+        store = _expanded(plan, rows.roll(key), rows.roll(value), rows.counts)
         out, _ = _attend(call, plan, layer, store, q, how)
     elif projection is not None and call.phase == "prompt":
         store = _expand_latent(plan, layer, projection, key, value, rows)
@@ -179,7 +179,7 @@ def _reading(
     trace = None
     if call.cache is not None and call.cache.trace is not None:
         trace = partial(call.cache.trace, plan.shape.index, call.phase)
-    return Reading(rows.fresh, spans, scale, softcap, sinks, call.binding.move, meter, trace)
+    return Reading(rows, spans, scale, softcap, sinks, call.binding.move, meter, trace)
 
 
 def _append(layer: CourierLayer, plan: LayerPlan, module: Any, rows: Rows) -> bool:
@@ -194,7 +194,7 @@ def _append(layer: CourierLayer, plan: LayerPlan, module: Any, rows: Rows) -> bo
     v = None if v is None else rows.roll(v)
     if layer.store.rows and k.shape[0] != layer.store.rows:
         raise Refused(f"the cache holds {layer.store.rows} rows, but this forward has {k.shape[0]}")
-    layer.store.append(k, v, rows.fresh)
+    layer.store.append(k, v, rows.counts)
     layer.columns += k.shape[2]
     layer.dirty = True
     if rows.order is not None:
@@ -202,7 +202,7 @@ def _append(layer: CourierLayer, plan: LayerPlan, module: Any, rows: Rows) -> bo
     return latent
 
 
-def _expanded(plan: LayerPlan, key: Tensor, value: Tensor, fresh: np.ndarray) -> Store:
+def _expanded(plan: LayerPlan, key: Tensor, value: Tensor, fresh: np.ndarray | None) -> Store:
     """A store that lives for one layer of one forward."""
     store = Store(plan.store_spec(heads=key.shape[1], latent=False))
     store.append(key, value, fresh)
@@ -215,16 +215,14 @@ def _expand_latent(
     """Heads of an MLA prompt: the module expanded the new tokens; older ones are expanded from the store here."""
     (band,) = layer.store.bands
     if (band.lengths == rows.fresh).all():
-        return _expanded(plan, rows.roll(key), rows.roll(value), rows.fresh)
+        return _expanded(plan, rows.roll(key), rows.roll(value), rows.counts)
     k, v = projection.expand(band.keys().unsqueeze(1))
     store = _expanded(plan, k, v, band.lengths)
     store.seen = layer.store.seen.copy()
     for wide in store.bands:
-        wide.seen = band.seen[wide.pairs // store.spec.heads]
+        wide.seen = band.seen[wide.rows]
         if band.positions is not None:
-            wide.positions = Column(
-                band.slot_positions()[torch.from_numpy(wide.pairs // store.spec.heads)].contiguous()
-            )
+            wide.positions = Column(band.slot_positions()[torch.from_numpy(wide.rows)].contiguous())
     return store
 
 
@@ -234,7 +232,7 @@ def _attend(
     """Select, attend, capture, observe."""
     binding = call.binding if call.cache is None else call.cache.owner
     view = View(store, how.fresh)
-    chooser: Method | None = binding.composition.filling("prefill" if call.phase == "prompt" else "decode")
+    chooser = binding.choosers[call.phase]
     managed = plan.shape.kind == "full"
     parts: Any = ALL
     if chooser is not None and managed:
@@ -313,7 +311,10 @@ def _finish(call: Call, plan: LayerPlan, layer: CourierLayer, index: int, how: R
         elif (layer.sealed or plan.settles_in_prompt) and not layer.record_past:
             owner.settle(layer)
     elif call.queries == 1 and not layer.record_past:
-        owner.settle(layer)
+        if owner.keeper is None and not layer.store.settles:
+            layer.dirty = False
+        else:
+            owner.settle(layer)
     call.cache.touch(index)
 
 

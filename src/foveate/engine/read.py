@@ -9,18 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention import Geometry, Partial, Parts, Selection, Span, attend, merge
+from foveate.attention import ALL, Geometry, Partial, Parts, Selection, Span, attend, merge, sdpa
 from foveate.attention.columns import columns
 from foveate.cache import Band, Store
+from foveate.engine.rows import Rows
 from foveate.methods.base import Result
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Reading:
     """Everything about one layer's read that is not the selection.
 
     Args:
-        fresh: new tokens of each row (the rest of N is padding), host int64 [B].
+        rows: where the new tokens of each row stand among the N columns.
         spans: spans to intersect; None: those of each band (what its heads promise).
         scale, softcap: of the logits.
         sinks: learned logits [H] that take softmax mass without a value (gpt-oss), or None.
@@ -29,7 +30,7 @@ class Reading:
         trace: called with (band, selection, geometry, visible spans, query heads of a pair) when somebody looks.
     """
 
-    fresh: np.ndarray
+    rows: Rows
     spans: tuple[Span, ...] | None
     scale: float
     softcap: float | None = None
@@ -37,6 +38,11 @@ class Reading:
     move: Callable[[Tensor, Tensor], Tensor] | None = None
     meter: Callable[[float], None] | None = None
     trace: Callable[[Band, Selection, Geometry, Sequence[Span], int], None] | None = None
+
+    @property
+    def fresh(self) -> np.ndarray:
+        """New tokens of each row, host int64 [B]."""
+        return self.rows.fresh
 
 
 def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = False, probs: bool = False) -> Result:
@@ -46,6 +52,13 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
     """
     batch, heads, queries, _ = q.shape
     group = heads // store.spec.heads
+    if parts is ALL and not lse and not probs and _all_visible(store, q, how):
+        grids = store.bands[0].grids if len(store.bands) == 1 else None
+        if grids is not None:
+            k, v = (grid[:, :, : store.bands[0].used] for grid in grids)
+            return Result(sdpa.everything(q, k, v, how.scale, False).out, None, None)
+        by_band = [(band, _everything(band, q, group, store, how)) for band in store.bands]
+        return Result(_assemble(by_band, store, heads), None, None)
     listed: list[Selection | Partial] = [parts] if isinstance(parts, Selection | Partial) else list(parts)
     lse = lse or len(listed) > 1 or how.sinks is not None or probs
     moved = [_moved(q, part, store, how) for part in listed]
@@ -55,7 +68,7 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
         keys = band.keys()
         values = band.values(keys).unsqueeze(1)
         keys = keys.unsqueeze(1)
-        geometry = _geometry(band, how, queries, store.spec.heads)
+        geometry = _geometry(band, how, queries)
         visible = how.spans if how.spans is not None else band.spans
         got: list[Partial] = []
         chosen: list[tuple[Tensor, Selection]] = []
@@ -96,6 +109,24 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
     return Result(out, total, rows)
 
 
+def _all_visible(store: Store, q: Tensor, how: Reading) -> bool:
+    """Whether every new token reads all that its head holds, by the kernel that is best for that, and nobody counts."""
+    if how.softcap is not None or how.sinks is not None or how.meter is not None or how.trace is not None:
+        return False
+    for band in store.bands:
+        if not band.even or (band.spans if how.spans is None else how.spans) or not sdpa.is_best(q, band.used):
+            return False
+    return how.rows.whole
+
+
+def _everything(band: Band, q: Tensor, group: int, store: Store, how: Reading) -> Tensor:
+    """What `attend` would give, by its shortest way: a decode step waits for the host."""
+    keys = band.keys()
+    values = band.values(keys)
+    rows = _rows(q, band, group, store)
+    return sdpa.everything(rows, keys.unsqueeze(1), values.unsqueeze(1), how.scale, False).out
+
+
 def column_sums(store: Store, q: Tensor, parts: Parts, total: Tensor, how: Reading) -> list[Tensor]:
     """Attention mass of each held key over the real queries, query heads of a group added: [P, used] per band."""
     heads, queries = q.shape[1:3]
@@ -103,9 +134,9 @@ def column_sums(store: Store, q: Tensor, parts: Parts, total: Tensor, how: Readi
     listed = [parts] if isinstance(parts, Selection | Partial) else list(parts)
     sums = []
     for band in store.bands:
-        geometry = _geometry(band, how, queries, store.spec.heads)
+        geometry = _geometry(band, how, queries)
         visible = how.spans if how.spans is not None else band.spans
-        valid = torch.from_numpy(how.fresh[band.pairs // store.spec.heads]).to(q.device)
+        valid = torch.from_numpy(how.fresh[band.rows]).to(q.device)
         mass = torch.zeros(len(band.pairs), 1, band.used, device=q.device)
         for part in listed:
             if isinstance(part, Selection):
@@ -125,11 +156,12 @@ def column_sums(store: Store, q: Tensor, parts: Parts, total: Tensor, how: Readi
     return sums
 
 
-def _geometry(band: Band, how: Reading, queries: int, heads: int) -> Geometry:
-    pairs, used = len(band.pairs), band.used
-    fresh = how.fresh[band.pairs // heads]
-    device = band.device
-    even = band.even and bool((fresh == queries).all())
+def _geometry(band: Band, how: Reading, queries: int) -> Geometry:
+    pairs, used, device = len(band.pairs), band.used, band.device
+    even = band.even and how.rows.whole
+    if even and band.positions is None:
+        return Geometry(pairs, queries, used, device=device)
+    fresh = how.fresh[band.rows]
     lengths = first = None
     if not even:
         lengths = band.device_lengths().unsqueeze(1)
@@ -221,7 +253,7 @@ def _real_pairs(
     store: Store,
 ) -> int:
     """Pairs of real queries only (padding queries read too, but nobody asked them to)."""
-    fresh = how.fresh[band.pairs // store.spec.heads]
+    fresh = how.fresh[band.rows]
     if (fresh == geometry.queries).all():
         return int(selection.pairs(geometry, group, visible).sum())
     mask = selection.mask(geometry, group, visible)

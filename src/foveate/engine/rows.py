@@ -22,6 +22,16 @@ class Rows:
     fresh: np.ndarray
     order: Tensor | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Every column holds a real token."""
+        return self.order is None
+
+    @property
+    def counts(self) -> np.ndarray | None:
+        """`fresh`, or None where that says nothing."""
+        return None if self.order is None else self.fresh
+
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, queries: int) -> Rows:
         """From a 2-D padding mask [B, >= N] (None: no padding), of which the last N columns are this forward's."""
