@@ -208,7 +208,7 @@ class Rotary:
         self.inv_freq, self.last = inv_freq, last
 
     def move(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Turn rotated x [B, H, N, D] by delta [B, N] positions.
+        """Turn rotated x [B, H, N, D] by delta [B, N] or [B, H, N] positions; by minus its position, x is unrotated.
 
         Half-split layout. Where only some dims are rotated they are the first, or under MLA the last ones.
         """
@@ -217,7 +217,8 @@ class Rotary:
             turned = Rotary(self.inv_freq).move(x[..., -width:], delta)
             return torch.cat([x[..., :-width], turned], dim=-1)
         angle = delta.unsqueeze(-1).float() * self.inv_freq.to(x.device)
-        cos, sin = (torch.cat([t, t], dim=-1).unsqueeze(1) for t in (angle.cos(), angle.sin()))
+        angle = angle.unsqueeze(1) if angle.dim() == 3 else angle
+        cos, sin = (torch.cat([t, t], dim=-1) for t in (angle.cos(), angle.sin()))
         width = cos.shape[-1]
         head, rest = x[..., :width].float(), x[..., width:]
         half = torch.cat([-head[..., width // 2 :], head[..., : width // 2]], dim=-1)

@@ -72,3 +72,8 @@ class LayerContext:
     def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result:
         """Attend now, over a part that `select` then returns as a Partial."""
         return read(self.store, q, parts, self.how, lse=True, probs=probs)
+
+    def count(self, pairs: float) -> None:
+        """Say how many query-key pairs a Partial read that the method attended by itself."""
+        if self.how.meter is not None:
+            self.how.meter(float(pairs))

@@ -73,7 +73,7 @@ class Rope(Protocol):
     """The model's rotary embedding, as far as methods need it."""
 
     def move(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Turn rotated x [B, H, N, D] by delta [B, N] positions."""
+        """Turn rotated x [B, H, N, D] by delta [B, N] or [B, H, N] positions; by minus its position, x is unrotated."""
         ...
 
 
@@ -117,7 +117,13 @@ class Context(Protocol):
     @property
     def forward(self) -> dict[str, Any]: ...
 
-    def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result: ...
+    def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result:
+        """Attend now, over a part that `select` then returns as a Partial."""
+        ...
+
+    def count(self, pairs: float) -> None:
+        """Say how many query-key pairs a Partial read that the method attended by itself, not by `attend`."""
+        ...
 
 
 class BudgetRule(Protocol):
