@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -96,3 +99,41 @@ def watching() -> Iterator[list[dict[str, Any]]]:
 def llama(**kwargs: Any) -> Any:
     """A tiny llama with grouped heads."""
     return tiny("llama", **{"heads": 6, "kv_heads": 2, **kwargs})
+
+
+def memory_of(run: Callable[[], FoveateCache]) -> tuple[FoveateCache, int]:
+    """A cache that `run` fills, and by how many bytes that raised what the process has in use (glibc's own count)."""
+    gc.collect()
+    before = _in_use()
+    cache = run()
+    gc.collect()
+    return cache, _in_use() - before
+
+
+def _in_use() -> int:
+    class Info(ctypes.Structure):
+        _fields_ = [
+            (name, ctypes.c_size_t)
+            for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used free keep".split()
+        ]
+
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("this C library does not say how much memory is in use")
+    libc.mallinfo2.restype = Info
+    info = libc.mallinfo2()
+    return int(info.used + info.hblkhd)
+
+
+def sealed_memory(model: Any, method: Any, ids: Tensor, **kwargs: Any) -> tuple[FoveateCache, int]:
+    """A prompt's cache under a method, and what the process has more in use for it."""
+    with foveate.apply(model, method, **kwargs) as handle, torch.no_grad():
+
+        def run() -> FoveateCache:
+            cache = handle.cache()
+            cache.expect(ids.shape[1])
+            model(ids, past_key_values=cache, logits_to_keep=1)
+            return cache
+
+        run()  # what a first forward leaves behind (plans, rotary tables) is not the cache's
+        return memory_of(run)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.closeness import assert_close
 from tests.heads.words import WordTokenizer
-from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, stores
+from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, sealed_memory, stores
 from torch import Tensor
 
 import foveate
@@ -341,3 +341,15 @@ def test_the_shipped_profile_fits_its_model() -> None:
     roles = DuoAttention(budget=0.5).plan(shape, shipped, 2048)
     held = sum(3 * 2048 - len(role.extra.get("streaming", ())) * (2048 - 320) for role in roles)
     assert 0.49 < held / (90 * 2048) <= 0.5
+
+
+def test_half_the_heads_streaming_at_2048_tokens_is_the_card_s_formula_in_memory() -> None:
+    """Full heads hold T tokens, streaming heads sink + recent (and one for the next query); the process agrees."""
+    model, ids = llama(layers=4, heads=4, kv_heads=2, head_dim=64, max_positions=2304), prompt(1, 2048)
+    gates = profile(model, [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.4, 0.6]])
+    dense, dense_used = sealed_memory(model, "dense", ids)
+    cache, used = sealed_memory(model, DuoAttention(sink=64, recent=256, sparsity=0.5), ids, profile=gates)
+    slot = 2 * 64 * 4
+    formula = 4 * (2048 + 64 + 256) * slot
+    assert abs(cache.nbytes - formula) <= 4 * 2 * 16 * slot
+    assert dense_used - used == pytest.approx(dense.nbytes - cache.nbytes, rel=0.02)

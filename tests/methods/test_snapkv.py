@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.closeness import assert_close
-from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, stores, watching
+from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, sealed_memory, stores, watching
 
 import foveate
 from foveate.methods import SnapKV
@@ -103,3 +103,14 @@ def test_a_prompt_shorter_than_the_window_stays_whole() -> None:
 def test_bad_parameters(bad: dict) -> None:
     with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
         SnapKV(**bad)
+
+
+def test_a_quarter_of_2048_tokens_is_a_quarter_of_the_memory() -> None:
+    """Held bytes are layers x kv heads x (budget tokens) x 2 D within one block, and the process shrinks as much."""
+    model, ids = llama(layers=4, heads=4, kv_heads=2, head_dim=64, max_positions=2304), prompt(1, 2048)
+    dense, dense_used = sealed_memory(model, "dense", ids)
+    cache, used = sealed_memory(model, SnapKV(budget=0.25), ids)
+    slot = 2 * 64 * 4
+    assert dense.nbytes == pytest.approx(4 * 2 * 2048 * slot, abs=4 * 2 * 32)
+    assert abs(cache.nbytes - 4 * 2 * 2048 * slot / 4) <= 4 * 2 * 16 * (slot + 4)  # a held slot knows its position
+    assert dense_used - used == pytest.approx(dense.nbytes - cache.nbytes, rel=0.02)
