@@ -114,7 +114,7 @@ def _in_use() -> int:
     class Info(ctypes.Structure):
         _fields_ = [
             (name, ctypes.c_size_t)
-            for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used free keep".split()
+            for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "used", "free", "keep"]
         ]
 
     libc = ctypes.CDLL(None)
