@@ -75,9 +75,13 @@ class Frame:
         query: positions [B, N] to which the queries are moved before they meet the keys of this part; None leaves
             them where they are. (StreamingLLM counts positions inside the cache: its far part is read with the query
             moved, which equals re-indexing the keys, and no key is ever rotated twice.)
+        keys: int [B, h, nq, K] like the lists of the selection: the position to which the first key of each listed
+            block is moved for this read, the others of the block behind it; None leaves the keys where they are. For
+            gaps that do not close by the same amount for all keys. The selection must then have no span.
     """
 
     query: Tensor | None = None
+    keys: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Selection:
     @property
     def dense(self) -> bool:
         """True when every causal pair is read at its own angle."""
-        return self.span is not None and self.span.unbounded and self.frame.query is None
+        return self.span is not None and self.span.unbounded and self.frame.query is None and self.frame.keys is None
 
     def rows(self, start: int, stop: int) -> Selection:
         """The selection of queries start..stop-1 alone."""
@@ -267,10 +271,13 @@ class Partial(NamedTuple):
     Args:
         out: [B, H, N, Dv].
         lse: [B, H, N], log of the softmax mass of the part (any log-weight is allowed).
+        over: the pairs that it attends, where they are pairs of the store under plain softmax: who sums attention over
+            keys counts them in.
     """
 
     out: Tensor
     lse: Tensor
+    over: Selection | None = None
 
 
 Parts = Selection | Partial | Sequence[Selection | Partial]

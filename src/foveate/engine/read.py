@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention import ALL, Geometry, Partial, Parts, Selection, Span, attend, merge, sdpa
+from foveate.attention import ALL, Geometry, Partial, Parts, Selection, Span, attend, framed, merge, sdpa
 from foveate.attention.columns import columns
 from foveate.cache import Band, Store
 from foveate.engine.rows import Rows
@@ -78,19 +78,22 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
                 continue
             selection = _local(part, band, group, store)
             rows = _rows(turned, band, group, store)
-            got.append(
-                attend(
-                    rows,
-                    keys,
-                    values,
-                    selection,
-                    geometry,
-                    visible=visible,
-                    scale=how.scale,
-                    softcap=how.softcap,
-                    lse=lse,
+            if selection.frame.keys is not None:
+                got.append(framed.attend(rows, values, _pieces(rows, keys, selection, geometry, visible, how)))
+            else:
+                got.append(
+                    attend(
+                        rows,
+                        keys,
+                        values,
+                        selection,
+                        geometry,
+                        visible=visible,
+                        scale=how.scale,
+                        softcap=how.softcap,
+                        lse=lse,
+                    )
                 )
-            )
             chosen.append((rows, selection))
             if how.meter is not None:
                 how.meter(float(_real_pairs(selection, geometry, group, visible, band, how, store)))
@@ -138,14 +141,19 @@ def column_sums(store: Store, q: Tensor, parts: Parts, total: Tensor, how: Readi
         visible = how.spans if how.spans is not None else band.spans
         valid = torch.from_numpy(how.fresh[band.rows]).to(q.device)
         mass = torch.zeros(len(band.pairs), 1, band.used, device=q.device)
-        for part in listed:
-            if isinstance(part, Selection):
+        for part in (p.over if isinstance(p, Partial) else p for p in listed):
+            if part is not None:
                 rows = _rows(_moved(q, part, store, how), band, group, store)
+                selection = _local(part, band, group, store)
+                if selection.frame.keys is not None:
+                    turned = _pieces(rows, band.keys().unsqueeze(1), selection, geometry, visible, how)
+                    mass += framed.columns(band.used, _rows(total, band, group, store), turned, valid)
+                    continue
                 mass += columns(
                     rows,
                     band.keys().unsqueeze(1),
                     _rows(total, band, group, store),
-                    _local(part, band, group, store),
+                    selection,
                     geometry,
                     visible=visible,
                     scale=how.scale,
@@ -194,15 +202,29 @@ def _local(part: Selection, band: Band, group: int, store: Store) -> Selection:
     """A layer's selection in terms of one band's pairs."""
     if part.lists is None:
         return part
-    batch, h, blocks, width = part.lists.shape
+    lists = _local_lists(part.lists, band, group, store)
+    if part.frame.keys is None:
+        return replace(part, lists=lists)
+    keys = _local_lists(part.frame.keys.expand_as(part.lists), band, group, store)
+    return replace(part, lists=lists, frame=replace(part.frame, keys=keys))
+
+
+def _local_lists(lists: Tensor, band: Band, group: int, store: Store) -> Tensor:
+    batch, h, blocks, width = lists.shape
     heads = store.spec.heads
     if h == 1 and heads * group > 1:
-        lists = part.lists[band.index // heads]
-    elif h == heads:
-        lists = part.lists.reshape(batch * heads, 1, blocks, width)[band.index]
-    else:
-        lists = part.lists.reshape(batch * heads, group, blocks, width)[band.index]
-    return replace(part, lists=lists)
+        return lists[band.index // heads]
+    if h == heads:
+        return lists.reshape(batch * heads, 1, blocks, width)[band.index]
+    return lists.reshape(batch * heads, group, blocks, width)[band.index]
+
+
+def _pieces(
+    rows: Tensor, keys: Tensor, selection: Selection, geometry: Geometry, visible: Sequence[Span], how: Reading
+) -> Iterator[framed.Piece]:
+    """A band's read of keys that stand elsewhere."""
+    assert how.move is not None, "a frame needs the model's rotary embedding"
+    return framed.pieces(rows, keys, selection, geometry, visible, scale=how.scale, softcap=how.softcap, move=how.move)
 
 
 def _probs(
@@ -216,6 +238,11 @@ def _probs(
     """Probabilities over the slots, [P, G, N, used] float32; decode only, where N is small."""
     out = None
     for rows, selection in chosen:
+        if selection.frame.keys is not None:
+            turned = _pieces(rows, keys, selection, geometry, visible, how)
+            part = framed.probabilities(rows, keys.shape[2], total.float(), turned)
+            out = part if out is None else out + part
+            continue
         logits = torch.einsum("pgnd,pmd->pgnm", rows.float(), keys.squeeze(1).float()) * how.scale
         if how.softcap is not None:
             logits = torch.tanh(logits / how.softcap) * how.softcap

@@ -1,0 +1,140 @@
+"""Reads whose keys stand elsewhere: the listed keys are gathered, each copy is turned to its own place, and read there.
+
+What is held never moves; only the gathered copies do. This serves methods that close the gaps between the keys they
+selected, so that no distance exceeds what the model was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.attention.selection import Geometry, Partial, Selection, Span
+
+GATHERED = 1 << 24
+"""Numbers of gathered keys that are alive at once."""
+
+Move = Callable[[Tensor, Tensor], Tensor]
+"""(rotated x [B, H, n, D], delta [B, H, n] in positions) -> x turned."""
+
+
+class Piece(NamedTuple):
+    """Some query blocks of a read.
+
+    Args:
+        start, stop: the queries.
+        slots: int64 [B, h, t, n], the slots that are listed, 0 where nothing is.
+        scores: [B, H, t, q_block, n], scaled and capped, -inf where nothing is read.
+    """
+
+    start: int
+    stop: int
+    slots: Tensor
+    scores: Tensor
+
+
+def pieces(
+    q: Tensor,
+    k: Tensor,
+    selection: Selection,
+    geometry: Geometry,
+    visible: Sequence[Span],
+    *,
+    scale: float,
+    softcap: float | None,
+    move: Move,
+) -> Iterator[Piece]:
+    """Scores of the listed pairs under `selection.frame.keys`, block of queries by block of queries.
+
+    Args:
+        q: [B, H, N, D], standing where the frame wants them; k: [B, 1, M, D], where they are held.
+    """
+    lists, target, size = selection.lists, selection.frame.keys, selection.k_block
+    assert lists is not None and target is not None and selection.span is None, "a frame of keys needs lists alone"
+    (batch, _, queries, dim), keys = q.shape, k.shape[2]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    heads, blocks, width = lists.shape[1:]
+    per = queries if selection.q_block is None else selection.q_block
+    pad = blocks * per - queries
+    rows = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, per)).to(wide)
+    ends = F.pad(geometry.ends(), (0, pad)).unflatten(-1, (blocks, per))
+    q_positions, k_positions = geometry.positions()
+    q_positions = F.pad(q_positions.expand(-1, 1, queries), (0, pad)).unflatten(-1, (blocks, per))
+    k_positions = k_positions.expand(batch, 1, keys).long()
+    inside = torch.arange(size, device=q.device)
+    step = max(1, GATHERED // max(1, batch * heads * width * size * dim))
+    for first in range(0, blocks, step):
+        some = slice(first, min(first + step, blocks))
+        listed = lists[:, :, some].long().unsqueeze(-1)
+        slots = (listed * size + inside).flatten(-2)
+        real = (listed >= 0).expand(*listed.shape[:-1], size).flatten(-2) & (slots < keys)
+        slots = torch.where(real, slots, 0)
+        flat = slots.flatten(1)
+        here = k_positions.squeeze(1).gather(1, flat).view(slots.shape)
+        there = (target[:, :, some].long().unsqueeze(-1) + inside).flatten(-2)
+        turned = k.squeeze(1).gather(1, flat.unsqueeze(-1).expand(-1, -1, dim)).view(batch, heads, -1, dim)
+        turned = move(turned, torch.where(real, there - here, 0).flatten(2)).view(*slots.shape, dim).to(wide)
+        seen = real.unsqueeze(-2) & (slots.unsqueeze(-2) < ends[:, :, some].unsqueeze(-1))
+        for span in visible:
+            if not span.unbounded:
+                seen = seen & span.sees(q_positions[:, :, some], here)
+        scores = rows[:, :, some] @ turned.transpose(-1, -2) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        yield Piece(
+            first * per, min(some.stop * per, queries), slots, torch.where(seen.expand_as(scores), scores, -torch.inf)
+        )
+
+
+def attend(q: Tensor, v: Tensor, parts: Iterator[Piece]) -> Partial:
+    """Softmax attention over the pieces of q [B, H, N, D] with values v [B, 1, M, Dv]."""
+    outs, totals = [], []
+    for piece in parts:
+        index = piece.slots.flatten(1).unsqueeze(-1).expand(-1, -1, v.shape[-1])
+        live = (piece.scores > -torch.inf).any(-2)  # who is listed but not read may hold anything
+        live = live if piece.slots.shape[1] == live.shape[1] else live.any(1, keepdim=True)
+        values = v.squeeze(1).gather(1, index).view(*piece.slots.shape, -1).to(piece.scores.dtype)
+        values = values.masked_fill(~live.unsqueeze(-1), 0.0)
+        total = piece.scores.logsumexp(-1)
+        anchor = torch.where(total == -torch.inf, 0.0, total)
+        out = (piece.scores - anchor.unsqueeze(-1)).exp() @ values
+        count = piece.stop - piece.start
+        outs.append(out.flatten(2, 3)[:, :, :count])
+        totals.append(total.flatten(2, 3)[:, :, :count])
+    return Partial(torch.cat(outs, dim=2).to(q.dtype), torch.cat(totals, dim=2))
+
+
+def probabilities(q: Tensor, keys: int, total: Tensor, parts: Iterator[Piece]) -> Tensor:
+    """exp(score - total) of every slot, [B, H, N, M], for few queries; total [B, H, N] is the lse of the whole read."""
+    batch, heads, queries, _ = q.shape
+    out = torch.zeros(batch, heads, queries, keys, device=q.device, dtype=total.dtype)
+    for piece in parts:
+        count, width = piece.stop - piece.start, piece.scores.shape[-1]
+        scores = piece.scores.flatten(2, 3)[:, :, :count].to(total.dtype)
+        mass = total[:, :, piece.start : piece.stop].unsqueeze(-1)
+        weights = (scores - torch.where(mass == -torch.inf, 0.0, mass)).exp()
+        per = piece.scores.shape[3]
+        slots = piece.slots.unsqueeze(3).expand(-1, heads, -1, per, width).flatten(2, 3)[:, :, :count]
+        out[:, :, piece.start : piece.stop].scatter_add_(-1, slots, weights)
+    return out
+
+
+def columns(keys: int, total: Tensor, parts: Iterator[Piece], valid: Tensor) -> Tensor:
+    """What `foveate.attention.columns` gives, for these pieces: [B, 1, M], summed over queries and heads."""
+    batch, heads, _ = total.shape
+    out = torch.zeros(batch, 1, keys, device=total.device, dtype=total.dtype)
+    for piece in parts:
+        count, per = piece.stop - piece.start, piece.scores.shape[3]
+        mass = total[:, :, piece.start : piece.stop]
+        counts = torch.arange(piece.start, piece.stop, device=total.device) < valid.view(-1, 1, 1)
+        mass = torch.where(counts & (mass > -torch.inf), mass, torch.inf)
+        mass = F.pad(mass, (0, piece.scores.shape[2] * per - count), value=torch.inf).view(batch, heads, -1, per, 1)
+        weights = (piece.scores.to(total.dtype) - mass).exp().sum(3)
+        if piece.slots.shape[1] != heads:
+            weights = weights.sum(1, keepdim=True)
+        out[:, 0].scatter_add_(-1, piece.slots.flatten(1), weights.flatten(1))
+    return out

@@ -1,0 +1,84 @@
+"""Reads whose keys stand elsewhere, against a loop over the definition."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tests.attention.reads import random_lists, tensors
+from tests.closeness import assert_close
+
+from foveate.attention import Frame, Geometry, Selection, Span, framed
+from foveate.compat import Rotary
+
+ROTARY = Rotary(10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4))
+
+
+def turned(x: torch.Tensor, delta: int) -> torch.Tensor:
+    """One vector turned by whole positions, by complex numbers."""
+    half = x.shape[-1] // 2
+    z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half).double(), delta * ROTARY.inv_freq.double())
+    return torch.cat([z.real, z.imag])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("q_block", "k_block", "shared"), [(None, 1, True), (1, 1, False), (3, 4, True), (2, 5, False)]
+)
+def test_against_the_definition(seed: int, q_block, k_block, shared, softcap, monkeypatch) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    monkeypatch.setattr(framed, "GATHERED", 200)  # several pieces
+    q, k, v = tensors(2, 3, 1, 7, 23, 8, 6)
+    lengths, first = torch.tensor([[23], [19]]), torch.tensor([[16], [13]])
+    places = torch.arange(23).expand(2, 1, -1) * 2
+    geometry = Geometry(2, 7, 23, lengths, first, torch.arange(32, 46, 2).expand(2, -1), places)
+    blocks = -(-23 // k_block)
+    lists = random_lists(rng, (2, 1 if shared else 3, 1 if q_block is None else -(-7 // q_block)), blocks, 4)
+    target = torch.randint(0, 50, lists.shape)
+    selection = Selection(lists, q_block, k_block, frame=Frame(keys=target))
+    visible = (Span(sink=5, window=30),)
+    move = lambda x, delta: ROTARY.move(x, delta).to(x.dtype)  # noqa: E731
+
+    def parts() -> Iterator[framed.Piece]:
+        return framed.pieces(q, k, selection, geometry, visible, scale=0.3, softcap=softcap, move=move)
+
+    got = framed.attend(q, v, parts())
+    seen = selection.mask(geometry, 3, visible)
+    scores = torch.full((2, 3, 7, 23), -torch.inf, dtype=torch.float64)
+    for b in range(2):
+        for h in range(3):
+            for i in range(7):
+                n, own = 0 if q_block is None else i // q_block, 0 if shared else h
+                for block, place in zip(lists[b, own, n].tolist(), target[b, own, n].tolist(), strict=True):
+                    for slot in range(block * k_block, min(23, (block + 1) * k_block)):
+                        if block >= 0 and seen[b, h, i, slot]:
+                            key = turned(k[b, 0, slot], place + slot - block * k_block - 2 * slot)
+                            score = q[b, h, i] @ key * 0.3
+                            scores[b, h, i, slot] = score if softcap is None else softcap * (score / softcap).tanh()
+    lse = scores.logsumexp(-1)
+    weights = (scores - torch.where(lse.isinf(), 0.0, lse).unsqueeze(-1)).exp()
+    limit = 1e-6  # the embedding turns in float32
+    assert_close(got.out, weights @ v, limit)
+    assert_close(got.lse, lse, limit)
+    assert_close(framed.probabilities(q, 23, lse, parts()), weights, limit)
+    count = torch.tensor([7, 5])
+    weights[1, :, 5:] = 0
+    assert_close(framed.columns(23, lse, parts(), count), weights.sum((1, 2)).unsqueeze(1), limit)
+
+
+def test_what_is_not_read_is_not_touched(seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v = tensors(1, 2, 1, 1, 9, 8)
+    lists = torch.tensor([0, 3, 8, -1], dtype=torch.int32).view(1, 1, 1, 4)
+    selection = Selection(lists, frame=Frame(keys=torch.tensor([0, 1, 2, 0]).view(1, 1, 1, 4)))
+    runs = []
+    for poison in (0.0, torch.nan):
+        for slot in (1, 2, 4, 5, 6, 7):
+            k[:, :, slot] = v[:, :, slot] = poison
+        parts = framed.pieces(q, k, selection, Geometry(1, 1, 9), (), scale=1.0, softcap=None, move=ROTARY.move)
+        runs.append(framed.attend(q, v, parts))
+    assert torch.equal(runs[0].out, runs[1].out)
+    assert runs[1].out.isfinite().all()
