@@ -31,7 +31,9 @@ def test_every_task_is_there_by_its_name_and_says_what_it_is():
         assert each.kind == ("perplexity" if name == "perplexity" else "generate")
         assert each.higher_is_better == (name != "perplexity")
         assert each.description
-        assert each.category
+        assert each.family
+        assert each.source
+        assert each.chance is None or 0.0 <= each.chance < 1.0
         assert each.metric
     assert len({each.description for each in TASKS.values()}) == len(TASKS)
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from foveate.tasks.corpora import Corpus
 
 Kind = Literal["generate", "perplexity"]
+Family = Literal["needle", "tracing", "aggregation", "qa", "recall", "reasoning", "state", "document"]
+"""What a task probes. needle: a planted sentence is found again; tracing: a chain of references; aggregation: counts
+over the whole text; qa: a question on passages; recall: many pairs held at once; reasoning: facts are combined;
+state: a state is kept up to date; document: real text."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,16 @@ class Sample:
             one corpus and one minor version of Python).
         context_ids: everything up to the question, head of the chat template included.
         question_ids: the question, the end of the chat turn and the first words of the answer; may be empty.
-        references: the answers, in the order of `depths` and `evidence`.
-        depths: where each piece of evidence stands, 0 = first in the haystack, 1 = last, measured in tokens.
-        evidence: token spans [start, stop) in `context_ids` of the sentences that hold the answers.
+        references: the answers; in the needle family in the order of `depths` and `evidence`.
+        depths: where each piece of evidence stands, 0 = first in the haystack, 1 = last, measured in tokens; empty where
+            the evidence is all over the prompt.
+        evidence: token spans [start, stop) in `context_ids`, and so in the whole prompt, of everything that must be
+            read to answer: needles, links of a chain, each occurrence of a counted word, facts. Empty where nobody
+            knows it, as in documents of the user's.
         max_new_tokens: what the length reserves for the answer.
         target_ids: perplexity: the continuation that is scored; empty for tasks that generate.
+        choices: what a closed question can be answered with; empty for open ones.
+        bucket: the part of the task that the sample belongs to, for reports that split scores; may be empty.
     """
 
     task: str
@@ -49,6 +58,8 @@ class Sample:
     evidence: tuple[tuple[int, int], ...]
     max_new_tokens: int
     target_ids: tuple[int, ...] = ()
+    choices: tuple[str, ...] = ()
+    bucket: str = ""
 
 
 class Task(Protocol):
@@ -57,10 +68,12 @@ class Task(Protocol):
     Attributes:
         name: as in `TASKS`.
         kind: "generate": the model writes an answer; "perplexity": the model scores `target_ids`.
-        category: what the task probes ("retrieval", "tracing", "language modelling").
+        family: what the task probes.
         description: one line for lists and reports.
+        source: where the definition is from.
         metric: name and unit of the score.
         higher_is_better: the direction of the score.
+        chance: the expected score of the best guess that has read the question alone; None for losses.
     """
 
     @property
@@ -68,13 +81,17 @@ class Task(Protocol):
     @property
     def kind(self) -> Kind: ...
     @property
-    def category(self) -> str: ...
+    def family(self) -> Family: ...
     @property
     def description(self) -> str: ...
+    @property
+    def source(self) -> str: ...
     @property
     def metric(self) -> str: ...
     @property
     def higher_is_better(self) -> bool: ...
+    @property
+    def chance(self) -> float | None: ...
 
     def minimum(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """The smallest `length` in tokens for which samples can be made."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from foveate.errors import BadArgument
-from foveate.tasks.base import Kind, Sample, check_request, sample_random
+from foveate.tasks.base import Family, Kind, Sample, check_request, sample_random
 from foveate.tasks.corpora import Corpus
 from foveate.tasks.corpora import corpus as open_corpus
 from foveate.tasks.haystack import Haystack
 from foveate.tasks.prompt import Draft, fit, least_length
-from foveate.tasks.scoring import found_share
+from foveate.tasks.scoring import ALL, Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,12 +23,17 @@ _PROBES = 16  # drafts that the least length is measured on
 
 @dataclass(frozen=True)
 class Request:
-    """What a recipe may use for one sample. length 0: the shortest draft there is."""
+    """What a recipe may use for one sample. length 0: the shortest draft there is.
+
+    `index` and `seed` serve what is to be spread evenly over few samples; everything else is drawn from `rng`.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
     rng: random.Random
     length: int
+    index: int = 0
+    seed: int = 0
 
 
 class Recipe(Protocol):
@@ -49,15 +54,17 @@ class GenerationTask:
 
     Attributes:
         recipe: makes the prompts.
-        rule: (text, references) -> score in 0..1; it may only rise when text is added.
+        rule: scores an answer in 0..1, and says when it is settled.
     """
 
     name: str
-    category: str
+    family: Family
     description: str
     recipe: Recipe
-    rule: Callable[[str, Sequence[str]], float] = found_share
+    source: str
+    rule: Rule = ALL
     metric: str = "share of the answers found"
+    chance: float = 0.0
     kind: Kind = "generate"
     higher_is_better: bool = True
 
@@ -84,7 +91,7 @@ class GenerationTask:
         corpus = corpus or open_corpus()
         made = []
         for index in range(samples):
-            request = Request(tokenizer, corpus, sample_random(self.name, length, index, seed), length)
+            request = Request(tokenizer, corpus, sample_random(self.name, length, index, seed), length, index, seed)
             draft = self.recipe.draft(request)
             prompt = fit(tokenizer, draft, self.recipe.haystack(request, draft), length)
             made.append(
@@ -99,20 +106,22 @@ class GenerationTask:
                     depths=prompt.depths,
                     evidence=prompt.evidence,
                     max_new_tokens=prompt.max_new_tokens,
+                    choices=draft.choices,
+                    bucket=draft.bucket,
                 )
             )
         return made
 
     def score(self, prediction: str | Sequence[float], sample: Sample) -> float:
-        """The share of the references that the generated text holds, 0..1.
+        """What the rule gives for the generated text, 0..1.
 
         Raises:
             BadArgument: the prediction is no text.
         """
         if not isinstance(prediction, str):
             raise BadArgument("prediction", type(prediction).__name__, f"{self.name} scores the generated text")
-        return self.rule(prediction, sample.references)
+        return self.rule.score(prediction, sample)
 
     def done(self, text: str, sample: Sample) -> bool:
-        """True once the score is 1: more text cannot change it."""
-        return self.rule(text, sample.references) == 1.0
+        """True once more text cannot change the score."""
+        return self.rule.settled(text, sample)

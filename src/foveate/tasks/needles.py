@@ -17,9 +17,12 @@ from foveate.tasks.haystack import Haystack, lines, noise, running_text
 from foveate.tasks.prompt import Draft, Insert
 from foveate.tasks.words import draw_keys
 
-_DEPTHS = 40  # needles in running text stand at 40 equally spaced depths, drawn without replacement
+_DEPTHS = 40  # needles in running text stand at 40 equally spaced depths, each at most once
+_GOLDEN = (5**0.5 - 1) / 2
 _TOKENS_PER_NEEDLE = 12  # no tokenizer writes a needle with fewer: how many distractors can be asked for
 _RESERVE = 128
+
+SOURCE = "RULER, arXiv 2404.06654"
 
 Hay = Literal["noise", "text", "needles"]
 Item = Literal["words", "numbers", "uuids"]
@@ -48,15 +51,12 @@ class Needles:
         """Intro, needles at their depths, and the question for the first `queries` keys."""
         rng = request.rng
         taken = request.corpus.text if self.hay == "text" else ""
-        keys = _draw(rng, self.key, self.keys, taken, self._needles(request))
-        values = _draw(rng, self.value, self.keys * self.values, taken)
+        keys = draw(rng, self.key, self.keys, taken, self._needles(request))
+        values = draw(rng, self.value, self.keys * self.values, taken)
         needles = [(keys[number // self.values], value) for number, value in enumerate(values)]
         asked = keys[: self.queries]
         references = tuple(value for key, value in needles if key in asked)
-        if self.hay == "text":
-            places = [step / (_DEPTHS - 1) for step in rng.sample(range(_DEPTHS), len(needles))]
-        else:
-            places = [rng.random() for _ in needles]
+        places = self._places(request, len(needles))
         question, prefix = _ask(self.value, asked, len(references) > 1)
         return Draft(
             intro=_INTRO.format(kind=self.value),
@@ -70,6 +70,17 @@ class Needles:
             reserve=_RESERVE,
         )
 
+    def _places(self, request: Request, count: int) -> list[float]:
+        """Depths of the needles. What is asked for first moves through the haystack from sample to sample in steps of
+        the golden ratio, so that few samples already cover all depths; each sample's depth is uniform over seeds."""
+        start = random.Random(f"{self!r} {request.length} {request.seed}").random()
+        first = (start + request.index * _GOLDEN) % 1
+        if self.hay != "text":
+            return [first, *(request.rng.random() for _ in range(count - 1))]
+        step = int(first * _DEPTHS)
+        others = request.rng.sample([s for s in range(_DEPTHS) if s != step], count - 1)
+        return [s / (_DEPTHS - 1) for s in (step, *others)]
+
     def haystack(self, request: Request, draft: Draft) -> Haystack:
         """The hay; distractor needles share no key and no value with those of the draft."""
         if self.hay == "noise":
@@ -78,8 +89,8 @@ class Needles:
             return running_text(request.tokenizer, request.corpus, request.rng)
         taken = " ".join(insert.text for insert in draft.inserts)
         number = self._needles(request)
-        keys = _draw(request.rng, self.key, number, taken)
-        values = _draw(request.rng, self.value, number, taken)
+        keys = draw(request.rng, self.key, number, taken)
+        values = draw(request.rng, self.value, number, taken)
         return lines(needle_sentence(self.value, key, value) for key, value in zip(keys, values, strict=True))
 
     def _needles(self, request: Request) -> int:
@@ -108,7 +119,7 @@ def _ask(kind: Item, keys: Sequence[str], several: bool) -> tuple[str, str]:
     return f"What is the {about} in the text above?", f"The {about} is"
 
 
-def _draw(rng: random.Random, kind: Item, count: int, absent_from: str, among: int = 0) -> list[str]:
+def draw(rng: random.Random, kind: Item, count: int, absent_from: str, among: int = 0) -> list[str]:
     """`count` different keys or values of a kind, none of which occurs in `absent_from` or is part of another.
 
     among: how many there will be in the prompt; all keys of a prompt have equally many words.
@@ -126,7 +137,7 @@ def _draw(rng: random.Random, kind: Item, count: int, absent_from: str, among: i
 
 
 def _task(name: str, description: str, recipe: Needles) -> GenerationTask:
-    return GenerationTask(name, "retrieval", description, recipe, metric="share of the values found")
+    return GenerationTask(name, "needle", description, recipe, SOURCE, metric="share of the values found")
 
 
 NEEDLE_TASKS = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from foveate.errors import BadArgument
-from foveate.tasks.base import Kind, Sample, check_request, sample_random
+from foveate.tasks.base import Family, Kind, Sample, check_request, sample_random
 from foveate.tasks.chat import encode, leading_ids, without_special
 from foveate.tasks.corpora import Corpus
 from foveate.tasks.corpora import corpus as open_corpus
@@ -29,12 +29,14 @@ class Perplexity:
     """
 
     name: str = "perplexity"
-    category: str = "language modelling"
+    family: Family = "document"
     description: str = "the continuation of a passage of running text"
+    source: str = "own: perplexity behind a bounded cache"
     targets: int = 64
     metric: str = "nats per token"
     kind: Kind = "perplexity"
     higher_is_better: bool = False
+    chance: float | None = None
 
     def minimum(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """The smallest `length` in tokens for which samples can be made: as much context as is scored."""

@@ -23,17 +23,24 @@ _SHORT = "So."
 _MARK = "\0"  # stands in no text: control characters are taken out of a corpus
 _NEIGHBOURHOOD = 120  # characters: farther away, no token changes with the last sentence
 _LONGEST_WORD = 16  # characters: scripts without blanks are cut there in the last sentence
+_MOST_DEPTHS = 16  # evidence in more pieces is all over the prompt, and where each stands says nothing
 # Extras for the last sentence of the haystack: in the tokenizers we know, one of them costs a single token.
 _STRETCH = (" so", " it", " is", " and", " to", " a", "!", ".", " .", "-", "x")
 
 
 @dataclass(frozen=True, eq=False)
 class Insert:
-    """A sentence placed in the haystack at `place` (0 = before everything, 1 = after everything)."""
+    """A text placed in the haystack at `place` (0 = before everything, 1 = after everything).
+
+    Attributes:
+        evidence: whether the text holds evidence.
+        marks: the characters [start, stop) of the pieces of evidence in it; empty: the whole text is one.
+    """
 
     text: str
     place: float
     evidence: bool
+    marks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,12 @@ class Draft:
 
     Attributes:
         intro: what comes before the haystack.
-        inserts: sentences that go into it; those of evidence in the order of `references`.
+        inserts: what goes into it; in the needle family those of evidence in the order of `references`.
         question: what is asked after it.
         prefix: the first words of the answer, put behind the chat template.
         references: the answers.
         reserve: tokens kept free for the answer; raised where the answer itself needs more.
+        choices, bucket: as in `Sample`.
     """
 
     intro: str
@@ -55,6 +63,8 @@ class Draft:
     prefix: str
     references: tuple[str, ...]
     reserve: int
+    choices: tuple[str, ...] = ()
+    bucket: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,12 +82,19 @@ def least_length(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) ->
     """A length in tokens that is enough for each of the drafts and some haystack, rounded up to a multiple of 16."""
     turn = chat_turn(tokenizer)
     fixed = len(turn.ids) + _HAYSTACK_ROOM
-    texts = [_compose(turn, draft, [], "\n").text for draft in drafts]
+    texts = [_compose(turn, draft, _Fill(), "\n").text for draft in drafts]
     needed = max(
         fixed + count_tokens(tokenizer, text) + _reserve(tokenizer, draft)
         for text, draft in zip(texts, drafts, strict=True)
     )
     return -(-needed // 16) * 16
+
+
+def room(tokenizer: PreTrainedTokenizerBase, draft: Draft, length: int) -> int:
+    """Tokens that a draft leaves for its haystack; negative where it does not fit."""
+    turn = chat_turn(tokenizer)
+    text = _compose(turn, draft, _Fill(), "\n").text
+    return length - _reserve(tokenizer, draft) - len(turn.ids) - count_tokens(tokenizer, text)
 
 
 def fit(tokenizer: PreTrainedTokenizerBase, draft: Draft, haystack: Haystack, length: int) -> Prompt:
@@ -100,37 +117,60 @@ def fit(tokenizer: PreTrainedTokenizerBase, draft: Draft, haystack: Haystack, le
     return Prompt(
         context_ids=(*turn.ids, *encoded.ids[:split]),
         question_ids=tuple(encoded.ids[split:]),
-        depths=tuple((start - first) / max(1, last - first - (stop - start)) for start, stop in evidence),
+        depths=tuple(
+            (start - first) / max(1, last - first - (stop - start))
+            for start, stop in (evidence if len(evidence) <= _MOST_DEPTHS else ())
+        ),
         evidence=tuple((start + shift, stop + shift) for start, stop in evidence),
         max_new_tokens=reserve,
     )
 
 
+@dataclass(frozen=True)
+class _Fill:
+    """Units of haystack, and about how many tokens each is."""
+
+    units: tuple[str, ...] = ()
+    costs: tuple[int, ...] = ()
+
+    def border(self, place: float) -> int:
+        """How many units stand before the border that is nearest to this share of the tokens."""
+        borders = [0, *itertools.accumulate(self.costs)]
+        wanted = place * borders[-1]
+        after = min(bisect.bisect_left(borders, wanted), len(self.units))
+        return after - 1 if after and wanted - borders[after - 1] < borders[after] - wanted else after
+
+
 def _fill(
     tokenizer: PreTrainedTokenizerBase, turn: Turn, draft: Draft, haystack: Haystack, length: int, reserve: int
-) -> list[str]:
-    """The units with which prompt and reserve are `length` tokens."""
+) -> _Fill:
+    """Units for which prompt and reserve together are `length` tokens."""
 
-    def missing(units: list[str]) -> int:
-        text = _compose(turn, draft, units, haystack.separator).text
+    def missing(fill: _Fill) -> int:
+        text = _compose(turn, draft, fill, haystack.separator).text
         return length - reserve - len(turn.ids) - count_tokens(tokenizer, text)
 
-    room = missing([])
-    if room < 0:
-        raise BadArgument("length", length, f"prompt and answer need {length - room} tokens without any haystack")
-    units, costs = _take(tokenizer, haystack, room)
-    number = bisect.bisect_right(list(itertools.accumulate(costs)), room)
+    free = missing(_Fill())
+    if free < 0:
+        raise BadArgument("length", length, f"prompt and answer need {length - free} tokens without any haystack")
+    units, costs = _take(tokenizer, haystack, free)
+
+    def first(number: int, *tail: str) -> _Fill:
+        return _Fill((*units[:number], *tail), (*costs[:number], *(max(1, gap) for _ in tail)))
+
+    number = bisect.bisect_right(list(itertools.accumulate(costs)), free)
+    gap = 0
     # Costs were counted unit by unit; where tokens cross the borders, the whole differs a little.
-    while (gap := missing(units[:number])) < 0 or 0 < gap < _SHORTEST_TAIL:
+    while (gap := missing(first(number))) < 0 or 0 < gap < _SHORTEST_TAIL:
         if number == 0:
             break
         number -= max(1, -gap * number // sum(costs[:number]))
-    filled = units[:number]
+    filled = first(number)
     if gap == 0:
         return filled
 
     # The last sentence is chosen by the tokens of its neighbourhood, then checked in the whole prompt.
-    around = _compose(turn, draft, [*filled, _MARK], haystack.separator).text
+    around = _compose(turn, draft, first(number, _MARK), haystack.separator).text
     before, _, after = around.partition(_MARK)
     before, after = before[-_NEIGHBOURHOOD:], after[:_NEIGHBOURHOOD]
 
@@ -138,10 +178,10 @@ def _fill(
         return count_tokens(tokenizer, f"{before}{tail}{after}")
 
     words = haystack.tail or re.findall(rf"\S{{1,{_LONGEST_WORD}}}", " ".join(units[number : number + 3]))
-    wanted = nearby(_SHORT) + missing([*filled, _SHORT])
+    wanted = nearby(_SHORT) + missing(first(number, _SHORT))
     best, least = filled, gap
     for _ in range(4):
-        candidate = [*filled, _tail(words, wanted, nearby)]
+        candidate = first(number, _tail(words, wanted, nearby))
         left = missing(candidate)
         if 0 <= left < least:
             best, least = candidate, left
@@ -161,24 +201,24 @@ class _Composed:
     question: int
 
 
-def _compose(turn: Turn, draft: Draft, units: list[str], separator: str) -> _Composed:
+def _compose(turn: Turn, draft: Draft, fill: _Fill, separator: str) -> _Composed:
     inserts: dict[int, list[Insert]] = {}
     for insert in draft.inserts:
-        inserts.setdefault(round(insert.place * len(units)), []).append(insert)
+        inserts.setdefault(fill.border(insert.place), []).append(insert)
     pieces: list[str | Insert] = []
-    for index, unit in enumerate(units):
+    for index, unit in enumerate(fill.units):
         pieces.extend(inserts.get(index, ()))
         pieces.append(unit)
-    pieces.extend(inserts.get(len(units), ()))
+    pieces.extend(inserts.get(len(fill.units), ()))
 
     head = f"{turn.head}{draft.intro}\n\n"
     position = len(head)
-    spans: dict[Insert, tuple[int, int]] = {}
+    starts: dict[Insert, int] = {}
     texts: list[str] = []
     for piece in pieces:
         text = piece if isinstance(piece, str) else piece.text
         if not isinstance(piece, str):
-            spans[piece] = (position, position + len(text))
+            starts[piece] = position
         texts.append(text)
         position += len(text) + len(separator)
     body = separator.join(texts)
@@ -186,7 +226,12 @@ def _compose(turn: Turn, draft: Draft, units: list[str], separator: str) -> _Com
     return _Composed(
         text=f"{head}{body}\n\n{draft.question}{turn.tail}{draft.prefix}",
         haystack=(len(head), stop),
-        evidence=[spans[insert] for insert in draft.inserts if insert.evidence],
+        evidence=[
+            (starts[insert] + start, starts[insert] + stop)
+            for insert in draft.inserts
+            if insert.evidence
+            for start, stop in insert.marks or [(0, len(insert.text))]
+        ],
         question=stop + 2,
     )
 

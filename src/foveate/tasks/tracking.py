@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from foveate.tasks.chat import count_tokens
 from foveate.tasks.generation import GenerationTask, Request
 from foveate.tasks.haystack import NOISE, Haystack, noise
+from foveate.tasks.needles import SOURCE
 from foveate.tasks.prompt import Draft, Insert
 
 _RESERVE = 30
@@ -100,5 +101,6 @@ VARIABLE_TRACKING = GenerationTask(
     "tracing",
     "the five variables of one chain of assignments, in repeated noise sentences",
     Tracking(),
+    SOURCE,
     metric="share of the variables found",
 )
