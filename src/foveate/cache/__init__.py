@@ -2,7 +2,8 @@
 
 from foveate.cache.band import Band
 from foveate.cache.cache import FoveateCache
-from foveate.cache.column import Column, PackedColumn, Side
+from foveate.cache.chain import chained
+from foveate.cache.column import Column, FittedSide, Observed, PackedColumn, Side
 from foveate.cache.state import Blocks, Tag
 from foveate.cache.store import UNBOUNDED, Store, StoreSpec
 from foveate.cache.view import View
@@ -12,11 +13,14 @@ __all__ = [
     "Band",
     "Blocks",
     "Column",
+    "FittedSide",
     "FoveateCache",
+    "Observed",
     "PackedColumn",
     "Side",
     "Store",
     "StoreSpec",
     "Tag",
     "View",
+    "chained",
 ]

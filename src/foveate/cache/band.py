@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import Span
-from foveate.cache.column import AnyColumn, Column, Counts, PackedColumn, Side, stack_index
+from foveate.cache.column import AnyColumn, Column, Counts, Observed, PackedColumn, Side, fitted, stack_index
 from foveate.cache.state import Blocks, Tag
 
 GROWTH = 16
@@ -232,7 +232,7 @@ class Band:
         used = self.used
         self._renew()
         for column in self._columns():
-            column.reserve(capacity, used, coming)
+            column.reserve(capacity, used, coming, self.lengths)
 
     def refold(self, start: int = 0) -> None:
         """Recompute the summaries of every block that holds a slot >= start."""
@@ -300,7 +300,8 @@ class Band:
     @property
     def settles(self) -> bool:
         """Whether tokens leave it (or its exact tail) as others arrive."""
-        return bool(self.spans and self.bounded) or isinstance(self.k, PackedColumn) or isinstance(self.v, PackedColumn)
+        packing = any(isinstance(c, PackedColumn) and not c.closed for c in (self.k, self.v))
+        return bool(self.spans and self.bounded) or packing
 
     def settle(self, upcoming: Counts) -> None:
         """Free what no query at or behind position upcoming[p] can see, then pack what may leave the exact tail."""
@@ -330,14 +331,17 @@ class Band:
         # One spare slot is all that a window needs: a token arrives, then the oldest leaves.
         self.keep([np.nonzero(a)[0] for a in alive], spare=1, upcoming=upcoming)
 
-    def pack(self, key_side: Side | None, value_side: Side | None) -> None:
+    def pack(self, key_side: Side | None, value_side: Side | None, observed: Observed | None = None) -> None:
         """From now on hold keys and values as the codec's sides say."""
         self._renew()
-        dtype = self.k.data.dtype if isinstance(self.k, Column) else self.k.dtype
-        if key_side is not None and isinstance(self.k, Column):
-            self.k = PackedColumn(self.k, key_side, dtype)
-        if value_side is not None and isinstance(self.v, Column):
-            self.v = PackedColumn(self.v, value_side, dtype)
+        self.k = self._packed(self.k, key_side, observed)
+        self.v = None if self.v is None else self._packed(self.v, value_side, observed)
+
+    def _packed(self, column: AnyColumn, side: Side | None, observed: Observed | None) -> AnyColumn:
+        if side is None or isinstance(column, PackedColumn):
+            return column
+        learned = fitted(side, column.read(self.used), self.device_lengths(), observed)
+        return PackedColumn(column, side, column.data.dtype, learned)
 
     def crop(self, removed: Counts) -> None:
         """Forget the newest removed[p] tokens of each pair (they are the last slots: nothing moved since)."""

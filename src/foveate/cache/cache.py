@@ -154,6 +154,14 @@ class CourierLayer(CacheLayerBase):
         extra = [self.window, self.window_seen, *(t for _, t in state_tensors(self.mine))]
         return self.store.nbytes + sum(t.numel() * t.element_size() for t in extra if t is not None)
 
+    @property
+    def window_valid(self) -> Tensor | None:
+        """Which of the window's queries are real, bool [B, W]: prompts may be shorter than the window."""
+        if self.window is None or self.window_seen is None:
+            return None
+        width = self.window.shape[2]
+        return torch.arange(width, device=self.window.device) >= width - self.window_seen[:, None]
+
     def fork(self, spec: StoreSpec | None) -> CourierLayer:
         if self.staged is not None:
             raise Refused("a cache cannot be forked in the middle of a forward")

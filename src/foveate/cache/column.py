@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ class Side(Protocol):
 
     `pack` may be called with any number of tokens that is a multiple of `unit`; packed tensors carry tokens on
     dimension 1 at a rate of one row per `rows(tensor)` tokens, so that they grow and are cut like any column.
+
+    A side whose form depends on the tokens it will hold has a method `fit` besides (see `FittedSide`); what that
+    returns is handed to `pack` and `unpack` behind their arguments.
     """
 
     @property
@@ -30,7 +33,8 @@ class Side(Protocol):
 
     @property
     def flush(self) -> int:
-        """Tokens leave the tail in units of this many (KIVI's keys: R; its values: 1)."""
+        """Tokens leave the tail in units of this many (KIVI's keys: R; its values: 1). 0: all that may leave it do so
+        when the prompt is over, and none later."""
         ...
 
     @property
@@ -38,13 +42,42 @@ class Side(Protocol):
         """Tokens that share one packed row of some tensor: the packed body is cut only at multiples of it."""
         ...
 
-    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[P, n, D] exact -> tensors [P, n or n / unit, ...]."""
+    @property
+    def pack(self) -> Callable[..., tuple[Tensor, ...]]:
+        """([P, n, D] exact) -> tensors [P, n or n / unit, ...]."""
         ...
 
-    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """Inverse of `pack`: [P, n, D] in `dtype`."""
+    @property
+    def unpack(self) -> Callable[..., Tensor]:
+        """Inverse of `pack`: (tensors, dtype) -> [P, n, D] in this dtype."""
         ...
+
+
+class Observed(NamedTuple):
+    """The prompt's last queries, as far as somebody needs them (`Needs.window`), right-aligned.
+
+    Args:
+        q: [P, G, W, D], of the query heads of each pair.
+        real: bool [P, W]; prompts may be shorter than the window.
+    """
+
+    q: Tensor
+    real: Tensor
+
+
+class FittedSide(Side, Protocol):
+    """A side that looks at what it will hold before anything is packed."""
+
+    def fit(self, x: Tensor, lengths: Tensor, observed: Observed | None) -> tuple[Tensor, ...]:
+        """Tensors [P, ...] that decide how each pair is packed, from its tokens x [P, n, D], of which lengths [P] are
+        real; they are held (and counted) with the pair for good."""
+        ...
+
+
+def fitted(side: Side, x: Tensor, lengths: Tensor, observed: Observed | None) -> tuple[Tensor, ...]:
+    """What a side learns from the tokens; nothing for sides that are the same for all."""
+    fit = getattr(side, "fit", None)
+    return () if fit is None else fit(x, lengths, observed)
 
 
 def slot_index(starts: Counts, counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -65,8 +98,12 @@ class Column:
     def nbytes(self) -> int:
         return self.data.numel() * self.data.element_size()
 
-    def reserve(self, capacity: int, used: int, coming: int = 0) -> None:
-        """Grow to `capacity` slots, keeping the first `used`; `coming` of the others are about to be written."""
+    def reserve(self, capacity: int, used: int, coming: int = 0, lengths: Counts | None = None) -> None:
+        """Grow to `capacity` slots, keeping the first `used`; `coming` of the others are about to be written.
+
+        Args:
+            lengths: slots in use by each pair; None: `used` by all.
+        """
         if capacity == self.data.shape[1]:
             return
         new = self.data.new_full((self.data.shape[0], capacity, *self.data.shape[2:]), self.fill)
@@ -118,22 +155,28 @@ class Column:
 class PackedColumn:
     """A packed body and an exact tail, with the surface of a `Column`."""
 
-    def __init__(self, exact: Column, side: Side, dtype: torch.dtype) -> None:
-        self.tail, self.side, self.dtype = exact, side, dtype
+    def __init__(self, exact: Column, side: Side, dtype: torch.dtype, fitted: tuple[Tensor, ...] = ()) -> None:
+        self.tail, self.side, self.dtype, self.fitted = exact, side, dtype, fitted
         self.body: tuple[Tensor, ...] = ()
         self.rates: tuple[int, ...] = ()
         """Tokens per packed row of each body tensor."""
         self.packed = np.zeros(exact.data.shape[0], dtype=np.int64)
         """Tokens of each pair that are in the body."""
+        self.closed = False
+        """Nothing is packed any more."""
 
     @property
     def nbytes(self) -> int:
-        return self.tail.nbytes + sum(t.numel() * t.element_size() for t in self.body)
+        return self.tail.nbytes + sum(t.numel() * t.element_size() for t in (*self.body, *self.fitted))
 
     def settle(self, lengths: Counts) -> None:
         """Pack every token that the side's tail and flush rules release, and shrink the tail to what is left."""
+        if self.closed:
+            return
+        self.closed = self.side.flush == 0
         free = np.maximum(lengths - self.packed - self.side.tail, 0)
-        due = free // self.side.flush * self.side.flush
+        unit = self.side.flush or self.side.unit
+        due = free // unit * unit
         if not due.any():
             return
         for amount in np.unique(due[due > 0]):
@@ -145,14 +188,16 @@ class PackedColumn:
         shift = shift.clamp_max(old.shape[1] - 1)
         kept = old.gather(1, shift.unsqueeze(-1).expand(-1, -1, old.shape[-1]))
         # The tail never grows beyond its exact tokens and one flush, whatever the prompt left behind.
-        room = min(width + SPARE, max(width, self.side.tail + self.side.flush))
-        if old.shape[1] > room + SPARE:
+        room = width + SPARE
+        if not self.closed:
+            room = min(room, max(width, self.side.tail + self.side.flush))
+        if old.shape[1] > room + (0 if self.closed else SPARE):
             self.tail.data = old.new_zeros(old.shape[0], room, old.shape[-1])
         self.tail.data[:, :width] = kept
 
     def _pack(self, pairs: np.ndarray, amount: int) -> None:
         index = torch.from_numpy(pairs).to(self.tail.data.device)
-        fresh = self.side.pack(self.tail.data[index, :amount])
+        fresh = self.side.pack(self.tail.data[index, :amount], *(t[index] for t in self.fitted))
         if not self.body:
             self.body = tuple(t.new_zeros((len(self.packed), 0, *t.shape[2:])) for t in fresh)
             self.rates = tuple(amount // t.shape[1] for t in fresh)
@@ -181,9 +226,8 @@ class PackedColumn:
     def _unpacked(self) -> Tensor:
         """The body as tokens [P, max packed, D]."""
         longest = int(self.packed.max())
-        return self.side.unpack(
-            tuple(t[:, : longest // rate] for t, rate in zip(self.body, self.rates, strict=True)), self.dtype
-        )
+        body = tuple(t[:, : longest // rate] for t, rate in zip(self.body, self.rates, strict=True))
+        return self.side.unpack(body, self.dtype, *self.fitted)
 
     def read(self, used: int) -> Tensor:
         """Unpacked tokens in slot order [P, used, D]: one layer's transient copy."""
@@ -199,9 +243,9 @@ class PackedColumn:
         Column(out).write(self.tail.data, self.packed, counts)
         return out[:, :used]
 
-    def reserve(self, capacity: int, used: int, coming: int = 0) -> None:
+    def reserve(self, capacity: int, used: int, coming: int = 0, lengths: Counts | None = None) -> None:
         """`capacity` and `used` are slots; the tail needs only what is not packed, what comes, and few spare slots."""
-        exact = used - int(self.packed.min())
+        exact = int(((used if lengths is None else lengths) - self.packed).max(initial=0))
         spare = min(capacity - used, max(SPARE, coming))
         self.tail.reserve(max(exact + spare, self.tail.data.shape[1]), min(exact, self.tail.data.shape[1]))
 
@@ -215,9 +259,10 @@ class PackedColumn:
         self.tail.write(x, first - self.packed, None)
 
     def pick(self, pairs: Tensor) -> PackedColumn:
-        new = PackedColumn(self.tail.pick(pairs), self.side, self.dtype)
+        held = tuple(t.index_select(0, pairs) for t in self.fitted)
+        new = PackedColumn(self.tail.pick(pairs), self.side, self.dtype, held)
         new.body, new.rates = tuple(t.index_select(0, pairs) for t in self.body), self.rates
-        new.packed = self.packed[pairs.cpu().numpy()]
+        new.packed, new.closed = self.packed[pairs.cpu().numpy()], self.closed
         return new
 
     def truncate(self, lengths: Counts) -> None:

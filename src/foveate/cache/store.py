@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.attention import Span
 from foveate.cache.band import GROWTH, Band
-from foveate.cache.column import Column, Counts, Side
+from foveate.cache.column import Column, Counts, Observed, Side
 from foveate.cache.state import Blocks, Tag
 
 
@@ -145,12 +145,23 @@ class Store:
                 bands.append(part)
         self.bands = bands
 
-    def pack(self, key_side: Side | None, value_side: Side | None) -> None:
-        """Hold heads without a window as the codec says; windowed heads hold a constant few tokens and stay exact."""
+    def pack(
+        self, key_side: Side | None, value_side: Side | None, q: Tensor | None = None, real: Tensor | None = None
+    ) -> None:
+        """Hold heads without a window as the codec says; windowed heads hold a constant few tokens and stay exact.
+
+        Args:
+            q: [B, H, W, D] the prompt's last queries, of which real [B, W] are, for sides that are fitted to them.
+        """
         self.packing = (key_side, value_side)
         for band in self.bands:
-            if not band.bounded:
-                band.pack(key_side, value_side)
+            if band.bounded:
+                continue
+            observed = None
+            if q is not None and real is not None:
+                by_pair = q.reshape(self.rows * self.spec.heads, -1, *q.shape[2:])
+                observed = Observed(by_pair[band.index], real[band.index // self.spec.heads])
+            band.pack(key_side, value_side, observed)
 
     def crop(self, removed: Counts) -> None:
         """Forget the newest removed[b] tokens of every row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TypeVar
 
 from foveate.attention import Span
@@ -88,8 +89,8 @@ def plan_layers(
         if layer.window is not None:
             spans.append(Span(window=layer.window))
             prompt.append(spans[0])
-        held: Codec | None = None
-        for method in composition.methods:
+        codecs: list[Codec] = []
+        for method in sorted(composition.methods, key=lambda m: not m.hands_on):
             role = roles[method.id][layer.index]
             if layer.kind == "sliding":
                 role = MODEL_WINDOW
@@ -99,8 +100,9 @@ def plan_layers(
                 spans.append(role.visible)
                 if role.in_prompt:
                     prompt.append(role.visible)
-            if role is not MODEL_WINDOW:
-                held = method.codec(role, shape, length) or held
+            codec = None if role is MODEL_WINDOW else method.codec(role, shape, length)
+            if codec is not None:
+                codecs.append(codec)
         wanted = [*own.values(), *([capture] if capture is not None and layer.kind == "full" else [])]
         plans[layer.index] = LayerPlan(
             shape=layer,
@@ -108,7 +110,7 @@ def plan_layers(
             needs=unite(wanted),
             spans=tuple(spans),
             prompt_spans=tuple(prompt),
-            codec=held,
+            codec=reduce(Codec.then, codecs) if codecs else None,
             value_dim=ranks.get(layer.index),
             own=own,
         )

@@ -40,9 +40,9 @@ def seal(
             layer.limit = np.array(grants, dtype=np.int64)
             evict(layer, keeper, make(keeper))
     layer.sealed = True
-    layer.window = layer.window_seen = None
     if plan.codec is not None:
-        layer.store.pack(plan.codec.keys, plan.codec.values)
+        layer.store.pack(plan.codec.keys, plan.codec.values, layer.window, layer.window_valid)
+    layer.window = layer.window_seen = None
     layer.store.settle(layer.store.seen)
     layer.dirty = False
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 from foveate.attention import ALL, Parts, Span
-from foveate.cache import Blocks, Side, Tag, View
+from foveate.cache import Blocks, Side, Tag, View, chained
 from foveate.errors import BadArgument
 from foveate.methods.budget import Budget
 from foveate.models.shape import LayerShape, ModelShape
 
 SLOTS = ("prefill", "keep", "format", "decode", "weights")
 """The parts of attention a method may change. `format` and `weights` take a chain, the others one method."""
-EXCLUSIVE = frozenset({"prefill", "keep", "format", "decode"})
+EXCLUSIVE = frozenset({"prefill", "keep", "decode"})
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,10 @@ class Codec:
     keys: Side | None
     values: Side | None
 
+    def then(self, other: Codec) -> Codec:
+        """This codec, and another for what it hands on."""
+        return Codec(chained(self.keys, other.keys), chained(self.values, other.values))
+
 
 class Probe(Protocol):
     """What calibration may use: the model, its tokenizer and a way to report progress.
@@ -200,6 +204,7 @@ class Method:
         chunked: "exact" | "approximate": what a prompt given in pieces changes.
         aligned: True if it needs all heads and layers to hold the same tokens in the same slots.
         every_step: True if `score` evicts at each decode step, not only when the prompt ends.
+        hands_on: format: True if its packed tokens are still one vector each, which one more format can pack.
         calibrated: True if `plan` needs a profile.
         budgeted: False if nothing in it can be set by a budget (dense; methods whose reads follow from a threshold).
     """
@@ -212,6 +217,7 @@ class Method:
     chunked: ClassVar[str] = "exact"
     aligned: ClassVar[bool] = False
     every_step: ClassVar[bool] = False
+    hands_on: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
 
@@ -360,6 +366,8 @@ class Composition:
 def _clash(method: Method, other: Method) -> str | None:
     if method.aligned and "keep" in other.fills:
         return f"{method.id} reads one list in all heads and layers, but {other.id} holds different tokens in them"
+    if "format" in method.fills & other.fills and method.hands_on == other.hands_on:
+        return "both fill the slot 'format', and one of two must hand on vectors that the other can pack; drop one"
     if method.every_step and "format" in other.slots:
         return f"{method.id} frees single tokens at every step, but {other.id} packs tokens in groups"
     return None

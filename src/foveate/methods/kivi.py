@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.errors import BadArgument, Infeasible, Refused
@@ -132,6 +133,8 @@ class Quantised:
     def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         codes = _unpack_bits(packed[0], self.bits)
         scale, zero = packed[1], packed[2]
+        if self.per_channel:
+            codes = codes[..., : scale.shape[-1]]
         grouped, axis = self._grouped(codes)
         exact = grouped.float() * scale.float().unsqueeze(axis) + zero.float().unsqueeze(axis)
         return exact.view(codes.shape).to(dtype)
@@ -146,8 +149,9 @@ class Quantised:
 
 
 def _pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., D] -> bytes [..., D * bits / 8], low bits first."""
+    """uint8 codes [..., D] -> bytes [..., D * bits / 8], low bits first; the last byte is filled up with zeros."""
     per = 8 // bits
+    codes = F.pad(codes, (0, -codes.shape[-1] % per))
     parts = codes.unflatten(-1, (-1, per))
     out = parts[..., 0].clone()
     for i in range(1, per):
