@@ -213,13 +213,13 @@ def test_unread_slots_may_hold_anything(case: Case, family: str, seed: int) -> N
 
     with applied(net, case) as handle:
         clean = handle.cache()
-        prompt(net, clean, ids)
+        run(net, clean, ids, tokens(seed + 2, 2, 1))  # some look at everything in their first step
         poisoned = clean.fork()
-        with tracing(LENGTH + 1) as trace, selecting(case, record):
+        with tracing(LENGTH + 2) as trace, selecting(case, record):
             want = decode(net, clean, then)
         spoilt = 0
         for layer in poisoned.couriers():
-            pairs = trace.pairs[layer.index][:, :, LENGTH]  # [B, H, T]
+            pairs = trace.pairs[layer.index][:, :, LENGTH + 1]  # [B, H, T]
             spoilt += poison_unread(layer, pairs)
         # What is read was chosen already: looking for it may look at everything.
         with selecting(case, lambda original, method, q, view, ctx: taken.pop(0)):
@@ -289,11 +289,11 @@ def test_below_the_floor_is_infeasible(case: Case, family: str, seed: int) -> No
 
 @each_method(budgeted=True)
 def test_more_budget_never_means_less(case: Case, seed: int) -> None:
-    """The tokens held, and the pairs that the first sparse layer reads, grow with the budget."""
+    """What is held, and what the first sparse layer of the first sparse step reads, grows with the budget."""
     if case.method().fills == {"format"}:
         return  # every token is held and read, in more bits
     net = model()
-    ids, then = tokens(seed, 1, 151), tokens(seed + 1, 1, 1)
+    ids, then = tokens(seed, 1, 151), tokens(seed + 1, 1, 2)
     sets: list[set] = []
     for share in budgets_of(case, net, 151):
         with applied(net, case, case.method(budget=share)) as handle:
@@ -306,10 +306,12 @@ def test_more_budget_never_means_less(case: Case, seed: int) -> None:
                 for p in kept
             }
             if not case.holds_less:
-                with tracing(152) as trace:
+                with tracing(153) as trace:
                     decode(net, cache, then)
-                sparse = min(i for i, pairs in trace.pairs.items() if not pairs[0, :, 151].all())
-                chosen = {tuple(x) for x in trace.pairs[sparse][0, :, 151].nonzero().tolist()}
+                steps = {(t, i): pairs[0, :, t, : t + 1] for t in (151, 152) for i, pairs in trace.pairs.items()}
+                chosen = {
+                    tuple(x) for x in steps[min(at for at, read in steps.items() if not read.all())].nonzero().tolist()
+                }
             sets.append(chosen)
     assert sets[0] <= sets[1] <= sets[2]
     assert sets[0] < sets[2]

@@ -130,11 +130,12 @@ class Budget:
             return min(1.0, self.value / max(1, length))
         return min(1.0, self.value / max(1, shape.dense_kv_bytes(length)))
 
-    def read_tokens(self, shape: ModelShape, length: int, dense_layers: int, *, name: str, floor: int = 1) -> int:
+    def read_tokens(self, shape: ModelShape, length: int, dense_layers: float, *, name: str, floor: int = 1) -> int:
         """Tokens that each sparse layer may read per new token, dense and sliding layers counted in.
 
         Args:
-            dense_layers: full-attention layers that the method leaves dense.
+            dense_layers: full-attention layers that the method leaves dense; where only some of a layer's heads or
+                steps are dense, the layer counts by their share.
 
         Raises:
             Infeasible: when the dense layers alone, or `floor` tokens in the others, exceed the budget.
@@ -143,9 +144,11 @@ class Budget:
         sliding = sum(min(length, layer.window or length) for layer in shape.layers if layer.kind == "sliding")
         total = full * length + sliding
         sparse = full - dense_layers
-        if sparse <= 0:
-            return length
         fixed = dense_layers * length + sliding
+        if sparse <= 0:
+            if self.kind != "tokens" and self.share(shape, length) * total < fixed * (1 - 1e-9):
+                raise Infeasible(f"budget={self}: {name} leaves every layer dense; raise the budget", fixed / total)
+            return length
         floor = min(floor, length)
         least = (fixed + sparse * floor) / total
         if self.kind == "tokens":
@@ -155,7 +158,40 @@ class Budget:
         if tokens < floor:
             raise Infeasible(
                 f"budget={self}: {name} cannot read less than {least:.3f} of the dense pairs at {length} tokens "
-                f"({dense_layers} of {full} layers stay dense); raise the budget",
+                f"({dense_layers:.3g} of {full} layers stay dense); raise the budget",
                 least,
             )
         return tokens if self.kind == "tokens" else min(tokens, length)
+
+    def prompt_tokens(self, shape: ModelShape, length: int, dense_layers: int, *, name: str, floor: int = 1) -> int:
+        """Tokens that each query of a prompt may read at most in each sparse layer; early queries see fewer.
+
+        A number of tokens is just that. A share is one of all the prompt's pairs: as the first queries read all they
+        see, it leaves the later ones a little less than `read_tokens` does.
+
+        Raises:
+            Infeasible: when the dense layers alone, or `floor` tokens per query in the others, exceed the budget.
+        """
+
+        def pairs(tokens: int) -> int:
+            return tokens * length - tokens * (tokens - 1) // 2
+
+        full = sum(layer.kind == "full" for layer in shape.layers)
+        sparse = full - dense_layers
+        if sparse <= 0 or self.kind == "tokens":
+            return self.read_tokens(shape, length, dense_layers, name=name, floor=floor)
+        sliding = sum(pairs(min(length, layer.window or length)) for layer in shape.layers if layer.kind == "sliding")
+        total = full * pairs(length) + sliding
+        fixed = dense_layers * pairs(length) + sliding
+        granted = (self.share(shape, length) * total - fixed) / sparse
+        # pairs(tokens) <= granted, solved for tokens
+        tokens = int((2 * length + 1 - max(0.0, (2 * length + 1) ** 2 - 8 * granted) ** 0.5) / 2 + 1e-9)
+        floor = min(floor, length)
+        if tokens < floor:
+            least = (fixed + sparse * pairs(floor)) / total
+            raise Infeasible(
+                f"budget={self}: {name} cannot read less than {least:.3f} of the dense pairs of a prompt of {length} "
+                f"tokens ({floor} a query); raise the budget",
+                least,
+            )
+        return min(tokens, length)
