@@ -1,0 +1,38 @@
+"""Lists that outlive a step: tokens move between slots, so what is remembered are their positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.cache import View
+
+
+def ascending(lists: Tensor) -> Tensor:
+    """Lists [..., K] with -1 anywhere, sorted, -1 behind the end."""
+    last = torch.iinfo(lists.dtype).max
+    order = lists.masked_fill(lists < 0, last).sort(dim=-1).values
+    return order.masked_fill(order == last, -1)
+
+
+def slots_of(positions: Tensor, view: View) -> Tensor:
+    """Where the tokens at these logical positions are held: slots for positions, both [B, Hs, K] with -1 for none.
+
+    Tokens move between slots when others are evicted, so a list that outlives its step is kept in positions.
+    """
+    if view.aligned:
+        return positions
+    nowhere = view.longest
+    held = view.positions.long().masked_fill(~view.valid(), nowhere)
+    slots = torch.arange(held.shape[-1], device=held.device).expand(held.shape)
+    where = held.new_full((*held.shape[:2], nowhere + 1), -1).scatter(2, held, slots)
+    where[..., nowhere] = -1
+    return where.gather(2, positions.long().masked_fill(positions < 0, nowhere)).to(positions.dtype)
+
+
+def positions_of(slots: Tensor, view: View) -> Tensor:
+    """Logical positions of the tokens in these slots, both [B, Hs, K] with -1 for none."""
+    if view.aligned:
+        return slots
+    found = view.positions.gather(2, slots.long().clamp_min(0))
+    return found.masked_fill(slots < 0, -1).to(slots.dtype)

@@ -1,0 +1,138 @@
+"""Recycled Attention: look everywhere now and then, and in between re-read what mattered then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.attention import ALL, Parts, Selection
+from foveate.cache import UNBOUNDED, View
+from foveate.errors import BadArgument
+from foveate.methods.base import Context, Method, Profile, Result, Role, register
+from foveate.methods.budget import Budget
+from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.places import ascending, positions_of, slots_of
+from foveate.methods.policies.rows import group_reduce, row_probs
+from foveate.models.shape import ModelShape
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RecycledAttention(Method):
+    """A full decode step attends to everything and lists, per layer and kv head, the K tokens that its query looked at
+    most. The steps after it read that list and their own token, and hand on the K of these that they looked at most:
+    the new token comes in, the one with the least attention leaves. All is held, so a full step sees every token.
+
+    The first step after a prompt (or after tokens were taken back) is a full one; the paper's list comes from the
+    prompt's last query, one token earlier. Each row of a batch keeps its own clock.
+
+    Args:
+        tokens: K when no budget is given; a recycled step reads K + 1 tokens. A budget holds on average over a period,
+            full steps counted in.
+        stride: S, one step in so many is full.
+        similarity: s; instead of the stride, every `every` steps the query is compared with that of the last full step
+            (cosine of the rotated vectors, mean over heads, in each layer), and the step is full where it is below s.
+            A budget then holds even if no check passes.
+        every: steps between two comparisons.
+        reduce: how the query heads of a kv head agree: "max" or "mean" of their probabilities.
+
+    Source: 2411.05787, section 3; defaults of its evaluation at 32K tokens.
+    """
+
+    id = "recycled-attention"
+    name = "Recycled Attention"
+    paper = "2411.05787"
+    slots = frozenset({"decode"})
+
+    tokens: int = 4096
+    stride: int = 50
+    similarity: float | None = None
+    every: int = 5
+    reduce: Literal["max", "mean"] = "max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tokens", "stride", "every"):
+            if getattr(self, name) < 1:
+                raise BadArgument(name, getattr(self, name), "give at least 1")
+        if self.reduce not in ("max", "mean"):
+            raise BadArgument("reduce", self.reduce, 'give "max" or "mean"')
+
+    @property
+    def period(self) -> int:
+        """Steps from one full step to the next that is due, or may turn out to be."""
+        return self.stride if self.similarity is None else self.every
+
+    def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
+        full = [layer.index for layer in shape.layers if layer.kind == "full"]
+        budget, keep = Budget.of(self.budget), self.tokens
+        if budget is not None:
+            read = budget.read_tokens(shape, length, len(full) / self.period, name=self.id, floor=2)
+            keep = UNBOUNDED if budget.whole else max(1, read - 1)
+        recycling = Role("recycle", extra={"keep": keep})
+        return [recycling if layer.index in full else Role() for layer in shape.layers]
+
+    def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
+        if ctx.role.name != "recycle":
+            return ALL
+        state, keys, reads = dict(ctx.mine), view.k(), []
+        for i in range(q.shape[2]):  # several tokens in one step read what single steps would have read
+            read, whole = self._step(q[:, :, i], i, keys, state, view, ctx)
+            reads.append((read, whole))
+        ctx.forward["next"] = state
+        if all(whole for _, whole in reads):
+            return ALL
+        width = max(read.shape[-1] for read, _ in reads)
+        lists = torch.stack([F.pad(read, (0, width - read.shape[-1]), value=-1) for read, _ in reads], dim=2)
+        return Selection(lists=lists, q_block=1)
+
+    def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
+        if ctx.phase == "prompt":
+            ctx.mine.clear()  # the list knows nothing of these tokens
+        else:
+            ctx.mine.update(ctx.forward.pop("next", {}))
+
+    def _step(
+        self, q: Tensor, i: int, keys: Tensor, state: dict[str, Tensor], view: View, ctx: Context
+    ) -> tuple[Tensor, bool]:
+        """Slots [B, Hs, K] that the i-th new tokens read, their queries being q [B, H, D], and whether these are all
+        they can see. Brings the state from before the tokens to behind them."""
+        room, real = ctx.role.extra["keep"], view.host_fresh > i
+        clock = state["clock"].numpy() if state else np.zeros(len(q), dtype=np.int64)
+        due = self._due(q, clock, state) & real
+        own = view.lengths - view.fresh[:, None] + i
+        own = own.masked_fill(~torch.from_numpy(real).to(own.device)[:, None], -1).unsqueeze(-1)
+        slot = torch.arange(keys.shape[2], dtype=torch.int32, device=q.device)
+        read = torch.where(slot <= own, slot, -1)
+        full = torch.from_numpy(due).to(q.device).view(-1, 1, 1)
+        whole = bool(due[real].all()) or keys.shape[2] <= room + 1
+        if not due.all() and state:
+            listed = ascending(torch.cat([slots_of(state["list"], view), own], dim=-1))
+            wide = F.pad(listed, (0, max(0, read.shape[-1] - listed.shape[-1])), value=-1)
+            read = torch.where(full, read, wide) if due.any() else listed
+        kept = read
+        if read.shape[-1] > room:
+            at = read.long().clamp_min(0).unsqueeze(-1)
+            near = keys if due.all() else keys.gather(2, at.expand(-1, -1, -1, keys.shape[-1]))
+            score = group_reduce(row_probs(q, near, read >= 0, ctx), self.reduce)
+            best = top_lists(score.masked_fill(read < 0, -torch.inf), room)
+            kept = read.gather(-1, best.long().clamp_min(0)).masked_fill(best < 0, -1)
+        if self.similarity is not None:
+            state["query"] = torch.where(full, q, state["query"]) if state else q.clone()
+        state["clock"] = torch.from_numpy(np.where(due, 1, clock + real))
+        state["list"] = positions_of(kept, view).clone()
+        return read, whole
+
+    def _due(self, q: Tensor, clock: np.ndarray, state: dict[str, Tensor]) -> np.ndarray:
+        """Which rows look everywhere now. The clock counts the steps from a full one on, that one included."""
+        due = clock % self.period == 0
+        if self.similarity is None or not state or not due.any():
+            return due
+        alike = F.cosine_similarity(q.float(), state["query"].float(), dim=-1).mean(1).cpu().numpy()
+        return due & ((alike < self.similarity) | (clock == 0))
