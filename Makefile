@@ -8,6 +8,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
+# Each worker computes on one thread: tests are small, and threads beyond the cores only wait for each other.
 # Triton's kernels are tested in its interpreter, so that no accelerator is needed. TRITON_INTERPRET=0 compiles them.
 TRITON_INTERPRET ?= 1
 export TRITON_INTERPRET
@@ -30,10 +31,10 @@ demo: $(READY)
 test: test-latest test-5.17
 
 test-latest: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-5.17: $(READY_517)
-	.venv-5.17/bin/python -m pytest -n $(WORKERS) tests/contract $(ARGS)
+	OMP_NUM_THREADS=1 .venv-5.17/bin/python -m pytest -n $(WORKERS) tests/contract $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
