@@ -72,7 +72,7 @@ def test_the_first_methods_work(id: str) -> None:
 @pytest.mark.parametrize("id", sorted(id for id, method in METHODS.items() if method.slots))
 def test_every_method_of_a_paper_has_its_entry(id: str) -> None:
     entry = paper(id)
-    assert entry.arxiv == METHODS[id].paper
+    assert (entry.arxiv or "") == METHODS[id].paper
     assert entry.module == METHODS[id].__module__
 
 

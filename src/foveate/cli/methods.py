@@ -25,9 +25,8 @@ def methods(as_json: AsJson = False) -> None:
     for cls in METHODS.values():
         row = entry(cls)
         slots = ", ".join(slot for slot in SLOTS if slot in row["slots"]) or "the baseline"
-        head = Text(row["id"], style="bold").append(
-            f"  {row['name']}, arXiv {row['paper']} · {slots}", style="not bold"
-        )
+        source = f", arXiv {row['paper']}" if row["paper"] else ""
+        head = Text(row["id"], style="bold").append(f"  {row['name']}{source} · {slots}", style="not bold")
         if row["needs_calibration"]:
             head.append(" · needs a calibration profile", style="not bold yellow")
         console.print(head)

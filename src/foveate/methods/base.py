@@ -198,7 +198,7 @@ class Method:
     paper changes. Instances are frozen and hold no state: all state lives in the cache.
 
     Class attributes:
-        id: the paper's name, lower case with dashes. name, paper: title for people, arXiv number.
+        id: the paper's name, lower case with dashes. name, paper: title for people, arXiv number ("" without a paper).
         slots: the parts of attention it changes, a subset of SLOTS.
         causality: "strict", or "prompt" where prompt rows may be *selected for* with later prompt tokens.
         chunked: "exact" | "approximate": what a prompt given in pieces changes.
