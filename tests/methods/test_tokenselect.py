@@ -1,0 +1,232 @@
+"""TokenSelect: must-hold tests of its card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.closeness import assert_close
+from tests.contract.runs import left_padded
+from tests.contract.runs import prompt as announced
+from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
+
+import foveate
+from foveate.compat import rotary
+from foveate.methods import TokenSelect
+from foveate.models import tiny
+
+SMALL = {"budget": 24, "init": 3, "local": 6, "chunk": 16}
+
+
+def distinct(rows: int, count: int) -> torch.Tensor:
+    """Ids without repetition: in the first layer equal tokens have equal keys, and votes would tie."""
+    return torch.stack(
+        [torch.randperm(245, generator=torch.Generator().manual_seed(row))[:count] + 5 for row in range(rows)]
+    )
+
+
+def turn(model: Any, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """x [..., n, D] turned by delta [n] positions, in float64."""
+    angle = delta.double()[:, None] * rotary(model).inv_freq.double()
+    half = x.shape[-1] // 2
+    a, b = x[..., :half].double(), x[..., half:].double()
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+
+
+class Truth:
+    """The algorithm on one row and layer, written as the card says it: raw keys, compacted copies."""
+
+    def __init__(
+        self, model: Any, read: dict[str, Any], method: TokenSelect, k: int, length: int, row: int = 0
+    ) -> None:
+        band = read["store"].bands[0]
+        kv = read["store"].spec.heads
+        self.model, self.method, self.k, self.scale = model, method, k, read["how"].scale
+        q = read["q"][row]
+        keys, values = (x.unflatten(0, (-1, kv))[row, :, :length] for x in (band.keys(), band.values()))
+        self.first = length - q.shape[1]
+        self.q = turn(model, q, -torch.arange(self.first, length))
+        group = q.shape[0] // kv
+        # kv head of query head h is h // group
+        self.keys = turn(model, keys, -torch.arange(length)).repeat_interleave(group, 0)
+        self.values = values.double().repeat_interleave(group, 0)
+
+    def votes(self, begin: int, end: int, edge: int) -> torch.Tensor:
+        """Votes for the tokens init..edge-1 by the queries begin..end-1."""
+        place = self.method.local + torch.arange(end - begin)
+        voter = turn(self.model, self.q[:, begin - self.first : end - self.first], place).mean(1)
+        logit = torch.einsum("hd,hmd->hm", voter, self.keys[:, self.method.init : edge])
+        return (logit * (self.scale if self.method.scaled else 1.0)).softmax(-1).sum(0)
+
+    def block(self, begin: int, end: int, chosen: list[int] | None = None) -> tuple[list[int], torch.Tensor]:
+        """Tokens chosen, and the outputs [H, n, D] of queries begin..end-1."""
+        m = self.method
+        edge = max(m.init, begin - m.local + 1)
+        if chosen is None and edge > m.init:
+            votes = self.votes(begin, end, edge)
+            chosen = sorted((votes.bfloat16().argsort(descending=True, stable=True)[: self.k] + m.init).tolist())
+        outs = []
+        for p in range(begin, end):
+            read = sorted({*range(min(m.init, p + 1)), *(chosen or []), *range(edge, p + 1)})
+            place = torch.arange(len(read)) if m.reposition else torch.tensor(read)
+            query = turn(self.model, self.q[:, p - self.first : p - self.first + 1], place[-1:])
+            logit = query @ turn(self.model, self.keys[:, read], place).transpose(-1, -2) * self.scale
+            outs.append(logit.softmax(-1) @ self.values[:, read])
+        return chosen or [], torch.cat(outs, dim=1)
+
+
+def chosen_of(read: dict[str, Any], init: int, block: int = 0, row: int = 0) -> list[int]:
+    listed = read["parts"][0].lists[row, 0, block, init:]
+    return listed[listed >= 0].tolist()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("options", [{}, {"scaled": True}, {"reposition": False}])
+def test_layer_equals_the_algorithm_on_raw_keys(heads: int, kv_heads: int, options: dict) -> None:
+    """Prompt blocks and a decode step, outputs and all, by a compacted copy with positions 0, 1, 2, ..."""
+    model = llama(layers=1, heads=heads, kv_heads=kv_heads)
+    method = TokenSelect(k=7, init=3, local=5, chunk=16, **options)
+    with watching() as seen:
+        applied(model, method, *distinct(1, 42).split([41, 1], dim=1))
+    whole, step = seen
+    truth = Truth(model, whole, method, 7, 41)
+    for number, begin in enumerate(range(0, 41, 16)):
+        end = min(41, begin + 16)
+        tokens, out = truth.block(begin, end)
+        assert chosen_of(whole, 3, number) == tokens
+        assert_close(whole["result"].out[0, :, begin:end], out, TOLERANCE)
+    tokens, out = Truth(model, step, method, 7, 42).block(41, 42)
+    assert chosen_of(step, 3) == tokens
+    assert len(tokens) == 7
+    assert_close(step["result"].out[0], out, TOLERANCE)
+
+
+def test_kv_heads_by_division_not_by_remainder() -> None:
+    """A vote that takes kv head h % Hkv, as a released kernel does, chooses others."""
+    model = llama(layers=1, heads=6, kv_heads=2)
+    method = TokenSelect(k=7, init=3, local=5, chunk=64)
+    with watching() as seen:
+        applied(model, method, *distinct(1, 62).split([61, 1], dim=1))
+    truth = Truth(model, seen[-1], method, 7, 62)
+    assert chosen_of(seen[-1], 3) == truth.block(61, 62)[0]
+    truth.keys = truth.keys[::3].repeat(3, 1, 1)
+    assert chosen_of(seen[-1], 3) != truth.block(61, 62)[0]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_votes_add_up_to_the_heads(scaled: bool) -> None:
+    class Scale:
+        scale = 0.25
+
+    method = TokenSelect(scaled=scaled)
+    voter, raw = torch.randn(2, 6, 16), torch.randn(2, 2, 33, 16)
+    between = torch.zeros(2, 33, dtype=torch.bool)
+    between[0, 4:20] = True
+    votes = method._votes(voter, raw, between, Scale())
+    assert_close(votes.sum(-1), torch.tensor([6.0, 0.0]), 1e-6)
+    assert not votes[~between].any()
+    pooled = TokenSelect(scaled=scaled, kernel=3)._votes(voter, raw, between, Scale())
+    near = torch.nn.functional.pad(votes, (1, 1)).unfold(1, 3, 1).amax(-1)
+    assert torch.equal(pooled, near)
+    # the order of heads within and of groups among each other does not matter
+    order = torch.tensor([5, 3, 4, 1, 0, 2])
+    permuted = method._votes(voter[:, order], raw[:, [1, 0]], between, Scale())
+    assert_close(permuted, votes, 1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
+def test_room_for_all_is_dense(family: str) -> None:
+    model, ids, steps = tiny(family, heads=6, kv_heads=2), prompt(2, 41), prompt(2, 7, seed=1)
+    want, _ = logits(model, ids, steps)
+    for options in ({"k": 48}, {"budget": 1.0}, {"init": 3, "local": 5, "k": 40}):
+        got, _ = applied(model, TokenSelect(**options), ids, steps)
+        assert_close(got, want, TOLERANCE)
+
+
+def test_positions_without_gaps_are_those_of_the_text() -> None:
+    """A short row beside a long one is read by the same lists and frames, with nothing left out."""
+    model = llama()
+    rows = [prompt(1, 12)[0], prompt(1, 61, seed=2)[0]]
+    ids, mask = left_padded(rows)
+    want, _ = logits(model, rows[0][None])
+    with foveate.apply(model, TokenSelect(k=7, init=3, local=5, chunk=16)) as handle, watching() as seen:
+        got = announced(model, handle.cache(), ids, mask)
+    assert all(read["parts"][0].frame.keys is not None for read in seen)
+    assert_close(got[:1, -1:], want, TOLERANCE)
+
+
+def test_no_distance_exceeds_what_is_read() -> None:
+    with watching() as seen:
+        applied(llama(), TokenSelect(k=7, init=3, local=5, chunk=16), prompt(1, 121), prompt(1, 3, seed=1))
+    for read in seen[-9:]:
+        far = read["parts"][0]
+        assert far.frame.query.tolist() == [[3 + 7 + 5 - 1]]
+        assert far.frame.keys[0, 0, 0].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(("theta", "votes"), [(-1.0, 1), (1.5, 6)])
+def test_a_vote_stands_while_the_query_does(theta: float, votes: int, monkeypatch) -> None:
+    made: list[int] = []
+    original = TokenSelect._votes
+
+    def counted(self: TokenSelect, voter: torch.Tensor, *args: Any) -> torch.Tensor:
+        made.append(len(voter))
+        return original(self, voter, *args)
+
+    model = llama(layers=1)
+    with foveate.apply(model, TokenSelect(k=7, init=3, local=5, theta=theta)) as handle, torch.no_grad():
+        cache = handle.cache()
+        model(prompt(1, 61), past_key_values=cache)
+        monkeypatch.setattr(TokenSelect, "_votes", counted)
+        with watching() as seen:
+            for i in range(6):
+                model(prompt(1, 1, seed=i), past_key_values=cache)
+        assert len(made) == votes
+        if votes == 1:
+            assert len({tuple(chosen_of(read, 3)) for read in seen}) == 1
+        made.clear()
+        cache.expect(5)  # another turn is another request
+        model(prompt(1, 5), past_key_values=cache)
+        made.clear()
+        model(prompt(1, 1), past_key_values=cache)
+        assert len(made) == 1
+
+
+def test_the_vote_that_stands_is_the_last_one_made() -> None:
+    """Rows decide for themselves, and similarity is measured to the query that voted, not to the one before."""
+    model, method = llama(layers=1), TokenSelect(k=7, init=3, local=5, theta=0.05)
+    with watching() as seen:
+        applied(model, method, *distinct(3, 73).split([61, 12], dim=1))
+    stood = 0
+    for row in range(3):
+        last, tokens = None, []
+        for step, read in enumerate(seen[1:]):
+            truth = Truth(model, read, method, 7, 62 + step, row)
+            query = turn(model, truth.q, torch.tensor([5])).flatten()
+            if last is None or torch.cosine_similarity(query, last, dim=0) < 0.05:
+                last = query
+                tokens = truth.block(61 + step, 62 + step)[0]
+            else:
+                stood += 1
+            assert chosen_of(read, 3, row=row) == tokens
+    assert 0 < stood < 33
+
+
+def test_below_the_floor_is_refused_with_it() -> None:
+    with foveate.apply(llama(), "dense") as handle, pytest.raises(foveate.Infeasible) as error:
+        handle.bind(TokenSelect(init=3, local=6), budget=0.04).check(200)
+    assert error.value.floor == pytest.approx(10 / 200)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"init": -1}, {"local": 0}, {"k": 0}, {"chunk": 0}, {"kernel": 2}, {"budget": 0.0}], ids=str
+)
+def test_bad_parameters(bad: dict) -> None:
+    with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
+        TokenSelect(**bad)
+
+
+def test_defaults_are_the_released_ones() -> None:
+    method = TokenSelect()
+    assert (method.init, method.local, method.k, method.chunk, method.theta) == (128, 512, 2048, 512, 0.9)
