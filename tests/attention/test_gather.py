@@ -40,6 +40,19 @@ def test_slots_that_nobody_reads_may_hold_nan(seed: int, number: int) -> None:
     assert torch.equal(got.lse, clean.lse)
 
 
+@pytest.mark.parametrize("turned", ["k", "v", "kv"])
+@pytest.mark.parametrize("queries", [1, 70])
+def test_keys_and_values_may_lie_in_any_order(seed: int, queries: int, turned: str) -> None:
+    """As projections leave them, heads inside tokens: no table of rows that heads could be found in."""
+    torch.manual_seed(seed)
+    q, k, v = tensors(2, 6, 2, queries, 100, 16)
+    lists = torch.tensor([0, 3, 4, 9, -1], dtype=torch.int32).expand(2, 2, 1, 5)
+    want = attend(q, k, v, Selection(lists, None, 10), backend="gather")
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) if n in turned else x for n, x in (("k", k), ("v", v)))
+    got = attend(q, k, v, Selection(lists, None, 10), backend="gather")
+    assert_close(got.out, want.out, 1e-6)
+
+
 @pytest.mark.parametrize("queries", [1, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_that_was_never_written_may_be_listed(seed: int, queries: int, dtype: torch.dtype) -> None:

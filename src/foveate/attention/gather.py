@@ -147,7 +147,7 @@ def _fetch(k: Tensor, v: Tensor, slots: Tensor, held: int, blocks: int) -> tuple
     fetched = table.index_select(0, index.flatten()).view(*index.shape, k.shape[3])
     if shares(k, v):
         return fetched, fetched[..., : v.shape[3]]
-    if v.stride() != k.stride() or v.shape != k.shape or v.stride(3) != 1:
+    if v.stride() != k.stride() or v.shape != k.shape or _scattered(k):
         table, index = _table(v, slots, held, blocks)
     else:
         table = v.as_strided(table.shape, table.stride())
@@ -160,7 +160,7 @@ def _table(x: Tensor, slots: Tensor, held: int, blocks: int) -> tuple[Tensor, Te
     Without a copy unless rows are not contiguous, since index_select moves whole rows and indexing single numbers.
     """
     batch, heads, keys, dim = x.shape
-    if x.stride(3) != 1 or x.stride(2) < dim or x.stride(0) % x.stride(2) or x.stride(1) % x.stride(2):
+    if _scattered(x):
         x = x.contiguous()
     row, by_head, by_batch = x.stride(2), x.stride(1) // x.stride(2), x.stride(0) // x.stride(2)
     table = x.as_strided(((batch - 1) * by_batch + (heads - 1) * by_head + keys, dim), (row, 1))
@@ -173,6 +173,12 @@ def _table(x: Tensor, slots: Tensor, held: int, blocks: int) -> tuple[Tensor, Te
         base = base if blocks == 1 else base.repeat_interleave(blocks)
         index = index + (base * by_batch).view(-1, 1, 1)
     return table, index
+
+
+def _scattered(x: Tensor) -> bool:
+    """Whether x [B, Hk, M, D] is no table of rows where it lies."""
+    row = x.stride(2)
+    return x.stride(3) != 1 or row < x.shape[3] or x.stride(0) % row != 0 or x.stride(1) % row != 0
 
 
 def _bias(bias: Tensor, piece: Piece, slots: Tensor, heads: int, batch: int, blocks: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,8 @@ class LayerContext:
 
     def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result:
         """Attend now, over a part that `select` then returns as a Partial."""
-        return read(self.store, q, parts, self.how, lse=True, probs=probs)
+        # Learned sinks take their mass once, when all parts are merged.
+        return read(self.store, q, parts, replace(self.how, sinks=None), lse=True, probs=probs)
 
     def count(self, pairs: float) -> None:
         """Say how many query-key pairs a Partial read that the method attended by itself."""

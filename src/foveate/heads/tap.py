@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,10 +42,19 @@ class Tapped:
         visible = own if span is None else (*own, span)
         counted = self.sinks is not None
         part = attend(self.q, self.k, self.v, visible=visible, scale=self.scale, softcap=self.softcap, lse=counted)
+        return self.merged([part])
+
+    def merged(self, parts: Sequence[Partial], heads: Tensor | None = None) -> Tensor:
+        """Disjoint parts of the layer's attention as one, its learned sinks included: [B, H, N, Dv].
+
+        Args:
+            heads: the query heads that the parts are of, where they are not all.
+        """
         if self.sinks is None:
-            return part.out
-        mass = self.sinks.view(1, -1, 1).to(part.lse.dtype).expand_as(part.lse)
-        return merge([part, Partial(torch.zeros_like(part.out), mass)]).out
+            return parts[0].out if len(parts) == 1 else merge(parts).out
+        mass = self.sinks if heads is None else self.sinks[heads]
+        mass = mass.view(1, -1, 1).to(parts[0].lse.dtype).expand_as(parts[0].lse)
+        return merge([*parts, Partial(torch.zeros_like(parts[0].out), mass)]).out
 
 
 Serve = Callable[[Tapped], Tensor]
