@@ -97,8 +97,8 @@ class CourierLayer(CacheLayerBase):
         if n and self.columns:
             if self.columns - n < self.padded:
                 raise Refused(f"cannot crop {n} tokens: they include padding of a prompt")
-            if self.sealed and not self.owner.croppable:
-                raise Refused(f"{self.owner.id} cannot take back tokens it has scored; generate without an assistant")
+            if (self.sealed or self.mine) and not self.owner.croppable:
+                raise Refused(f"{self.owner.id} cannot take back tokens it has used; generate without an assistant")
             removed = np.full(self.store.rows, n)
             if not self.store.croppable(removed):
                 name = self.owner.id if self.owner is not None else "the method"

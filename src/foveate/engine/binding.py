@@ -76,7 +76,7 @@ class Binding:
     @property
     def croppable(self) -> bool:
         """Whether tokens can be taken back after the prompt."""
-        return not any(m.every_step for m in self.composition.methods)
+        return all(m.croppable and not m.every_step for m in self.composition.methods)
 
     def move(self, x: Tensor, delta: Tensor) -> Tensor:
         """Turn rotated queries by delta positions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
@@ -192,6 +193,11 @@ class Profile:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
+def tries(**values: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+    """A method's `search`: `tries(window=(8, 16, 32), kernel=(1, 5))`."""
+    return MappingProxyType(values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A published technique. The paper's parameters are its fields, with the paper's defaults; override only what the
@@ -204,9 +210,12 @@ class Method:
         chunked: "exact" | "approximate": what a prompt given in pieces changes.
         aligned: True if it needs all heads and layers to hold the same tokens in the same slots.
         every_step: True if `score` evicts at each decode step, not only when the prompt ends.
+        croppable: False if what it made of tokens (`mine`, `shared`) cannot be had again once the newest are taken back.
         hands_on: format: True if its packed tokens are still one vector each, which one more format can pack.
         calibrated: True if `plan` needs a profile.
         budgeted: False if nothing in it can be set by a budget (dense; methods whose reads follow from a threshold).
+        search: by field, the values that a search of settings tries, numbers in rising order. Fields that are a choice
+            (Literal, bool) and the budget need no entry; an entry of one value fixes them.
     """
 
     id: ClassVar[str]
@@ -217,9 +226,11 @@ class Method:
     chunked: ClassVar[str] = "exact"
     aligned: ClassVar[bool] = False
     every_step: ClassVar[bool] = False
+    croppable: ClassVar[bool] = True
     hands_on: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
+    search: ClassVar[Mapping[str, Sequence[Any]]] = tries()
 
     budget: Budget | float | int | None = None
 
@@ -273,6 +284,10 @@ class Method:
         """keep: tokens per head to hold, for a row whose prompt has `length` tokens. None: everything."""
         budget = Budget.of(self.budget)
         return None if budget is None or budget.whole else budget.held_tokens(shape, length, name=self.id)
+
+    def layer_total(self, role: Role, shape: ModelShape, layer: int, length: int) -> int | None:
+        """keep: `total` of one layer. Layers may differ, as long as all of them together hold what `total` gives each."""
+        return self.total(shape, length)
 
     def score(self, view: View, ctx: Context) -> Tensor:
         """keep: importance [B, Hs or 1, C]; higher stays. May use the view and what was asked for in `needs` only."""
@@ -384,5 +399,8 @@ def register(cls: type[Method]) -> type[Method]:
     unknown = cls.slots - set(SLOTS)
     if unknown:
         raise ValueError(f"{cls.__name__}: unknown slots {sorted(unknown)}")
+    strange = set(cls.search) - {f.name for f in fields(cls)}
+    if strange:
+        raise ValueError(f"{cls.__name__}: search names no fields of it: {sorted(strange)}")
     METHODS[cls.id] = cls
     return cls
