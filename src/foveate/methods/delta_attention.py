@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.attention import ALL, Parts, Selection
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
-from foveate.methods.base import Context, Method, Needs, Profile, Result, Role, register
+from foveate.methods.base import Context, Method, Needs, Profile, Result, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.methods.policies.lists import top_lists
 from foveate.models.shape import ModelShape
@@ -42,6 +42,7 @@ class DeltaAttention(Method):
     paper = "2510.09883"
     slots = frozenset({"decode"})
     aligned = True
+    search = tries(page=(8, 16, 32), recent=(2, 4, 8))
 
     page: int = 16
     pages: int = 64

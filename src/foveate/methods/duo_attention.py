@@ -15,7 +15,7 @@ from foveate.errors import BadArgument, Infeasible
 from foveate.heads.gates import GateRecipe, gated_layers, learn_gates, made_with
 from foveate.heads.passkeys import Example, evenly, passkey_examples, shortest
 from foveate.heads.tap import Tapped
-from foveate.methods.base import Method, Probe, Profile, Role, register
+from foveate.methods.base import Method, Probe, Profile, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.methods.profile import fingerprint
 from foveate.models.shape import ModelShape
@@ -44,6 +44,7 @@ class DuoAttention(Method):
     paper = "2410.10819"
     slots = frozenset({"keep"})
     calibrated = True
+    search = tries(sink=(4, 16, 64), recent=(64, 128, 256))
 
     sink: int = 64
     recent: int = 256

@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.attention import ALL, Parts, Selection
 from foveate.cache import View
 from foveate.errors import BadArgument
-from foveate.methods.base import Context, Method, register
+from foveate.methods.base import Context, Method, register, tries
 from foveate.methods.policies.lists import coverage_count, coverage_mask, mask_lists
 from foveate.methods.policies.probes import block_mean, block_sum, last_rows, probe_lines
 
@@ -39,6 +39,12 @@ class FlexPrefill(Method):
     causality = "prompt"
     chunked = "approximate"
     budgeted = False
+    search = tries(
+        block=(32, 64, 128),
+        gamma=(0.7, 0.8, 0.9, 0.95, 0.99),
+        tau=(0.0, 0.1, 0.2),
+        min_budget=(128, 256, 512, 1024),
+    )
 
     block: int = 128
     gamma: float = 0.9

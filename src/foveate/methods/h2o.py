@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foveate.cache import View
 from foveate.errors import BadArgument
-from foveate.methods.base import Context, Method, Needs, Protect, Result, Role, register
+from foveate.methods.base import Context, Method, Needs, Protect, Result, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.models.shape import ModelShape
 
@@ -33,6 +33,7 @@ class H2O(Method):
     paper = "2306.14048"
     slots = frozenset({"keep"})
     every_step = True
+    search = tries(heavy=(0.25, 0.5, 0.75))
 
     heavy: float = 0.5
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.errors import BadArgument, Infeasible, Refused
-from foveate.methods.base import Codec, Method, Profile, Role, register
+from foveate.methods.base import Codec, Method, Profile, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.models.shape import LayerShape, ModelShape
 
@@ -40,6 +40,7 @@ class KIVI(Method):
     name = "KIVI"
     paper = "2402.02750"
     slots = frozenset({"format"})
+    search = tries(bits=(2, 4, 8), group=(16, 32, 64), residual=(32, 64, 128), budget=(None,))
 
     bits: int = 4
     group: int = 32

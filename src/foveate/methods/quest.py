@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.attention import ALL, Parts, Selection
 from foveate.cache import UNBOUNDED, Blocks, View
 from foveate.errors import BadArgument
-from foveate.methods.base import Context, Method, Needs, Profile, Role, register
+from foveate.methods.base import Context, Method, Needs, Profile, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.summaries import bound_scores, minmax
@@ -41,6 +41,7 @@ class Quest(Method):
     name = "Quest"
     paper = "2406.10774"
     slots = frozenset({"decode"})
+    search = tries(page=(8, 16, 32), dense_layers=(0, 1, 2))
 
     page: int = 16
     dense_layers: int = 2

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.cache import View
 from foveate.errors import BadArgument
-from foveate.methods.base import Context, Method, Needs, Role, register
+from foveate.methods.base import Context, Method, Needs, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.methods.policies.window import window_scores
 from foveate.models.shape import ModelShape
@@ -36,6 +36,7 @@ class SnapKV(Method):
     name = "SnapKV"
     paper = "2404.14469"
     slots = frozenset({"keep"})
+    search = tries(window=(8, 16, 32, 64), kernel=(1, 3, 5, 7, 13))
 
     window: int = 32
     kernel: int = 5

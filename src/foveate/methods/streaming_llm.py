@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.attention import ALL, Frame, Parts, Selection, Span
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument, Refused
-from foveate.methods.base import Context, Method, Profile, Role, register
+from foveate.methods.base import Context, Method, Profile, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.models.shape import ModelShape
 
@@ -38,6 +38,7 @@ class StreamingLLM(Method):
     name = "StreamingLLM"
     paper = "2309.17453"
     slots = frozenset({"keep"})
+    search = tries(sink=(1, 4, 16))
 
     sink: int = 4
     recent: int = 512
