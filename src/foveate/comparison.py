@@ -122,14 +122,14 @@ def compare(
         raise BadArgument("samples", samples, "give at least 1")
     if repeats < 0:
         raise BadArgument("repeats", repeats, "give 0 (no timing) or more")
-    sizes = _lengths(lengths)
+    sizes = lengths_of(lengths)
     text = open_corpus(None if corpus is None else Path(corpus))
     folder = Path(out) if out is not None else Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     if not resume and (folder / "records.jsonl").exists():
         raise BadArgument("out", str(folder), "holds a run already; give another folder, or let it resume")
-    _check_room(folder)
+    check_room(folder)
     given = [profiles] if isinstance(profiles, str | Path | Profile) else list(profiles)
-    name, opened = _open(model, tokenizer, dtype, device)
+    name, opened = open_model(model, tokenizer, dtype, device)
     request = Request(
         model=name,
         lengths=sizes,
@@ -139,19 +139,20 @@ def compare(
         question_seen=question_seen,
         repeats=repeats,
         corpus=text,
-        command=_command(
+        command=command_line(
+            "compare",
             name,
             folder,
             {
                 "--methods": (text_of(entries), ALL),
-                "--budgets": (_listed(granted), _listed(parse_budgets(BUDGETS))),
-                "--lengths": (_listed(sizes), _listed(LENGTHS)),
-                "--tasks": (_listed(task.name for task in chosen), _listed(TASKS)),
+                "--budgets": (listed(granted), listed(parse_budgets(BUDGETS))),
+                "--lengths": (listed(sizes), listed(LENGTHS)),
+                "--tasks": (listed(task.name for task in chosen), listed(TASKS)),
                 "--samples": (str(samples), str(SAMPLES)),
                 "--seed": (str(seed), "0"),
                 "--corpus": (str(corpus), "None"),
                 "--repeats": (str(repeats), str(REPEATS)),
-                "--profile": (_listed(p.method if isinstance(p, Profile) else p for p in given), ""),
+                "--profile": (listed(p.method if isinstance(p, Profile) else p for p in given), ""),
                 "--dtype": (str(dtype).removeprefix("torch."), "auto"),
                 "--device": (str(device), "auto"),
             },
@@ -179,7 +180,8 @@ def card(method: Method) -> MethodCard:
     )
 
 
-def _lengths(lengths: int | Iterable[int]) -> tuple[int, ...]:
+def lengths_of(lengths: int | Iterable[int]) -> tuple[int, ...]:
+    """Context lengths, each once, the shortest first."""
     sizes = (lengths,) if isinstance(lengths, int) else tuple(dict.fromkeys(lengths))
     if not sizes:
         raise BadArgument("lengths", list(sizes), "give at least one length in tokens")
@@ -189,7 +191,7 @@ def _lengths(lengths: int | Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-def _check_room(folder: Path) -> None:
+def check_room(folder: Path) -> None:
     """Say now, rather than after the model was loaded and half a folder made, that nothing can be written there."""
     place = folder.absolute()
     while not place.exists():
@@ -200,7 +202,8 @@ def _check_room(folder: Path) -> None:
         raise FoveateError(f"{place}: no space left to write; free some and run the same command again")
 
 
-def _open(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[str, Loaded]:
+def open_model(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[str, Loaded]:
+    """The model's name in records, and the model with its tokenizer."""
     if isinstance(model, str | os.PathLike):
         return str(model), load(os.fspath(model), dtype=dtype, device=device)
     if isinstance(model, Loaded):
@@ -212,13 +215,15 @@ def _open(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[str, Loa
     return ModelShape.of(model).name, Loaded(model.eval(), tokenizer)
 
 
-def _command(model: str, out: Path, options: Mapping[str, tuple[str, str]], flags: Mapping[str, bool]) -> str:
+def command_line(
+    command: str, model: str, out: Path, options: Mapping[str, tuple[str, str]], flags: Mapping[str, bool]
+) -> str:
     """The command line that repeats the run; options that have their default are left out.
 
     Args:
         options: value and default by option.
     """
-    words = ["foveate", "compare", model]
+    words = ["foveate", command, model]
     for option, (value, default) in options.items():
         if value != default:
             words += [option, value]
@@ -226,5 +231,6 @@ def _command(model: str, out: Path, options: Mapping[str, tuple[str, str]], flag
     return shlex.join([*words, "--out", str(out)])
 
 
-def _listed(values: Iterable[object]) -> str:
+def listed(values: Iterable[object]) -> str:
+    """Values as an option takes them."""
     return ",".join(map(str, values))
