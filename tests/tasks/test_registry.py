@@ -18,13 +18,15 @@ NEEDLES = [
     "niah_multiquery",
 ]
 
+RULER = [*NEEDLES, "vt", "cwe", "fwe", "qa_1", "qa_2"]
+
 
 def names(tasks) -> list[str]:
     return [each.name for each in tasks]
 
 
 def test_every_task_is_there_by_its_name_and_says_what_it_is():
-    assert list(TASKS) == [*NEEDLES, "vt", "perplexity"]
+    assert list(TASKS) == [*RULER, "perplexity"]
     for name, each in TASKS.items():
         assert task(name) is each
         assert each.name == name
@@ -40,6 +42,8 @@ def test_every_task_is_there_by_its_name_and_says_what_it_is():
 
 def test_groups_and_names_mix_and_repeat_nothing():
     assert names(expand_tasks("needles")) == NEEDLES
+    assert names(expand_tasks("ruler")) == RULER
+    assert len(RULER) == 13
     assert names(expand_tasks("all")) == list(TASKS)
     assert names(expand_tasks(" vt, needles ,niah_single_2,vt")) == ["vt", *NEEDLES]
     assert names(expand_tasks(["perplexity", "niah_single_1,vt"])) == ["perplexity", "niah_single_1", "vt"]
@@ -48,12 +52,14 @@ def test_groups_and_names_mix_and_repeat_nothing():
 
 @pytest.mark.parametrize("wanted", ["", " , ", []])
 def test_no_task_at_all_is_refused(wanted):
-    with pytest.raises(BadArgument, match=r"tasks=.*give at least one of needles, all, niah_single_1"):
+    with pytest.raises(BadArgument, match=r"tasks=.*give at least one of needles, ruler, all, niah_single_1"):
         expand_tasks(wanted)
 
 
 def test_unknown_names_are_refused_with_those_there_are():
-    with pytest.raises(BadArgument, match="tasks='nials': no such task or group; there are needles, all, niah"):
+    with pytest.raises(BadArgument, match="tasks='nials': no such task or group; there are needles, ruler, all, niah"):
         expand_tasks("vt,nials")
-    with pytest.raises(BadArgument, match=r"task='needles': no such task; there are niah_single_1, .*, perplexity"):
+    with pytest.raises(
+        BadArgument, match=r"task='needles': no such task; there are niah_single_1, .*, perplexity, qa_1:FILE"
+    ):
         task("needles")

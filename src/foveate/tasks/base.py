@@ -36,8 +36,8 @@ class Sample:
         context_ids: everything up to the question, head of the chat template included.
         question_ids: the question, the end of the chat turn and the first words of the answer; may be empty.
         references: the answers; in the needle family in the order of `depths` and `evidence`.
-        depths: where each piece of evidence stands, 0 = first in the haystack, 1 = last, measured in tokens; empty where
-            the evidence is all over the prompt.
+        depths: where each piece of evidence stands, 0 = first in the haystack, 1 = last, measured in tokens; empty
+            where the evidence is all over the prompt.
         evidence: token spans [start, stop) in `context_ids`, and so in the whole prompt, of everything that must be
             read to answer: needles, links of a chain, each occurrence of a counted word, facts. Empty where nobody
             knows it, as in documents of the user's.

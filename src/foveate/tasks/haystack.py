@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,16 +39,37 @@ def noise() -> Haystack:
     return Haystack(itertools.repeat(NOISE), "\n")
 
 
-def running_text(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, rng: random.Random) -> Haystack:
-    """The sentences of the corpus from a random one on, again from the first after the last.
+def clean_sentences(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, without: re.Pattern[str] | None = None
+) -> list[str]:
+    """The sentences of the corpus that spell no special token of the tokenizer and hold nothing of `without`.
 
     Raises:
-        BadArgument: every sentence spells out a special token of the tokenizer.
+        BadArgument: there are none.
     """
     special = tuple(tokenizer.all_special_tokens)
     sentences = [text for text in corpus.sentences if not any(token in text for token in special)]
     if not sentences:
         raise BadArgument("corpus", corpus.name, "every sentence spells a special token of the tokenizer; give another")
+    if without is not None:
+        sentences = [text for text in sentences if not without.search(text)]
+        if not sentences:
+            raise BadArgument("corpus", corpus.name, "every sentence holds words that the task asks for; give another")
+    return sentences
+
+
+def running_text(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, rng: random.Random, without: re.Pattern[str] | None = None
+) -> Haystack:
+    """The sentences of the corpus from a random one on, again from the first after the last.
+
+    Args:
+        without: sentences in which this is found are left out.
+
+    Raises:
+        BadArgument: no sentence is left.
+    """
+    sentences = clean_sentences(tokenizer, corpus, without)
     start = rng.randrange(len(sentences))
     return Haystack(itertools.islice(itertools.cycle(sentences), start, None), " ")
 

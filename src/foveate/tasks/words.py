@@ -1,4 +1,4 @@
-"""Adjectives and nouns for the keys of needles, taken from Python's documentation by their endings and neighbours."""
+"""Words for lists, and adjectives and nouns for keys of needles, taken from Python's documentation by their forms."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _CLOSES_PHRASE = re.compile(
     r"(?=[.,;:)]| (?:of|is|are|was|has|have|to|in|for|from|with|that|which|will|must|can|and|or)\b)"
 )
 _NO_NOUN = re.compile(r"(?:able|ible|ive|ous|al|ic|ful|less|ing|ed|ly|[^s]s)$")
+_PLAIN = re.compile(r"(?<![\w.'-])[a-z]{4,11}(?![\w'-])")
 # Words of the needle sentence itself, and words that are no nouns although they stand where nouns do.
 _LEFT_OUT = """
 special magic number word string from that which they instead itself left mean other http above below there otherwise
@@ -53,6 +54,20 @@ def nouns() -> tuple[str, ...]:
         if not any(word.startswith(other) or other.startswith(word) for other in kept):
             kept.append(word)
     return tuple(kept)
+
+
+@functools.cache
+def plain_words() -> tuple[str, ...]:
+    """Words of four to eleven small letters that the documentation has at least twice, in alphabetical order."""
+    seen = Counter(_PLAIN.findall(corpus().text))
+    return tuple(sorted(word for word, count in seen.items() if count >= 2))
+
+
+def draw_words(rng: random.Random, count: int) -> list[str]:
+    """`count` different plain words in random order; keys of two words follow where there are too few."""
+    known = plain_words()
+    few = rng.sample(known, min(count, len(known)))
+    return few + (draw_keys(rng, count - len(few)) if count > len(few) else [])
 
 
 def draw_keys(rng: random.Random, count: int, among: int = 0) -> list[str]:
