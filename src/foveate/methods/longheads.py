@@ -1,0 +1,150 @@
+"""LongHeads: every head reads the chunks it wants, as many as the model was trained to read, numbered without gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.attention import ALL, Frame, Parts, Selection
+from foveate.cache import UNBOUNDED, View
+from foveate.errors import BadArgument, Refused
+from foveate.methods.base import Context, Method, Profile, Result, Role, register
+from foveate.methods.budget import Budget
+from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.positions import refuse_fixed_positions
+from foveate.models.shape import ModelShape
+
+SCORES = 1 << 24
+"""Scores of chunks that are alive at once."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LongHeads(Method):
+    """From token number `tokens` on, each query of each head reads tokens / chunk chunks of the text: the first one,
+    its own, the one before it, and those between whose features score highest. They are attended as if they were all
+    there is, at positions 0 to tokens - 1, so the model never sees a distance that it was not trained on. The query's
+    own key is read in prompt and decode alike (the released prompt loop cuts it off).
+
+    The feature of a chunk, per query head: let the chunk attend to itself in both directions; let the mean of the
+    outputs attend to the chunk's keys, turned to positions 0 .. chunk - 1; the mean of those keys under that attention
+    is the feature. A query scores it unrotated. Features do not depend on where a chunk stands.
+
+    Args:
+        chunk: tokens per chunk w.
+        tokens: tokens that a query reads at most, several chunks; a budget replaces it.
+
+    Needs the queries of past tokens, so tokens cannot be taken back (assisted decoding).
+    Source: 2402.10685, section 3; defaults for a model trained on 4096 tokens.
+    """
+
+    id = "longheads"
+    name = "LongHeads"
+    paper = "2402.10685"
+    slots = frozenset({"prefill", "decode"})
+    aligned = True
+    croppable = False
+
+    chunk: int = 256
+    tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk < 1:
+            raise BadArgument("chunk", self.chunk, "give at least 1 token")
+        if self.tokens < 3 * self.chunk:
+            raise BadArgument("tokens", self.tokens, "give at least 3 chunks: the first, the previous and the current")
+
+    def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
+        refuse_fixed_positions(shape, self.id)
+        if any(layer.kind == "full" and (layer.latent or layer.head_dim != layer.v_head_dim) for layer in shape.layers):
+            raise Refused(f"{self.id} lets values meet keys, which in {shape.name} have other dimensions")
+        budget, tokens = Budget.of(self.budget), self.tokens
+        if budget is not None:
+            tokens = budget.read_tokens(shape, length, 0, name=self.id, floor=3 * self.chunk)
+        chunks = UNBOUNDED if budget is not None and budget.whole else max(3, tokens // self.chunk)
+        return [Role("select", extra={"chunks": chunks})] * len(shape.layers)
+
+    def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
+        size, most = self.chunk, ctx.role.extra["chunks"]
+        if most == UNBOUNDED:
+            return ALL
+        features = self._features(q, view, ctx)
+        ctx.forward[f"features {ctx.layer}"] = features
+        if view.longest <= most * size:
+            return ALL
+        own = (view.lengths[:, 0].long() - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device)
+        chunks = -(-view.capacity // size)
+        features = F.pad(features, (0, 0, 0, chunks - features.shape[2])).transpose(-1, -2)
+        number = torch.arange(chunks, device=q.device)
+        lists = []
+        step = max(1, SCORES // (q.shape[0] * q.shape[1] * chunks))
+        for first in range(0, q.shape[2], step):
+            place = own[:, first : first + step]
+            scores = ctx.rope.move(q[:, :, first : first + step], -place).float() @ features
+            current = (place // size)[:, None, :, None]
+            forced = (number == 0) | (number >= current - 1)
+            scores = scores.masked_fill(forced, torch.inf).masked_fill(number > current, -torch.inf)
+            lists.append(top_lists(scores, most))
+        listed = torch.cat(lists, dim=2)
+        ranks = torch.arange(listed.shape[-1], device=q.device).mul(size).expand_as(listed)
+        place = torch.where(own < most * size, own, (most - 1) * size + own % size)
+        return Selection(lists=listed, q_block=1, k_block=size, frame=Frame(place, ranks))
+
+    def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
+        """Keep the features, and the queries of incomplete chunks: the query of position p in place p mod chunk."""
+        features = ctx.forward.pop(f"features {ctx.layer}", None)
+        if features is None:
+            return
+        ctx.mine["features"] = features
+        held = ctx.mine.setdefault("queries", q.new_zeros(*q.shape[:2], self.chunk, q.shape[3]))
+        count = min(q.shape[2], self.chunk)
+        column = view.fresh[:, None].long() - count + torch.arange(count, device=q.device)
+        place = ((view.lengths[:, :1].long() - view.fresh[:, None] + column) % self.chunk)[:, None, :, None]
+        index = place.expand(-1, q.shape[1], -1, q.shape[3])
+        new = q.gather(2, column.clamp_min(0)[:, None, :, None].expand_as(index))
+        held.scatter_(2, index, torch.where((column >= 0)[:, None, :, None], new, held.gather(2, index)))
+
+    def _features(self, q: Tensor, view: View, ctx: Context) -> Tensor:
+        """Features of all complete chunks, float32 [B, H, chunks, D]; zeros where a row has fewer."""
+        size, (batch, heads, _, dim) = self.chunk, q.shape
+        known = ctx.mine.get("features", q.new_zeros(batch, heads, 0, dim, dtype=torch.float32))
+        first = view.host_lengths[:, 0] - view.host_fresh
+        total = int((view.host_lengths[:, 0] // size).max())
+        begun = int((first // size).min())
+        if (view.host_lengths[:, 0] // size <= first // size).all():
+            return known
+        features = torch.cat([known, known.new_zeros(batch, heads, max(0, total - known.shape[2]), dim)], dim=2)
+        keys, values = view.k(), view.v()
+        start = torch.from_numpy(first).to(q.device)
+        end = torch.from_numpy(view.host_lengths[:, 0]).to(q.device)
+        inside = torch.arange(size, device=q.device)
+        old = ctx.mine.get("queries", q.new_zeros(batch, heads, size, dim))
+        for number in range(begun, total):
+            new = (number * size + inside) - start[:, None]
+            index = new.clamp(0, q.shape[2] - 1)[:, None, :, None].expand(-1, heads, -1, dim)
+            rows = torch.where((new >= 0)[:, None, :, None], q.gather(2, index), old)
+            slots = slice(number * size, (number + 1) * size)
+            made = self._feature(rows, keys[:, :, slots], values[:, :, slots], number * size, ctx)
+            now = (start < (number + 1) * size) & ((number + 1) * size <= end)
+            features[:, :, number] = torch.where(now[:, None, None], made, features[:, :, number])
+        return features
+
+    def _feature(self, q: Tensor, k: Tensor, v: Tensor, start: int, ctx: Context) -> Tensor:
+        """Feature [B, H, D] of the chunk q [B, H, w, D], k and v [B, Hs, w, D] that begins at position `start`."""
+        group = q.shape[1] // k.shape[1]
+        near = ctx.rope.move(k, torch.full(k.shape[:1] + k.shape[2:3], -start, device=k.device))
+        k, v, near = (x.float().repeat_interleave(group, dim=1) for x in (k, v, near))
+        mean = (_weights(q.float() @ k.transpose(-1, -2), ctx) @ v).mean(2, keepdim=True)
+        return (_weights(mean @ near.transpose(-1, -2), ctx) @ near).squeeze(2)
+
+
+def _weights(scores: Tensor, ctx: Context) -> Tensor:
+    scores = scores * ctx.scale
+    if ctx.softcap is not None:
+        scores = torch.tanh(scores / ctx.softcap) * ctx.softcap
+    return scores.softmax(-1)
