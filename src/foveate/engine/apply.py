@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from foveate import compat
 from foveate.cache import FoveateCache
 from foveate.engine.binding import Binding
 from foveate.engine.forward import Call, attention
+from foveate.engine.tuned import is_file, read_tuned
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import METHODS, Composition, Method, Profile
 from foveate.methods.budget import Budget
@@ -22,14 +24,14 @@ from foveate.models.shape import ModelShape
 CONFIG_KEY = "foveate"
 PROFILE_FILE = "foveate_profiles.json"
 
-MethodLike = str | Method | Composition
+MethodLike = str | os.PathLike[str] | Method | Composition
 ProfileLike = Profile | str | Path | Sequence["Profile | str | Path"] | Mapping[str, "Profile | str | Path"]
 
 compat.register(attention)
 
 
 def compose(method: MethodLike, budget: Budget | float | int | str | None = None, **settings: Any) -> Composition:
-    """A composition from a name ("snapkv", "snapkv|kivi"), a method or a composition.
+    """A composition from a name ("snapkv", "snapkv|kivi"), a tuned file, a method or a composition.
 
     Args:
         budget: given to the one method that has none.
@@ -38,6 +40,11 @@ def compose(method: MethodLike, budget: Budget | float | int | str | None = None
     Raises:
         BadArgument: unknown name or parameter, clash of slots, budget without a taker.
     """
+    if is_file(method):
+        if settings or budget is not None:
+            given = ("budget", budget) if budget is not None else ("settings", settings)
+            raise BadArgument(*given, f"{method} holds them already; change the file, or tune again")
+        return read_tuned(method).composition  # type: ignore[arg-type]
     if isinstance(method, str):
         names = [name.strip() for name in method.split("|")]
         if settings and len(names) > 1:
@@ -50,7 +57,7 @@ def compose(method: MethodLike, budget: Budget | float | int | str | None = None
     elif isinstance(method, Composition):
         made = method
     else:
-        raise BadArgument("method", method, "give a name, a method or a composition (A | B)")
+        raise BadArgument("method", method, "give a name, a tuned file, a method or a composition (A | B)")
     return made.with_budget(Budget.of(budget))
 
 
@@ -97,8 +104,8 @@ class Handle:
 
         Several methods can so work side by side on one model; each cache knows its own.
         """
-        composition = compose(method, budget)
-        return Binding(self.model, composition, find_profiles(composition, self.binding.shape, profile), self)
+        composition, profiles = resolve(method, self.binding.shape, budget, profile)
+        return Binding(self.model, composition, profiles, self)
 
     def install(self) -> None:
         stack = self.model.__dict__.setdefault("_foveate_stack", [])
@@ -287,6 +294,22 @@ def find_profiles(composition: Composition, shape: ModelShape, given: ProfileLik
     return found
 
 
+def resolve(
+    method: MethodLike, shape: ModelShape, budget: Any = None, profile: ProfileLike | None = None, **settings: Any
+) -> tuple[Composition, dict[str, Profile]]:
+    """What is asked for on a model of this shape: the methods, and the profiles that they need.
+
+    Raises:
+        BadArgument: as `compose` and `find_profiles`; or a tuned file that is for another model.
+    """
+    composition = compose(method, budget, **settings)
+    if is_file(method):
+        tuned = read_tuned(method)  # type: ignore[arg-type]
+        tuned.check(shape, method)  # type: ignore[arg-type]
+        profile = list(tuned.profiles) if profile is None else profile
+    return composition, find_profiles(composition, shape, profile)
+
+
 def apply(
     model: nn.Module,
     method: MethodLike,
@@ -303,7 +326,8 @@ def apply(
 
     Args:
         model: a transformers decoder-only model (a PEFT wrapper is unwrapped).
-        method: a name ("snapkv", "snapkv|kivi"), a method (`SnapKV(window=16)`) or a composition (`A | B`).
+        method: a name ("snapkv", "snapkv|kivi"), a method (`SnapKV(window=16)`), a composition (`A | B`), or the path
+            of a tuned file (`foveate tune`), which holds settings, budget and profiles.
         budget: 0.25 is a ratio of the dense cache or pairs, 1024 tokens per head, `Budget` the rest.
         profile: calibration of the methods that need one; default: what ships for this model.
         settings: parameters of a method given by name.
@@ -319,7 +343,7 @@ def apply(
     """
     inner = compat.unwrap(model)
     compat.check_model(inner)
-    composition = compose(method, budget, **settings)
-    handle = Handle(inner, composition, find_profiles(composition, ModelShape.of(inner), profile))
+    composition, profiles = resolve(method, ModelShape.of(inner), budget, profile, **settings)
+    handle = Handle(inner, composition, profiles)
     handle.install()
     return handle
