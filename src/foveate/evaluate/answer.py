@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.evaluate.batch import Batch
+from foveate.evaluate.recall import Evidence
 from foveate.tasks import Sample, Task
 
 
@@ -23,6 +24,8 @@ class Answer:
         tokens: tokens decoded.
         kv_bytes: held per row once the prompt is over and the first decode step has settled.
         kv_bytes_prompt, kv_bytes_end: held per row right after the prompt, and when the row ended.
+        evidence_held: share of the tokens with the evidence that layers and heads still hold when the answer begins.
+        evidence_read: share of them that the query heads read in the first decode step; None where nobody can say.
     """
 
     prediction: str | list[float] = ""
@@ -31,6 +34,8 @@ class Answer:
     kv_bytes: int = 0
     kv_bytes_prompt: int = 0
     kv_bytes_end: int = 0
+    evidence_held: float | None = None
+    evidence_read: float | None = None
 
 
 def read_prompts(batch: Batch, samples: Sequence[Sample], question_seen: bool, *, part: str = "all") -> Tensor | None:
@@ -67,6 +72,10 @@ def answer(batch: Batch, logits: Tensor, samples: Sequence[Sample], task: Task, 
     held = batch.cache.nbytes // len(rows)
     for one in answers:
         one.kv_bytes = one.kv_bytes_prompt = held
+    evidence = Evidence(samples)
+    full = [layer.index for layer in batch.shape.layers if layer.kind == "full"]
+    for one, share in zip(answers, evidence.held(batch.cache, full), strict=True):
+        one.evidence_held = share
     writer = _Writer(samples, task, tokenizer, stop_tokens(batch.model, tokenizer))
     while True:
         tokens = writer.next(logits, rows)
@@ -79,7 +88,13 @@ def answer(batch: Batch, logits: Tensor, samples: Sequence[Sample], task: Task, 
         if len(going) < len(rows):
             batch.keep(going)
             rows, tokens = [rows[i] for i in going], [tokens[i] for i in going]
+        reads = evidence.watch(full) if evidence.known and not settled and len(rows) == len(samples) else None
+        batch.cache.trace = reads
         logits = batch.step(tokens)
+        batch.cache.trace = None
+        if reads is not None:
+            for one, share in zip(answers, reads.shares(), strict=True):
+                one.evidence_read = share
         held = batch.cache.nbytes // len(rows)
         for row in rows:
             answers[row].tokens += 1
