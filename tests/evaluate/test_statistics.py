@@ -9,16 +9,21 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from foveate.errors import BadArgument
 from foveate.evaluate.statistics import (
     Paired,
     bootstrap,
     describe,
+    detectable_loss,
+    holm,
     mcnemar_exact,
     mean_interval,
     paired,
     pareto_front,
+    samples_needed,
     sign_flip,
     wilson,
 )
@@ -226,3 +231,48 @@ def test_bad_arguments_are_named(call, argument: str):
     with pytest.raises(BadArgument) as caught:
         call()
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(("loss", "discordant"), [(0.1, None), (0.2, 0.3), (0.05, 0.1), (0.5, 0.6)])
+def test_samples_needed_give_the_power_they_promise(loss: float, discordant: float | None) -> None:
+    n = samples_needed(loss, discordant)
+    differ = loss if discordant is None else discordant
+    rng = np.random.default_rng(7)
+    worse_of = (differ + loss) / 2
+    found = []
+    for _ in range(1500):
+        worse, better, _ = rng.multinomial(n, [worse_of, differ - worse_of, 1 - differ])
+        found.append(worse > better and mcnemar_exact(int(better), int(worse)) < 0.05)
+    # The formula is the normal one, the test the exact one, which is more careful with few pairs.
+    assert 0.64 <= np.mean(found) <= 0.97
+
+
+def test_the_detectable_loss_is_the_inverse_of_the_samples_needed() -> None:
+    for n in (8, 20, 100, 1000):
+        loss = detectable_loss(n)
+        assert loss is not None
+        assert samples_needed(loss) <= n < samples_needed(loss * 0.98) + 1
+    assert detectable_loss(5) is None  # 2^(1-5) is above 5 %
+    assert detectable_loss(6) == pytest.approx(1.0)
+
+
+def test_holm_against_the_definition() -> None:
+    assert holm([]) == []
+    assert holm([0.03]) == [0.03]
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_never_lowers_a_p_and_keeps_their_order(ps: list[float]) -> None:
+    corrected = holm(ps)
+    assert all(a >= b for a, b in zip(corrected, ps, strict=True))
+    order = sorted(range(len(ps)), key=lambda i: (ps[i], i))
+    assert [corrected[i] for i in order] == sorted(corrected)
+    assert max(corrected) <= 1
+
+
+@pytest.mark.parametrize("bad", [0.0, 1.5, -0.1])
+def test_a_loss_that_is_none_is_refused(bad: float) -> None:
+    with pytest.raises(BadArgument, match="loss"):
+        samples_needed(bad)

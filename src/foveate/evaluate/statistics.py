@@ -220,6 +220,58 @@ def paired(
     return Paired(mean, low, high, p, n, better, worse, level)
 
 
+def samples_needed(loss: float, discordant: float | None = None, level: float = LEVEL, power: float = 0.8) -> int:
+    """How many paired 0/1 samples show a loss of this size with probability `power`.
+
+    Args:
+        loss: the drop of the mean score, 0..1.
+        discordant: share of the samples on which the two differ; None: only those that are lost, the best case.
+
+    Source: Connor, "Sample size for testing differences in proportions for the paired-sample design", Biometrics 43
+    (1987); never fewer than the pairs without which no exact test can be significant.
+    """
+    _check_level(level)
+    _check_level(power)
+    if not 0 < loss <= 1:
+        raise BadArgument("loss", loss, "give a share above 0, at most 1")
+    differ = loss if discordant is None else discordant
+    if not loss <= differ <= 1:
+        raise BadArgument("discordant", discordant, f"give a share of at least the loss ({loss:g}), at most 1")
+    z_level, z_power = NormalDist().inv_cdf((1 + level) / 2), NormalDist().inv_cdf(power)
+    n = (z_level * math.sqrt(differ) + z_power * math.sqrt(max(0.0, differ - loss**2))) ** 2 / loss**2
+    fewest = math.floor(1 - math.log2(1 - level)) + 1  # differing pairs whose all-or-nothing split is significant
+    return max(math.ceil(n), math.ceil(fewest / differ))
+
+
+def detectable_loss(n: int, level: float = LEVEL, power: float = 0.8) -> float | None:
+    """The smallest loss that n paired 0/1 samples show with probability `power` in the best case; None if none."""
+    if n < 1:
+        raise BadArgument("n", n, "give at least one sample")
+    if samples_needed(1.0, level=level, power=power) > n:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if samples_needed(middle, level=level, power=power) <= n else (middle, high)
+    return high
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p values corrected for there being several: the chance of any false alarm among all of them stays at the
+    level that each is compared with.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian J. of Statistics 6 (1979).
+    """
+    array = _values("ps", ps) if len(ps) else np.zeros(0)
+    if ((array < 0) | (array > 1)).any():
+        raise BadArgument("ps", list(ps), "give probabilities")
+    corrected, highest = np.empty_like(array), 0.0
+    for rank, i in enumerate(np.argsort(array, kind="stable")):
+        highest = max(highest, min(1.0, float(array[i]) * (array.size - rank)))
+        corrected[i] = highest
+    return corrected.tolist()
+
+
 def describe(result: Paired, digits: int = 2) -> str:
     """The result in words that claim no more than the samples show."""
     if not result.can_detect:
