@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from itertools import islice
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -128,24 +128,83 @@ def gated(
         yield _hidden(model, ids)
 
 
+class Gates(Protocol):
+    """One number in [0, 1] per kv head, over all gated layers in order, however it is parametrised."""
+
+    def parameters(self) -> list[Tensor]:
+        """What the optimiser changes."""
+        ...
+
+    def draw(self) -> Tensor:
+        """The gates of one step [heads], with gradient."""
+        ...
+
+    def penalty(self) -> Tensor:
+        """What the loss adds for gates that are open."""
+        ...
+
+    def settle(self) -> None:
+        """Called after each step of the optimiser."""
+        ...
+
+    def final(self) -> Tensor:
+        """The gates as they are now [heads], without chance or gradient."""
+        ...
+
+
+class Clamped:
+    """Gates that are themselves optimised, from 1 on, and kept in [0, 1]."""
+
+    def __init__(self, heads: int, l1: float, device: torch.device) -> None:
+        self.values, self.l1 = torch.ones(heads, device=device, requires_grad=True), l1
+
+    def parameters(self) -> list[Tensor]:
+        return [self.values]
+
+    def draw(self) -> Tensor:
+        return self.values
+
+    def penalty(self) -> Tensor:
+        return self.l1 * self.values.clamp(0, 1).mean()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        self.values.clamp_(0, 1)
+
+    def final(self) -> Tensor:
+        return self.values.detach()
+
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""How far final hidden states [B, n, d] of the gated stream are from those of the unchanged one: a scalar."""
+
+
+def squared(hidden: Tensor, goal: Tensor) -> Tensor:
+    """Mean over channels and tokens of the squared difference."""
+    return (hidden.float() - goal.float()).square().mean()
+
+
 def learn_gates(
     model: nn.Module,
     examples: Iterable[Example],
     other: Other,
     recipe: GateRecipe,
     report: Callable[[int, str], None] | None = None,
+    gates: Gates | None = None,
+    distance: Distance = squared,
 ) -> Learned:
     """Optimise one gate per kv head so that the model stays close to itself while gates close where they can.
 
-    Loss: squared distance of the final hidden states of the gated and the unchanged stream, averaged over channels and
-    label tokens, plus l1 times the mean gate. The two streams run one after the other instead of as two rows of one
-    batch: the same numbers, without a backward pass through the unchanged one. Nothing but the gates gets a gradient.
+    Loss: distance of the final hidden states of the gated and the unchanged stream over the label tokens, plus what
+    open gates cost. The two streams run one after the other instead of as two rows of one batch: the same numbers,
+    without a backward pass through the unchanged one. Nothing but the gates gets a gradient.
 
     Args:
         model: a transformers decoder-only model, on any device and in any dtype; left as it was.
         examples: at least `recipe.steps` of them.
         other: what a closed gate leaves of a head.
         report: called after each step with 1 and the loss in words.
+        gates: None: `Clamped` ones under `recipe.l1`.
 
     Raises:
         Refused: latent attention.
@@ -156,8 +215,8 @@ def learn_gates(
     layers = gated_layers(shape)
     names, sizes = [layer.index for layer in layers], [layer.num_kv_heads for layer in layers]
     device = next(model.parameters()).device
-    values = torch.ones(sum(sizes), device=device, requires_grad=True)
-    optimiser = torch.optim.AdamW([values], lr=recipe.lr, weight_decay=0.0)
+    gates = Clamped(sum(sizes), recipe.l1, device) if gates is None else gates
+    optimiser = torch.optim.AdamW(gates.parameters(), lr=recipe.lr, weight_decay=0.0)
     losses: list[float] = []
     tokens = 0
     with frozen(model):
@@ -165,25 +224,24 @@ def learn_gates(
             ids = torch.tensor([example.ids], device=device)
             goal, outputs = unchanged(model, ids, frozenset(names))
             full = outputs if recipe.full_term == "teacher" else None
-            gates = dict(zip(names, values.split(sizes), strict=True))
+            drawn = dict(zip(names, gates.draw().split(sizes), strict=True))
             again = recomputed(model) if crowded(shape, ids.shape[1], device) else nullcontext()
-            with again, gated(model, ids, gates, other, full) as hidden:
-                distance = (hidden[:, example.labels :].float() - goal[:, example.labels :].float()).square().mean()
+            with again, gated(model, ids, drawn, other, full) as hidden:
+                apart = distance(hidden[:, example.labels :], goal[:, example.labels :])
                 optimiser.zero_grad(set_to_none=True)
-                (distance + recipe.l1 * values.clamp(0, 1).mean()).backward()
+                (apart + gates.penalty()).backward()
             optimiser.param_groups[0]["lr"] = recipe.lr * trapezoid(step, recipe.steps)
             optimiser.step()
-            with torch.no_grad():
-                values.clamp_(0, 1)
-            losses.append(float(distance.detach()))
+            gates.settle()
+            losses.append(float(apart.detach()))
             tokens += ids.shape[1]
             if not math.isfinite(losses[-1]):
                 raise Refused(f"the distance is {losses[-1]} at step {step}; load the model in bfloat16 or float32")
             if report is not None:
-                report(1, f"distance {losses[-1]:.4g}, mean gate {float(values.detach().mean()):.2f}")
+                report(1, f"distance {losses[-1]:.4g}, mean gate {float(gates.final().mean()):.2f}")
     if len(losses) < recipe.steps:
         raise BadArgument("data", f"{len(losses)} examples", f"{recipe.steps} steps need one each; give more")
-    learned = dict(zip(names, values.detach().cpu().split(sizes), strict=True))
+    learned = dict(zip(names, gates.final().cpu().split(sizes), strict=True))
     table = [[round(float(g), 6) for g in learned[i]] if i in learned else None for i in range(len(shape.layers))]
     return Learned(table, losses, tokens)
 

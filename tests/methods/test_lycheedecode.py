@@ -1,0 +1,207 @@
+"""LycheeDecode: must-hold tests of its card (those of its gates stand with the gates)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.closeness import assert_close
+from tests.heads.words import WordTokenizer
+from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
+from tests.methods.test_duo_attention import Probe
+
+import foveate
+from foveate.heads.hardkuma import KumaRecipe
+from foveate.methods import LycheeDecode, Profile, SnapKV
+from foveate.methods.profile import fingerprint, load_profile, save_profile
+from foveate.models import ModelShape, tiny
+
+SMALL = {"budget": 12, "recent": 2}
+
+
+def profile_for(shape: ModelShape) -> Profile:
+    """Every third head open, by no reason."""
+    table = [[0.9 if (x.index + h) % 3 == 0 else 0.1 for h in range(x.num_kv_heads)] for x in shape.layers]
+    return Profile("lycheedecode", fingerprint(shape), {"open": table})
+
+
+def profile(model: Any, table: list[Any]) -> Profile:
+    return Profile("lycheedecode", fingerprint(ModelShape.of(model)), {"open": table})
+
+
+OPEN = [[0.0, 0.0], [0.1, 0.7], [0.6, 0.2], [0.3, 0.4]]
+LOOKING = [(0, 1), (1,), (0,), ()]
+
+
+def best(read: dict[str, Any], head: int, now: int, keep: int, recent: int, reduce: str, kv_heads: int) -> set[int]:
+    """What one kv head's query at position `now` looks at most, by the plain formula."""
+    k = read["store"].bands[0].keys()[head, : now + 1].double()
+    q = read["q"][0, :, 0].unflatten(0, (kv_heads, -1))[head].double()
+    mass = (q @ k.T * read["how"].scale).softmax(-1)
+    mass = mass.amax(0) if reduce == "max" else mass.mean(0)
+    mass[now + 1 - recent :] = torch.inf
+    return set(mass.topk(min(keep, now + 1)).indices.tolist())
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (16, 2)])
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+def test_reads_the_list_that_came_down(heads: int, kv_heads: int, reduce: str) -> None:
+    model, ids, steps = llama(heads=heads, kv_heads=kv_heads, layers=4), prompt(1, 41), prompt(1, 3, seed=1)
+    with watching() as seen:
+        applied(model, LycheeDecode(tokens=9, recent=2, reduce=reduce), ids, steps, profile=profile(model, OPEN))
+    reads = [read for read in seen if read["q"].shape[2] == 1]
+    assert len(reads) == 12
+    for step in range(3):
+        lists: dict[int, set[int]] = {}
+        for layer in range(4):
+            read, now = reads[4 * step + layer], 41 + step
+            for head in range(2):
+                if read["parts"].lists is None:
+                    got = set(range(now + 1))
+                else:
+                    row = read["parts"].lists[0, head, 0]
+                    got = set(row[row >= 0].tolist())
+                if head in LOOKING[layer]:
+                    assert got == set(range(now + 1))
+                    lists[head] = best(read, head, now, 9, 2, reduce, kv_heads)
+                else:
+                    assert got == lists[head]
+                    assert {now - 1, now} <= got
+
+
+def test_sparse_heads_are_dense_attention_under_their_list() -> None:
+    model, ids, steps = llama(heads=4, kv_heads=2, layers=4), prompt(1, 41), prompt(1, 2, seed=1)
+    with watching() as seen:
+        applied(model, LycheeDecode(tokens=9, recent=2), ids, steps, profile=profile(model, OPEN))
+    for read in seen[-4:]:
+        k, v = (x.repeat_interleave(2, 0) for x in (read["store"].bands[0].keys(), read["store"].bands[0].values()))
+        scores = (read["q"][0] @ k.transpose(-1, -2) * read["how"].scale)[:, 0]
+        if read["parts"].lists is not None:
+            rows = read["parts"].lists[0, :, 0].repeat_interleave(2, 0)
+            mask = torch.zeros_like(scores, dtype=torch.bool)
+            for head, row in enumerate(rows):
+                mask[head, row[row >= 0].long()] = True
+            scores = scores.masked_fill(~mask, -torch.inf)
+        want = (scores.softmax(-1).unsqueeze(1) @ v)[:, 0]
+        assert_close(read["result"].out[0, :, 0], want, TOLERANCE)
+
+
+def test_all_heads_retrieving_is_dense() -> None:
+    model, ids, steps = llama(), prompt(2, 41), prompt(2, 7, seed=1)
+    want, _ = logits(model, ids, steps)
+    got, _ = applied(model, LycheeDecode(tokens=16), ids, steps, profile=profile(model, [[1.0, 1.0]] * 3))
+    assert_close(got, want, TOLERANCE)
+    got, _ = applied(model, LycheeDecode(tokens=16, retrieval=6), ids, steps, profile=profile(model, [[0.0] * 2] * 3))
+    assert_close(got, want, TOLERANCE)
+
+
+@pytest.mark.parametrize("kwargs", [{"tokens": 48}, {"budget": 1.0}, {}])
+def test_room_for_all_is_dense(kwargs: dict) -> None:
+    model, ids, steps = llama(), prompt(2, 41), prompt(2, 7, seed=1)
+    want, _ = logits(model, ids, steps)
+    got, _ = applied(model, LycheeDecode(**kwargs), ids, steps, profile=profile(model, [[0.0, 0.0]] * 3))
+    assert_close(got, want, TOLERANCE)
+
+
+def test_reads_per_step() -> None:
+    """Retrieval heads t, sparse heads k; the budget spends what retrieval leaves."""
+    model, ids = llama(layers=4), prompt(1, 200)
+    given = profile(model, OPEN)
+    with foveate.apply(model, LycheeDecode(tokens=20), profile=given) as handle, torch.no_grad():
+        cache = handle.cache()
+        model(ids, past_key_values=cache)
+        cache.meter = {}
+        model(prompt(1, 1, seed=1), past_key_values=cache)
+    assert cache.meter["decode_read"] == 3 * (4 * 201 + 4 * 20)
+    roles = LycheeDecode(budget=0.6).plan(ModelShape.of(model), given, 200)
+    assert {role.extra["keep"] for role in roles} == {40}  # 0.6 * 8 heads = 4 dense ones and 4 of 0.2
+
+
+def test_below_the_floor_is_refused_with_it() -> None:
+    shape = ModelShape.of(llama(layers=4))
+    with pytest.raises(foveate.Infeasible) as error:
+        LycheeDecode(budget=0.5).plan(shape, profile(llama(layers=4), OPEN), 200)
+    assert error.value.floor == pytest.approx((4 * 200 + 4 * 16) / 1600)
+
+
+def test_who_retrieves() -> None:
+    """Gates above one half, or the widest; the first layer in any case. Lists nobody reads are not made."""
+    model = llama(layers=4)
+    shape = ModelShape.of(model)
+    roles = LycheeDecode().plan(shape, profile(model, OPEN), 200)
+    assert [role.extra["looking"] for role in roles] == LOOKING
+    assert [role.name for role in roles] == ["retrieve", "mixed", "mixed", "reuse"]
+    assert [role.extra["publish"] for role in roles] == [(0,), (1,), (0,), ()]
+    for count, want in ((2, [(0, 1), (), (), ()]), (3, [(0, 1), (1,), (), ()]), (5, [(0, 1), (1,), (0,), (1,)])):
+        roles = LycheeDecode(retrieval=count).plan(shape, profile(model, OPEN), 200)
+        assert [role.extra["looking"] for role in roles] == want
+    with pytest.raises(foveate.BadArgument, match="retrieval"):
+        LycheeDecode(retrieval=1).plan(shape, profile(model, OPEN), 200)
+
+
+def test_sliding_layers_hand_nothing_down() -> None:
+    model = tiny("gemma3", layers=5, heads=6, kv_heads=2)
+    kinds = [layer.kind for layer in ModelShape.of(model).layers]
+    full = [i for i, kind in enumerate(kinds) if kind == "full"]
+    table = [[0.1, 0.2] if kind == "full" else None for kind in kinds]
+    roles = LycheeDecode(tokens=16).plan(ModelShape.of(model), profile(model, table), 200)
+    assert [roles[i].name for i in full] == ["retrieve"] + ["reuse"] * (len(full) - 1)
+    assert roles[full[0]].extra["publish"] == (0, 1)
+    got, _ = applied(model, LycheeDecode(tokens=16), prompt(1, 61), prompt(1, 3, seed=1), profile=profile(model, table))
+    assert got.isfinite().all()
+
+
+def test_lists_mean_tokens_where_layers_hold_different_ones() -> None:
+    """Under eviction a slot is another token in the next layer; what is read is what was listed and is held there."""
+    model, ids, steps = llama(layers=3), prompt(1, 61), prompt(1, 2, seed=1)
+    both = LycheeDecode(tokens=9, recent=2) | SnapKV(budget=24, window=5)
+    with watching() as seen:
+        applied(model, both, ids, steps, profile=profile(model, [[0.0, 0.0]] * 3))
+    first, *others = seen[-3:]
+    at = [read["store"].bands[0].slot_positions() for read in seen[-3:]]
+    for head in range(2):
+        k = first["store"].bands[0].keys()[head]
+        mass = (first["q"][0, 3 * head : 3 * head + 3, 0] @ k.T * first["how"].scale).softmax(-1).amax(0)
+        mass[at[0][head] >= 61] = torch.inf
+        listed = set(at[0][head][mass.topk(9).indices].tolist())
+        for read, positions in zip(others, at[1:], strict=True):
+            row = read["parts"].lists[0, head, 0].long()
+            held = set(positions[head].tolist())
+            assert set(positions[head][row[row >= 0]].tolist()) == listed & held
+            assert held != set(at[0][head].tolist())
+
+
+def test_latent_attention_is_refused() -> None:
+    model = tiny("deepseek-v3")
+    with pytest.raises(foveate.Refused, match="one latent vector for all heads"):
+        foveate.apply(model, LycheeDecode(), profile=profile(model, OPEN))
+
+
+@pytest.mark.parametrize("table", [None, 3, [[1.0, 1.0]], [[1.0]] * 3, [["a", "b"]] * 3, {"0": [1.0, 1.0]}])
+def test_damaged_profiles_are_refused(table: Any) -> None:
+    with pytest.raises(foveate.BadArgument, match="one gate per kv head"):
+        foveate.apply(llama(), LycheeDecode(), profile=profile(llama(), table))
+
+
+@pytest.mark.parametrize("bad", [{"recent": 0}, {"tokens": 8}, {"retrieval": -1}, {"reduce": "sum"}])
+def test_bad_parameters(bad: dict) -> None:
+    with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
+        LycheeDecode(**bad)
+
+
+def test_calibration_gives_a_profile_that_plan_takes(tmp_path: Any) -> None:
+    model = llama(layers=2, max_positions=256)
+    probe = Probe(model, WordTokenizer())
+    recipe = KumaRecipe(steps=2, lr=0.3)
+    made = LycheeDecode(recent=4).calibrate(probe, recipe=recipe)
+    assert (made.provenance["steps"], made.provenance["lengths"][1], probe.total) == (2, 256, 2)
+    assert made.data["open"][0] == [1.0, 1.0]
+    assert all(0 < gate < 1 for gate in made.data["open"][1])
+    again = load_profile(save_profile(made, tmp_path / "lychee.json"))
+    assert again == made
+    got, _ = applied(model, LycheeDecode(**SMALL), prompt(1, 61), prompt(1, 2, seed=1), profile=again)
+    assert got.isfinite().all()
+    assert LycheeDecode(recent=4).calibrate(Probe(model, WordTokenizer()), recipe=recipe).data == made.data
+    with pytest.raises(foveate.BadArgument, match="longest=257"):
+        LycheeDecode().calibrate(probe, longest=257)
