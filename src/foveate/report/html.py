@@ -18,6 +18,7 @@ from foveate.report import quantities
 from foveate.report.answers import Losses, lost_answers
 from foveate.report.cards import FilledCard, MethodCard, fill
 from foveate.report.heatmap import Grid, draw, grids, heading, scale
+from foveate.report.matrix import Matrix, matrix
 from foveate.report.recommend import RULE, Recommendation, recommend_view
 from foveate.report.scatter import Cost, scatters
 from foveate.report.series import Mark, marks
@@ -60,6 +61,7 @@ class Use:
     maps: tuple[tuple[Markup, Markup], ...]
     cards: tuple[FilledCard, ...]
     losses: tuple[Losses, ...]
+    matrix: Matrix | None
     refused: tuple[tuple[str, str], ...]
 
 
@@ -132,6 +134,7 @@ def _uses(records: Sequence[Record], views: Sequence[View], cards: Sequence[Meth
                 maps=_maps(grids(records, view), found),
                 cards=tuple(fill(cards, view)),
                 losses=tuple(lost_answers(records, view)),
+                matrix=matrix(records, view),
                 refused=tuple(refused_lines(view)),
             )
         )

@@ -47,8 +47,10 @@ class Refusal:
 class Row:
     """One method with one setting and one budget, over the cells of a view.
 
-    Shares and ratios are relative to dense; None where nothing was measured. `front_bytes` and `front_decode` say
-    whether the row is on the Pareto front of quality against KV bytes and against decode time.
+    `evidence_held` and `evidence_read` are the shares of the tokens with the evidence that were still held when the
+    answer began and that its first step read. Shares and ratios are relative to dense; None where nothing was measured.
+    `front_bytes` and `front_decode` say whether the row is on the Pareto front of quality against KV bytes and against
+    decode time.
     """
 
     model: str
@@ -72,6 +74,8 @@ class Row:
     peak_bytes: float | None
     pairs_read: float | None
     pairs_prefill: float | None
+    evidence_held: float | None
+    evidence_read: float | None
     prefill_ratio: float | None
     prefill_s: float | None
     decode_ratio: float | None
@@ -115,6 +119,11 @@ class View:
     """What the quality axis is: `"score"` where any task has one, else `"loss"`."""
 
     @property
+    def has_evidence(self) -> bool:
+        """Whether any row knows how much of the evidence it held."""
+        return any(row.evidence_held is not None for row in self.rows)
+
+    @property
     def dense(self) -> Row | None:
         return next((row for row in self.rows if row.dense and row.cells), None)
 
@@ -138,6 +147,19 @@ def read_sample_pairs(record: Record) -> dict[int, float]:
         int(outcome.get("index", position)): score
         for position, (outcome, score) in enumerate(zip(record.outcomes, record.scores, strict=True))
     }
+
+
+def row_scores(records: Sequence[Record], view: View, row: Row) -> dict[tuple[int, str, int, int], float]:
+    """(length, task, seed, index) -> score of a row's samples on the axis of its view."""
+    mine = (row.method, _canonical(row.settings), row.budget)
+    found = {}
+    for record in _with_shared_dense(records, view.model, view.question_seen):
+        cell = record.cell
+        same = (cell.method, _canonical(cell.settings), cell.budget) == mine and view.length in (None, cell.length)
+        if same and record.status == "done" and record.higher_is_better == (view.quality == "score"):
+            for index, score in read_sample_pairs(record).items():
+                found[(*_sample_key(record), index)] = score
+    return found
 
 
 def _setting_text(settings: dict[str, Any]) -> str:
@@ -274,6 +296,8 @@ def _row(records: Sequence[Record], label: str, every_length: Sequence[Record], 
         peak_bytes=absolute(peak_share, scene.dense_bytes),
         pairs_read=_mean(r.pairs_read for r in done),
         pairs_prefill=_mean(r.pairs_prefill for r in done),
+        evidence_held=_mean(outcome.get("evidence_held") for r in done for outcome in r.outcomes),
+        evidence_read=_mean(outcome.get("evidence_read") for r in done for outcome in r.outcomes),
         prefill_ratio=prefill,
         prefill_s=absolute(prefill, scene.dense_prefill_s),
         decode_ratio=decode,
