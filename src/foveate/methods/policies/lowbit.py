@@ -1,0 +1,72 @@
+"""Logits from 4-bit queries and keys."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AT_ONCE = 1 << 24
+"""Estimated logits that are in memory at a time, at least one block of queries."""
+
+
+def low_bit(x: Tensor, tile: int, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """Symmetric codes of x [H, n, D]: whole numbers in float32, and a scale per token [H, n] that `tile` neighbouring
+    tokens share. codes * scale is off by at most half a scale.
+
+    Source: absolute-maximum quantisation, 2^(bits - 1) - 1 levels to each side, as in SALE (2505.24179).
+    """
+    top = 2 ** (bits - 1) - 1
+    n = x.shape[1]
+    peak = F.pad(x.abs().amax(-1), (0, -n % tile)).unflatten(-1, (-1, tile)).amax(-1)
+    scale = (peak / top).repeat_interleave(tile, dim=-1)[:, :n]
+    safe = torch.where(scale > 0, scale, 1.0)
+    return (x / safe.unsqueeze(-1)).round().clamp(-top, top), scale
+
+
+@torch.no_grad()
+def block_peaks(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    q_block: int,
+    k_block: int,
+    tile: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """The largest of (estimated logit - lse of its query) in each pair of blocks, float32 [H, query, key blocks].
+
+    Queries and keys are centred before they are coded; what that takes away is put back exactly (a number per query and
+    one per key), so the estimates are of the logits themselves. Pairs in the future count in blocks on the diagonal;
+    blocks in the future alone are -inf or may hold anything.
+
+    Args:
+        q: [H, n, D]; k: [Hs, m, D], shared by the H / Hs query heads of a group; the n queries are the last of m keys.
+        lse: [H, n], what the logits of each query are compared with.
+    """
+    heads, n = lse.shape
+    stores, m = k.shape[:2]
+    q, k, group = q.float(), k.float(), heads // stores
+    mean_q, mean_k = q.mean(1, keepdim=True), k.mean(1, keepdim=True)
+    per_key = (mean_q.unflatten(0, (stores, group)).squeeze(2) @ (k - mean_k).mT).flatten(0, 1)
+    per_query = (q.unflatten(0, (stores, group)) @ mean_k.unsqueeze(1).mT).flatten(0, 1)
+    codes_q, scale_q = low_bit(q - mean_q, tile)
+    codes_k, scale_k = low_bit(k - mean_k, tile)
+    scale_k = scale_k.repeat_interleave(group, dim=0).unsqueeze(1)
+    peaks = q.new_full((heads, -(-n // q_block), -(-m // k_block)), -torch.inf)
+    step = max(1, AT_ONCE // (heads * m * q_block)) * q_block
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        end = min(m, -(-(m - n + stop) // k_block) * k_block)
+        part = codes_q[:, start:stop].unflatten(0, (stores, group)).flatten(1, 2) @ codes_k[:, :end].mT
+        part = part.view(heads, stop - start, end) * scale_q[:, start:stop, None] * scale_k[..., :end]
+        part = (part + per_query[:, start:stop] + per_key[:, None, :end]) * scale
+        if softcap is not None:
+            part = torch.tanh(part / softcap) * softcap
+        part = part - lse[:, start:stop, None].float()
+        part = F.pad(part, (0, -end % k_block, 0, (start - stop) % q_block), value=-torch.inf)
+        part = part.unflatten(2, (-1, k_block)).amax(-1).unflatten(1, (-1, q_block)).amax(2)
+        peaks[:, start // q_block : start // q_block + part.shape[1], : part.shape[2]] = part
+    return peaks
