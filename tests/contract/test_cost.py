@@ -287,7 +287,7 @@ def test_below_the_floor_is_infeasible(case: Case, family: str, seed: int) -> No
         assert again.value.floor <= floor * (1 + 1e-9)
 
 
-@each_method(budgeted=True)
+@each_method(budgeted=True, nested=True)
 def test_more_budget_never_means_less(case: Case, seed: int) -> None:
     """What is held, and what the first sparse layer of the first sparse step reads, grows with the budget."""
     if case.method().fills == {"format"}:

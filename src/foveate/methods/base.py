@@ -214,6 +214,7 @@ class Method:
         hands_on: format: True if its packed tokens are still one vector each, which one more format can pack.
         calibrated: True if `plan` needs a profile.
         budgeted: False if nothing in it can be set by a budget (dense; methods whose reads follow from a threshold).
+        nested: False if a larger budget may choose other tokens, not only more of them (approximate searches).
         search: by field, the values that a search of settings tries, numbers in rising order. Fields that are a choice
             (Literal, bool) and the budget need no entry; an entry of one value fixes them.
     """
@@ -230,6 +231,7 @@ class Method:
     hands_on: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
+    nested: ClassVar[bool] = True
     search: ClassVar[Mapping[str, Sequence[Any]]] = tries()
 
     budget: Budget | float | int | None = None
@@ -286,7 +288,7 @@ class Method:
         return None if budget is None or budget.whole else budget.held_tokens(shape, length, name=self.id)
 
     def layer_total(self, role: Role, shape: ModelShape, layer: int, length: int) -> int | None:
-        """keep: `total` of one layer. Layers may differ, as long as all of them together hold what `total` gives each."""
+        """keep: `total` of one layer. Layers may differ, if all together hold no more than they would at `total` each."""
         return self.total(shape, length)
 
     def score(self, view: View, ctx: Context) -> Tensor:
