@@ -1,6 +1,7 @@
 # Everything runs in .venv, which is made on the first call and again when pyproject.toml or constraints.txt change.
 #   make demo            compare nine methods on the built-in model; the report lands in runs/demo
-#   make test            all tests, then the contract tests once more on an older transformers
+#   make test            all tests, then a third of the contract once more on an older transformers
+#   make test-whole      the contract of every method on every model, not only those whose turn it is
 #   make lint            style, types, documentation
 #   make docs            the documentation, in site/
 # PYTHON names the interpreter (3.11 or newer), ARGS goes to pytest or foveate, WORKERS is the number of test processes.
@@ -20,7 +21,7 @@ READY := .venv/.ready
 READY_517 := .venv-5.17/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-latest test-5.17 lint format docs records constraints clean
+.PHONY: help demo test test-latest test-whole test-5.17 lint format docs records constraints clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -33,8 +34,11 @@ test: test-latest test-5.17
 test-latest: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
+test-whole: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --whole tests/contract tests/engine $(ARGS)
+
 test-5.17: $(READY_517)
-	OMP_NUM_THREADS=1 .venv-5.17/bin/python -m pytest -n $(WORKERS) tests/contract $(ARGS)
+	OMP_NUM_THREADS=1 .venv-5.17/bin/python -m pytest -n $(WORKERS) --third tests/contract $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
