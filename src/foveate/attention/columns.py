@@ -24,6 +24,7 @@ def columns(
     scale: float | None = None,
     softcap: float | None = None,
     valid: Tensor | None = None,
+    each: bool = False,
 ) -> Tensor:
     """Column sums of the attention map: for each key, the probabilities exp(score - lse) of all queries that read it.
 
@@ -36,9 +37,10 @@ def columns(
         selection: the pairs that were read; several must be disjoint.
         geometry, visible, scale, softcap: as given to `attend`.
         valid: int [B], how many of the N queries count in each row; None: all.
+        each: a sum for each query head, instead of one for its group.
 
     Returns:
-        [B, Hk, M] float32 (float64 for float64), summed over the queries and the query heads of each group. The sum
+        [B, Hk or H, M] float32 (float64 for float64), summed over the queries and the query heads of each group. The sum
         over M is the number of queries that count, times H / Hk.
 
     Raises:
@@ -57,7 +59,7 @@ def columns(
     selections = (selection,) if isinstance(selection, Selection) else tuple(selection)
     factor = k_dim**-0.5 if scale is None else scale
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.zeros(batch, k_heads, keys, dtype=wide, device=q.device)
+    out = torch.zeros(batch, heads if each else k_heads, keys, dtype=wide, device=q.device)
     if 0 in q.shape or keys == 0:
         return out
     turned = k.to(wide).transpose(-1, -2)
@@ -76,7 +78,7 @@ def columns(
             counts = counts & (torch.arange(start, stop, device=q.device) < valid.view(-1, 1, 1))
         scores = scores.sub_(torch.where(counts, mass, torch.inf).unsqueeze(-1))
         weights = scores.masked_fill_(~to_heads(mask, heads), -torch.inf).exp_()
-        out[..., :end] += weights.view(batch, k_heads, -1, end).sum(2)
+        out[..., :end] += weights.view(batch, out.shape[1], -1, end).sum(2)
     return out
 
 

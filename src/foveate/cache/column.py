@@ -118,6 +118,8 @@ class Column:
         if (counts == x.shape[1]).all() and (starts == first).all():
             self.write_level(x, first)
             return
+        # Slots that become readable through longer pairs hold nothing of old in shorter ones.
+        self.data[:, int(starts.max()) : int((starts + counts).max())] = self.fill
         pair, slot, token = (torch.from_numpy(i).to(self.data.device) for i in slot_index(starts, counts))
         self.data[pair, slot] = x[pair, token].to(self.data.dtype)
 
