@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.cache import View
 from foveate.cache.cache import CourierLayer
 from foveate.engine.plan import LayerPlan, feasible
-from foveate.methods.base import Method
+from foveate.methods.base import Method, uniform
 from foveate.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def seal(
         keeper: the method that evicts by score, or None.
     """
     if keeper is not None and plan.shape.kind == "full":
-        total = keeper.total
-        grants = [feasible(lambda n: total(shape, n), int(n), shape) for n in layer.store.seen]
+        grants = [_granted(keeper, plan, shape, int(n)) for n in layer.store.seen]
         if all(g is not None for g in grants):
             layer.limit = np.array(grants, dtype=np.int64)
             evict(layer, keeper, make(keeper))
@@ -45,6 +44,15 @@ def seal(
     layer.window = layer.window_seen = None
     layer.store.settle(layer.store.seen)
     layer.dirty = False
+
+
+def _granted(keeper: Method, plan: LayerPlan, shape: ModelShape, length: int) -> int | None:
+    """Tokens per head that a layer may hold of a row of this length; no layer evicts from one that fits on average."""
+    average = feasible(lambda n: keeper.total(shape, n), length, shape)
+    if average is None or average >= length:
+        return average
+    role, index = plan.roles[keeper.id], plan.shape.index
+    return feasible(lambda n: keeper.layer_total(role, shape, index, n), length, shape)
 
 
 def settle(layer: CourierLayer, keeper: Method | None, make: MakeContext) -> None:
@@ -65,7 +73,7 @@ def evict(layer: CourierLayer, keeper: Method, ctx: LayerContext) -> None:
         return
     scores = protected(keeper, keeper.score(view, ctx), view, layer.limit)
     excess = lengths - layer.limit[:, None]
-    if (excess == 1).all():
+    if (excess == 1).all() and keeper.rule is uniform:
         victims = scores.masked_fill(~view.valid(), torch.inf).argmin(-1).flatten()
         for band in store.bands:
             band.drop_one(victims[band.index], np.arange(len(band.pairs)))
