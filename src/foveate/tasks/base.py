@@ -45,6 +45,7 @@ class Sample:
         target_ids: perplexity: the continuation that is scored; empty for tasks that generate.
         choices: what a closed question can be answered with; empty for open ones.
         bucket: the part of the task that the sample belongs to, for reports that split scores; may be empty.
+        intro: tokens of `context_ids` before the haystack: head of the chat template and instruction.
     """
 
     task: str
@@ -60,6 +61,7 @@ class Sample:
     target_ids: tuple[int, ...] = ()
     choices: tuple[str, ...] = ()
     bucket: str = ""
+    intro: int = 0
 
 
 class Task(Protocol):

@@ -108,6 +108,7 @@ class GenerationTask:
                     max_new_tokens=prompt.max_new_tokens,
                     choices=draft.choices,
                     bucket=draft.bucket,
+                    intro=prompt.intro,
                 )
             )
         return made

@@ -79,6 +79,7 @@ class Perplexity:
                     evidence=(),
                     max_new_tokens=0,
                     target_ids=ids[-self.targets :],
+                    intro=len(head),
                 )
             )
         return made

@@ -69,13 +69,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a whole prompt, split at the question; `depths` and `evidence` as in `Sample`."""
+    """Token ids of a whole prompt, split at the question; the rest is as in `Sample`."""
 
     context_ids: tuple[int, ...]
     question_ids: tuple[int, ...]
     depths: tuple[float, ...]
     evidence: tuple[tuple[int, int], ...]
     max_new_tokens: int
+    intro: int
 
 
 def least_length(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -> int:
@@ -123,6 +124,7 @@ def fit(tokenizer: PreTrainedTokenizerBase, draft: Draft, haystack: Haystack, le
         ),
         evidence=tuple((start + shift, stop + shift) for start, stop in evidence),
         max_new_tokens=reserve,
+        intro=shift + first,
     )
 
 
