@@ -18,7 +18,7 @@ from foveate.errors import BadArgument, FoveateError
 from foveate.evaluate.record import Record
 from foveate.evaluate.request import Request, Watch
 from foveate.evaluate.runner import run
-from foveate.evaluate.setting import ALL, MethodLike, parse_budgets, parse_methods, settings_of, text_of
+from foveate.evaluate.setting import CORE, MethodLike, parse_budgets, parse_methods, settings_of, text_of
 from foveate.methods.base import Method, Profile
 from foveate.methods.budget import Budget
 from foveate.models import Loaded, load
@@ -27,7 +27,7 @@ from foveate.report import MethodCard, report, summary_json, write_report
 from foveate.tasks import corpus as open_corpus
 from foveate.tasks import expand_tasks
 
-METHODS_ASKED = (ALL,)
+METHODS_ASKED = (CORE,)
 BUDGETS = (0.5,)
 LENGTHS = (1024,)
 TASKS = ("niah_single_2", "niah_multikey_1")
@@ -96,7 +96,8 @@ def compare(
 
     Args:
         model: a name, folder or file as for `foveate.load`, or an opened model (then give its `tokenizer`).
-        methods: names, methods or compositions, "all" for every method; see `evaluate.setting.parse_methods`.
+        methods: names, methods or compositions, "all" for every method, "core" for the few that show every kind; see
+            `evaluate.setting.parse_methods`.
         budgets: 0.25 is a ratio, 1024 tokens per head, "64MB" bytes; None lets each method's own parameters decide.
         lengths: context lengths in tokens, the answer's reserve counted in.
         tasks: names of tasks or groups ("needles", "all").
@@ -144,7 +145,7 @@ def compare(
             name,
             folder,
             {
-                "--methods": (text_of(entries), ALL),
+                "--methods": (text_of(entries), CORE),
                 "--budgets": (listed(granted), listed(parse_budgets(BUDGETS))),
                 "--lengths": (listed(sizes), listed(LENGTHS)),
                 "--tasks": (listed(task.name for task in chosen), listed(TASKS)),
@@ -161,13 +162,13 @@ def compare(
     )
     records = run(opened.model, opened.tokenizer, request, settings, folder, profiles=given, watch=watch)
     shared = request.shared(opened.model)
-    cards = [card(method) for entry in entries for method in entry.composition.methods]
+    cards = [card(part) for entry in entries for part in entry.parts]
     page = write_report(records, cards, folder, shared)
     return Comparison(tuple(records), folder, page)
 
 
-def card(method: Method) -> MethodCard:
-    """A method in words, for the report."""
+def card(method: Part) -> MethodCard:
+    """A method, or a reader, in words, for the report."""
     summary = cleandoc(method.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
     settings = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "budget"}
     return MethodCard(

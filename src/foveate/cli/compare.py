@@ -15,7 +15,9 @@ def compare(
     model: ModelName = "smollm2",
     methods: Annotated[
         str,
-        typer.Option(help='Names separated by commas, "all", "A|B" to compose, "kivi(bits=2, budget=None)" to set.'),
+        typer.Option(
+            help='Names, "all" or "core" (a few of every kind), separated by commas; "A|B" composes, "kivi(bits=2)" sets.'
+        ),
     ] = "",
     budgets: Annotated[
         str, typer.Option(help="Shares of the dense cache or pairs (0.25), tokens per head (1024) or bytes (64MB).")

@@ -12,6 +12,7 @@ from typing import Any
 from foveate.engine.apply import Handle, find_profiles
 from foveate.engine.binding import Binding
 from foveate.errors import BadArgument, FoveateError, Infeasible
+from foveate.evaluate.reader import READERS, WHOLE, Read, Reader, same
 from foveate.evaluate.record import DENSE
 from foveate.methods import METHODS
 from foveate.methods.base import Composition, Method, Profile
@@ -20,9 +21,12 @@ from foveate.methods.profile import fingerprint, load_profile
 from foveate.models.shape import ModelShape
 
 ALL = "all"
+CORE = "core"
 """Stands for every registered method, in the list of methods."""
 
-MethodLike = str | Method | Composition
+MethodLike = str | Method | Composition | Reader
+Part = Method | Reader
+"""What stands between the bars of `retrieval|snapkv`."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,22 @@ class Entry:
 
     Args:
         composition: the methods, parameters set.
-        free: the method that takes the budgets of the comparison, if one does.
+        free: the method or reader that takes the budgets of the comparison, if one does.
         named: whether the user named it; what came in through "all" may be refused by a model without stopping the run.
+        reader: what the methods are given of a prompt.
     """
 
     composition: Composition
-    free: Method | None
+    free: Part | None
     named: bool
+    reader: Reader = WHOLE
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What was asked for: the reader, unless it reads everything, and the methods, unless dense stands behind it."""
+        if self.reader.whole:
+            return self.composition.methods
+        return (self.reader, *(method for method in self.composition.methods if method.id != DENSE))
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class Setting:
         settings: parameters that differ from the defaults, JSON values; of a composition as `"kivi.bits"`.
         budget: as printed; None where nothing takes one.
         composition: the methods, budget included.
-        named: as in `Entry`.
+        named, reader: as in `Entry`.
     """
 
     method: str
@@ -57,6 +70,7 @@ class Setting:
     budget: str | None
     composition: Composition
     named: bool = True
+    reader: Reader = WHOLE
 
     @property
     def key(self) -> tuple[str, str, str | None]:
@@ -73,8 +87,8 @@ def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entr
     """Entries from texts and objects; dense comes first and is always there.
 
     A text is a list such as `snapkv, kivi(bits=2, budget=None), snapkv(budget=0.25)|kivi(bits=4)`: parameters stand in
-    brackets, `|` composes, `all` is every method. A method that is given a budget of its own, also None (its own
-    parameters decide), is run once; the others once per budget of the comparison.
+    brackets, `|` composes, `all` is every method, `core` the few that show every kind. A method that is given a budget
+    of its own, also None (its own parameters decide), is run once; the others once per budget of the comparison.
 
     Raises:
         BadArgument: a name or parameter that is not known, or a text that cannot be read.
@@ -84,20 +98,21 @@ def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entr
     for item in listed:
         if isinstance(item, str):
             for text in _split(item, ","):
-                if text == ALL:
-                    entries += [_entry([(METHODS[name](), False)], named=False) for name in METHODS]
+                if text in (ALL, CORE):
+                    group = [cls for cls in METHODS.values() if text == ALL or cls.core]
+                    entries += [_entry([(cls(), False)], named=False) for cls in group]
                 else:
                     entries.append(_entry([_parse(part) for part in _split(text, "|")]))
-        elif isinstance(item, Method | Composition):
+        elif isinstance(item, (Method, Composition, *READERS.values())):
             parts = item.methods if isinstance(item, Composition) else (item,)
             entries.append(_entry([(part, False) for part in parts]))
         else:
             raise BadArgument("methods", item, "give names, methods or compositions (A | B)")
     if len(entries) == 1:
-        raise BadArgument("methods", str(methods), f"give at least one of {', '.join([ALL, *METHODS])}")
+        raise BadArgument("methods", str(methods), f"give at least one of {', '.join([ALL, CORE, *METHODS, *READERS])}")
     unique: dict[str, Entry] = {}
     for entry in entries:
-        unique.setdefault(repr(entry.composition) + repr(entry.free is None), entry)
+        unique.setdefault(repr(entry.parts) + repr(entry.free is None), entry)
     return list(unique.values())
 
 
@@ -107,26 +122,31 @@ def parse_one(text: str) -> Method:
     Raises:
         BadArgument: a name or parameter that is not known, or a composition.
     """
-    return _parse(text)[0]
+    part, _ = _parse(text)
+    if not isinstance(part, Method):
+        raise BadArgument("methods", text, "give one method")
+    return part
 
 
 def text_of(entries: Sequence[Entry]) -> str:
     """The text that `parse_methods` reads as these entries."""
     parts = []
+    unnamed = [method for entry in entries[1:] if not entry.named for method in entry.composition.methods]
+    group = CORE if all(method.core for method in unnamed) else ALL
     for entry in entries[1:]:  # dense is always there
         if entry.named:
-            parts.append("|".join(_method_text(method, entry.free) for method in entry.composition.methods))
-        elif ALL not in parts:
-            parts.append(ALL)
+            parts.append("|".join(_part_text(part, entry.free) for part in entry.parts))
+        elif group not in parts:
+            parts.append(group)
     return ",".join(parts) or DENSE
 
 
-def _method_text(method: Method, free: Method | None) -> str:
-    values = method.settings()
-    if method.budget is None and method.budgeted and method is not free:
+def _part_text(part: Part, free: Part | None) -> str:
+    values = part.settings()
+    if part.budget is None and part.budgeted and part is not free:
         values["budget"] = None
     inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
-    return f"{method.id}({inside})" if inside else method.id
+    return f"{part.id}({inside})" if inside else part.id
 
 
 def settings_of(entries: Sequence[Entry], budgets: Sequence[Budget]) -> list[Setting]:
@@ -139,11 +159,14 @@ def settings_of(entries: Sequence[Entry], budgets: Sequence[Budget]) -> list[Set
     for entry in entries:
         given: Sequence[Budget | None] = budgets if entry.free is not None and budgets else [None]
         for budget in given:
-            parts = tuple(
+            methods = tuple(
                 part.with_budget(budget) if part is entry.free and budget is not None else part
                 for part in entry.composition.methods
             )
-            setting = _setting(entry, Composition(parts), budget)
+            reader = entry.reader
+            if reader is entry.free and budget is not None:
+                reader = reader.with_budget(budget)
+            setting = _setting(entry, Composition(methods), reader, budget)
             found.setdefault(setting.key, setting)
     return list(found.values())
 
@@ -174,6 +197,7 @@ class Bound:
         binding: None where it is refused, with the reason in `refused`.
         floor: the smallest share that the method could meet, where its budget is why.
         profiles: calibration of its methods, by id.
+        read: what is read of a sample.
     """
 
     setting: Setting
@@ -181,6 +205,12 @@ class Bound:
     refused: str | None = None
     floor: float | None = None
     profiles: Mapping[str, Profile] = field(default_factory=dict)
+    read: Read = same
+
+    @property
+    def shares_prefill(self) -> bool:
+        """Whether one dense pass over the whole prompts serves this setting as well as others."""
+        return self.binding is not None and self.binding.shares_prefill and self.setting.reader.whole
 
     @property
     def calibration_s(self) -> float | None:
@@ -194,8 +224,8 @@ class Bound:
         return replace(self, binding=None, refused=str(error), floor=getattr(error, "floor", None))
 
 
-def bind(handle: Handle, setting: Setting, profiles: Mapping[str, Profile]) -> Bound:
-    """Bind a setting to the handle's model.
+def bind(handle: Handle, setting: Setting, profiles: Mapping[str, Profile], tokenizer: Any = None) -> Bound:
+    """Bind a setting to the handle's model; a reader other than the whole needs its tokenizer.
 
     What the method cannot do at any length is refused: as an error if the user named the method, else in the result,
     so that a comparison of all methods goes on without it. A budget below the floor is always in the result.
@@ -207,7 +237,8 @@ def bind(handle: Handle, setting: Setting, profiles: Mapping[str, Profile]) -> B
     try:
         given = [profiles[m.id] for m in setting.composition.methods if m.id in profiles]
         found = find_profiles(setting.composition, handle.binding.shape, given)
-        bound = replace(bound, profiles=found)
+        read = setting.reader.open(tokenizer, handle.binding.shape, handle.model.device)
+        bound = replace(bound, profiles=found, read=read)
         return replace(bound, binding=Binding(handle.model, setting.composition, found, handle))
     except Infeasible as error:
         return bound.refuse(error)
@@ -255,47 +286,55 @@ def open_profiles(
     return found
 
 
-def _entry(parts: Sequence[tuple[Method, bool]], named: bool = True) -> Entry:
-    """Methods with whether their budget was stated -> an entry."""
-    composition = Composition(tuple(method for method, _ in parts))
-    free = [method for method, stated in parts if method.budget is None and method.budgeted and not stated]
+def _entry(parts: Sequence[tuple[Part, bool]], named: bool = True) -> Entry:
+    """Methods, a reader before them perhaps, with whether their budget was stated -> an entry."""
+    (first, _), *rest = parts
+    reader = WHOLE if isinstance(first, Method) else first
+    methods = tuple(part for part, _ in (parts if reader is WHOLE else rest) if isinstance(part, Method))
+    text = "|".join(part.id for part, _ in parts)
+    if len(methods) < len(parts) - (reader is not WHOLE):
+        raise BadArgument("methods", text, f"one of {', '.join(READERS)} may stand before the methods, once")
+    free = [part for part, stated in parts if part.budget is None and part.budgeted and not stated]
     if len(free) > 1:
         raise BadArgument(
             "methods",
-            composition.id,
+            text,
             f"{' and '.join(m.id for m in free)} would both take the budget; give each its own: "
-            f"{'|'.join(f'{m.id}(budget=0.5)' if m in free else m.id for m in composition.methods)}",
+            f"{'|'.join(f'{part.id}(budget=0.5)' if part in free else part.id for part, _ in parts)}",
         )
-    return Entry(composition, free[0] if free else None, named)
+    composition = Composition(methods or (METHODS[DENSE](),))
+    return Entry(composition, free[0] if free else None, named, reader)
 
 
-def _setting(entry: Entry, granted: Composition, budget: Budget | None) -> Setting:
+def _setting(entry: Entry, granted: Composition, reader: Reader, budget: Budget | None) -> Setting:
     """One row: what the entry says of itself, and the budget it was granted besides."""
-    methods = entry.composition.methods
-    if len(methods) == 1:
-        settings = methods[0].settings()
+    name = "|".join(part.id for part in entry.parts)
+    asked = None if budget is None else str(budget)
+    if len(entry.parts) == 1:
+        settings = entry.parts[0].settings()
         own = settings.pop("budget", None)
-        return Setting(granted.id, settings, own if budget is None else str(budget), granted, entry.named)
-    settings = {f"{m.id}.{name}": value for m in methods for name, value in m.settings().items()}
-    return Setting(granted.id, settings, None if budget is None else str(budget), granted, entry.named)
+        return Setting(name, settings | reader.facts, asked or own, granted, entry.named, reader)
+    settings = {f"{part.id}.{key}": value for part in entry.parts for key, value in part.settings().items()}
+    return Setting(name, settings | reader.facts, asked, granted, entry.named, reader)
 
 
 _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
-def _parse(text: str) -> tuple[Method, bool]:
-    """`kivi(bits=2)` -> the method, and whether its budget was stated."""
+def _parse(text: str) -> tuple[Part, bool]:
+    """`kivi(bits=2)` -> the method (or the reader), and whether its budget was stated."""
     match = _NAMED.fullmatch(text)
     if match is None:
         raise BadArgument("methods", text, "write a method as name or name(parameter=value, ...)")
     name, inside = match[1], match[2] or ""
-    if name not in METHODS:
-        raise BadArgument("methods", name, f"no such method; there are {', '.join(METHODS)}")
+    known_parts: dict[str, type[Any]] = {**METHODS, **READERS}
+    if name not in known_parts:
+        raise BadArgument("methods", name, f"no such method; there are {', '.join(known_parts)}")
     parameters = dict(_parameters(text, inside))
     try:
-        return METHODS[name](**parameters), "budget" in parameters
+        return known_parts[name](**parameters), "budget" in parameters
     except TypeError:
-        known = ", ".join(METHODS[name].__dataclass_fields__)
+        known = ", ".join(known_parts[name].__dataclass_fields__)
         raise BadArgument("methods", text, f"{name} has the parameters {known}") from None
 
 

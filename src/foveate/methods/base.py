@@ -213,6 +213,7 @@ class Method:
         croppable: False if what it made of tokens (`mine`, `shared`) cannot be had again once the newest are taken back.
         hands_on: format: True if its packed tokens are still one vector each, which one more format can pack.
         calibrated: True if `plan` needs a profile.
+        core: True for the few that a comparison runs when nobody names methods: together they show every kind.
         budgeted: False if nothing in it can be set by a budget (dense; methods whose reads follow from a threshold).
         nested: False if a larger budget may choose other tokens, not only more of them (approximate searches).
         search: by field, the values that a search of settings tries, numbers in rising order. Fields that are a choice
@@ -230,6 +231,7 @@ class Method:
     croppable: ClassVar[bool] = True
     hands_on: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    core: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
     nested: ClassVar[bool] = True
     search: ClassVar[Mapping[str, Sequence[Any]]] = tries()

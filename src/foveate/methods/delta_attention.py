@@ -41,6 +41,7 @@ class DeltaAttention(Method):
     name = "DELTA"
     paper = "2510.09883"
     slots = frozenset({"decode"})
+    core = True
     aligned = True
     search = tries(page=(8, 16, 32), recent=(2, 4, 8))
 

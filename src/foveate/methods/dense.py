@@ -16,4 +16,5 @@ class Dense(Method):
     name = "Dense attention"
     paper = "1706.03762"
     slots = frozenset()
+    core = True
     budgeted = False

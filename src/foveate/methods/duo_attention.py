@@ -43,6 +43,7 @@ class DuoAttention(Method):
     name = "DuoAttention"
     paper = "2410.10819"
     slots = frozenset({"keep"})
+    core = True
     calibrated = True
     search = tries(sink=(4, 16, 64), recent=(64, 128, 256))
 

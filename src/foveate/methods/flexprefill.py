@@ -36,6 +36,7 @@ class FlexPrefill(Method):
     name = "FlexPrefill"
     paper = "2502.20766"
     slots = frozenset({"prefill"})
+    core = True
     causality = "prompt"
     chunked = "approximate"
     budgeted = False

@@ -32,6 +32,7 @@ class H2O(Method):
     name = "H2O"
     paper = "2306.14048"
     slots = frozenset({"keep"})
+    core = True
     every_step = True
     search = tries(heavy=(0.25, 0.5, 0.75))
 

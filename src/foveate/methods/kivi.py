@@ -40,6 +40,7 @@ class KIVI(Method):
     name = "KIVI"
     paper = "2402.02750"
     slots = frozenset({"format"})
+    core = True
     search = tries(bits=(2, 4, 8), group=(16, 32, 64), residual=(32, 64, 128), budget=(None,))
 
     bits: int = 4

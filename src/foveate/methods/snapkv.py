@@ -36,6 +36,7 @@ class SnapKV(Method):
     name = "SnapKV"
     paper = "2404.14469"
     slots = frozenset({"keep"})
+    core = True
     search = tries(window=(8, 16, 32, 64), kernel=(1, 3, 5, 7, 13))
 
     window: int = 32

@@ -38,6 +38,7 @@ class StreamingLLM(Method):
     name = "StreamingLLM"
     paper = "2309.17453"
     slots = frozenset({"keep"})
+    core = True
     search = tries(sink=(1, 4, 16))
 
     sink: int = 4
