@@ -18,7 +18,7 @@ from foveate.heads.gates import made_with
 from foveate.heads.passkeys import Example, passkey_examples
 from foveate.heads.tap import Tapped
 from foveate.heads.thresholds import Halving, Sparse, halve_thresholds
-from foveate.methods.base import Context, Method, Probe, Profile, Role, register
+from foveate.methods.base import Context, Method, Probe, Profile, Role, register, tries
 from foveate.methods.policies.lists import mask_lists
 from foveate.methods.policies.lowbit import block_peaks
 from foveate.methods.policies.sequences import sequences
@@ -56,6 +56,7 @@ class SALE(Method):
     chunked = "approximate"
     calibrated = True
     budgeted = False
+    search = tries(local=(64, 128, 256))
 
     q_block: int = 64
     k_block: int = 32

@@ -1,0 +1,183 @@
+"""HiP: find the best key blocks by a tree search, a logarithm of the context at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.attention import ALL, Parts, Selection
+from foveate.cache import View
+from foveate.errors import BadArgument
+from foveate.methods.base import Context, Method, Profile, Result, Role, register, tries
+from foveate.methods.budget import Budget
+from foveate.methods.policies.tree import ascending, descend
+from foveate.models.shape import ModelShape
+
+AT_ONCE = 1 << 24
+"""Elements of fetched keys that are in memory at a time, at least those of one block of queries."""
+LEAST_BLOCKS = 2
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class HiP(Method):
+    """Per query head and block of queries, the range between sinks and window is cut into as many groups of key blocks
+    as may be read; groups are halved, a half is as good as the best logit of its first block, and the best halves go
+    on, until each is one block. These blocks, the sinks and the window are read; all is held.
+
+    In decode a search serves the following steps too, `refresh` in all; meanwhile the window only grows, so that no
+    token falls between it and the list. First layers are dense. Softcaps are monotone and need no part in the search.
+
+    Args:
+        tokens: tokens read per query besides sinks and window when no budget is given (paper: 512). A budget counts
+            everything: dense layers, sinks, the window at its longest.
+        q_block, k_block: queries that share a list; keys that are listed together.
+        q_stride: every such query of a block is asked (released code: the odd ones, 2).
+        sink, window: first and newest held tokens that are always read (ours; the paper states none).
+        refresh: decode steps that one search serves; 1 searches at each step.
+        dense_layers: first layers that read everything.
+
+    Source: 2406.09827, section 3 and algorithm 1; released code (v1) for the defaults. The stages of InfiniteHiP
+    (2502.08910) are not part of it. A prompt given in pieces has query blocks of its own per piece.
+    """
+
+    id = "hip"
+    name = "HiP Attention"
+    paper = "2406.09827"
+    slots = frozenset({"prefill", "decode"})
+    causality = "prompt"
+    chunked = "approximate"
+    nested = False
+    croppable = False
+    search = tries(q_stride=(1, 2), window=(64, 128, 256), refresh=(1, 4, 8), dense_layers=(0, 1, 3))
+
+    tokens: int = 512
+    q_block: int = 32
+    k_block: int = 2
+    q_stride: int = 2
+    sink: int = 16
+    window: int = 128
+    refresh: int = 8
+    dense_layers: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("q_block", "k_block", "q_stride", "window", "refresh"):
+            if getattr(self, name) < 1:
+                raise BadArgument(name, getattr(self, name), "give at least 1")
+        for name in ("sink", "dense_layers"):
+            if getattr(self, name) < 0:
+                raise BadArgument(name, getattr(self, name), "give 0 or more")
+        if self.tokens < LEAST_BLOCKS * self.k_block:
+            raise BadArgument("tokens", self.tokens, f"give at least {LEAST_BLOCKS} blocks of {self.k_block}")
+
+    @property
+    def _always(self) -> int:
+        """Tokens of sinks and window, whole blocks, just before a refresh."""
+        return self._sinks * self.k_block + self.window + self.k_block - 1 + self.refresh - 1
+
+    @property
+    def _sinks(self) -> int:
+        return -(-self.sink // self.k_block)
+
+    def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
+        full = [layer.index for layer in shape.layers if layer.kind == "full"]
+        dense = set(full[: self.dense_layers])
+        budget = Budget.of(self.budget) or Budget.tokens(self.tokens + self._always)
+        floor = self._always + LEAST_BLOCKS * self.k_block
+        read = budget.read_tokens(shape, length, len(dense), name=self.id, floor=floor)
+        slots = None if budget.whole else max(LEAST_BLOCKS, (read - self._always) // self.k_block)
+        search = Role("search", extra={"blocks": slots})
+        return [search if layer.index in full and layer.index not in dense else Role() for layer in shape.layers]
+
+    def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
+        if ctx.role.name != "search":
+            return ALL
+        keys, slots = view.k().detach(), ctx.role.extra["blocks"]
+        slots = min(slots or keys.shape[2], -(-keys.shape[2] // self.k_block))
+        if ctx.phase == "decode":
+            return Selection(lists=self._steps(q.detach(), keys, view, ctx, slots), q_block=1, k_block=self.k_block)
+        if view.host_lengths.max() <= self._sinks * self.k_block + self.window + slots * self.k_block:
+            return ALL
+        number = torch.arange(-(-q.shape[2] // self.q_block), device=q.device) * self.q_block
+        own = view.lengths.long() - view.fresh[:, None]
+        first = own.unsqueeze(-1) + number
+        last = torch.minimum(first + self.q_block, view.lengths.unsqueeze(-1)) - 1
+        asked = torch.arange(min(self.q_stride, self.q_block) - 1, self.q_block, self.q_stride, device=q.device)
+        # Where the last block is not full its last query stands in for those that are missing.
+        rows = (number[:, None] + asked).expand(q.shape[0], -1, -1)
+        rows = torch.minimum(rows, view.fresh[:, None, None].long() - 1).clamp_min(0)
+        index = rows.flatten(1)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+        asking = q.detach().gather(2, index).unflatten(2, rows.shape[1:])
+        begin = torch.minimum(self._begin(first), last.clamp_min(0) // self.k_block)
+        lists = self._with_ends(self._search(asking, keys, begin, slots), begin, last, self.window + self.q_block)
+        return Selection(lists=lists, q_block=self.q_block, k_block=self.k_block)
+
+    def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
+        # Written down here, so that asking `select` twice is asking once.
+        ctx.mine.update(ctx.forward.pop(str(ctx.layer), {}))
+
+    def _begin(self, first: Tensor) -> Tensor:
+        """The window's first block, for query blocks whose first query stands in slot `first`."""
+        return (first - self.window + 1).clamp_min(0) // self.k_block
+
+    def _steps(self, q: Tensor, keys: Tensor, view: View, ctx: Context, slots: int) -> Tensor:
+        """Lists of single queries in their order, [B, H, N, K], each by the latest search that still serves."""
+        state = dict(ctx.mine)
+        own, at = view.lengths.long() - view.fresh[:, None], view.seen - view.fresh
+        lists = []
+        for i in range(q.shape[2]):
+            here = (own + i).unsqueeze(-1)
+            if self._due(state, here, at + i):
+                begin = self._begin(here)
+                found = self._search(q[:, :, i, None, None], keys, begin, slots)
+                state = {"found": found, "begin": begin, "own": here, "at": at + i}
+            ends = self.window + self.refresh
+            lists.append(self._with_ends(state["found"], state["begin"], here, ends))
+        ctx.forward[str(ctx.layer)] = state
+        width = max(x.shape[-1] for x in lists)
+        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1) for x in lists], dim=2)
+
+    def _due(self, state: dict[str, Tensor], own: Tensor, at: Tensor) -> bool:
+        """Whether the last search is too old, or slots have been moved since."""
+        if not state:
+            return True
+        age = at - state["at"]
+        kept = own - state["own"] == age[:, None, None]
+        return not bool(((age > 0) & (age < self.refresh)).all() & kept.all())
+
+    @torch.no_grad()
+    def _search(self, asking: Tensor, keys: Tensor, begin: Tensor, slots: int) -> Tensor:
+        """Blocks between sinks and window for the queries [B, H, nq, r, D]: [B, H, nq, slots]."""
+        batch, heads, count, _, dim = asking.shape
+        stores, held = keys.shape[1:3]
+        group = heads // stores
+        offset = torch.arange(self.k_block, device=keys.device)
+        most = max(0, int(begin.max()) - self._sinks)
+        step = max(1, AT_ONCE // (batch * heads * 2 * slots * self.k_block * dim))
+        found = []
+        for at in range(0, count, step):
+            ask = asking[:, :, at : at + step].unflatten(1, (stores, group)).float()
+
+            def score(blocks: Tensor, ask: Tensor = ask) -> Tensor:
+                token = (blocks.unsqueeze(-1) * self.k_block + offset).clamp_max(held - 1).flatten(2)
+                fetched = keys.gather(2, token.unsqueeze(-1).expand(-1, -1, -1, dim)).float()
+                fetched = fetched.view(*blocks.shape[:-1], -1, dim)
+                return (ask @ fetched.mT).amax(-2).unflatten(-1, (-1, self.k_block)).amax(-1)
+
+            high = begin[:, :, at : at + step].unsqueeze(2).expand(-1, -1, group, -1)
+            found.append(descend(torch.full_like(high, self._sinks), high, slots, score, most).flatten(1, 2))
+        return torch.cat(found, dim=2)
+
+    def _with_ends(self, found: Tensor, begin: Tensor, last: Tensor, longest: int) -> Tensor:
+        """What was found [B, H, nq, K], the sinks, and the window from `begin` to the block of slot `last`."""
+        group = found.shape[1] // begin.shape[1]
+        begin, last = (x.repeat_interleave(group, dim=1).unsqueeze(-1) for x in (begin, last))
+        sinks = torch.arange(self._sinks, device=found.device).expand(*found.shape[:3], -1)
+        window = begin + torch.arange(-(-longest // self.k_block) + 1, device=found.device)
+        sinks = torch.where(sinks < begin, sinks, -1)
+        window = torch.where((window * self.k_block <= last) & (last >= 0), window, -1)
+        return ascending(torch.cat([sinks, found, window], dim=-1))

@@ -1,0 +1,47 @@
+"""Searching blocks of keys by halves instead of one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def descend(
+    low: Tensor, high: Tensor, slots: int, score: Callable[[Tensor], Tensor], most: int | None = None
+) -> Tensor:
+    """About the best `slots` blocks of each range [low, high): the range is cut into groups that halve at every round,
+    and of all halves those stay whose first blocks score best. Ranges of up to `slots` blocks are taken whole.
+
+    Args:
+        low, high: int64 [...].
+        score: blocks [..., 2 slots] -> how good they are, float of the same shape. The numbers of empty halves may be
+            `high`; their scores are not looked at.
+        most: the longest range, if the host knows it.
+
+    Returns:
+        int64 [..., slots], each block once, in no order, -1 behind what there is. Ties go to earlier halves.
+
+    Source: HiP Attention (2406.09827), section 3: groups differ by at most one block, so none is overlooked.
+    """
+    count = (high - low).clamp_min(0).unsqueeze(-1)
+    edge = low.unsqueeze(-1) + count * torch.arange(slots + 1, device=low.device) // slots
+    start, size = edge[..., :-1], edge.diff(dim=-1)
+    largest = -(-(int(count.max()) if most is None else most) // slots)
+    while largest > 1:
+        left = size // 2
+        start = torch.stack([start, start + left], dim=-1).flatten(-2)
+        size = torch.stack([left, size - left], dim=-1).flatten(-2)
+        value = score(start).masked_fill(size == 0, -torch.inf)
+        best = value.argsort(dim=-1, descending=True, stable=True)[..., :slots]
+        start, size = start.gather(-1, best), size.gather(-1, best)
+        largest = -(-largest // 2)
+    return torch.where(size > 0, start, -1)
+
+
+def ascending(blocks: Tensor) -> Tensor:
+    """Blocks [..., K] in any order, -1 where there is none, as lists: ascending, int32, -1 behind the end."""
+    beyond = torch.iinfo(torch.int32).max
+    ordered = torch.where(blocks < 0, beyond, blocks).sort(dim=-1).values
+    return torch.where(ordered == beyond, -1, ordered).to(torch.int32)
