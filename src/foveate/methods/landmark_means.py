@@ -1,0 +1,140 @@
+"""Landmark attention without training: the mean of a block's keys stands for its landmark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foveate.attention import ALL, Frame, Partial, Parts, Selection
+from foveate.cache import UNBOUNDED, View
+from foveate.errors import BadArgument
+from foveate.methods.base import Context, Method, Profile, Role, register
+from foveate.methods.budget import Budget
+from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.positions import at_position, refuse_fixed_positions
+from foveate.models.shape import ModelShape
+
+SCORES = 1 << 24
+"""Scores of blocks that are alive at once."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LandmarkMeans(Method):
+    """Each query of each head reads its own block, the blocks just before it, and the k earlier blocks whose landmarks
+    score highest; prompt and decode alike. The paper trains a landmark token per block. Here the landmark is the mean
+    of the block's keys without their positions, scored as if it stood `recent` blocks before the query.
+
+    Retrieved blocks are laid out right before the local ones, in order; those that are not among the last k blocks
+    before them stand one block further away (the paper's stingy positions). So no distance exceeds k + 1 + recent
+    blocks.
+
+    Args:
+        block: tokens per block (paper: 50).
+        k: blocks retrieved (paper: 2 to 5); a budget replaces it.
+        recent: newest blocks always read, the query's own included.
+        softmax: "plain" is one softmax over all that is read. "grouped" is the paper's: the local tokens share one with
+            the landmarks, and what a landmark wins is divided among its block's tokens by a softmax of their own; a
+            model that was not trained for it gives past blocks too little.
+        reposition: False reads retrieved blocks where they stand in the text.
+
+    Source: 2305.16300, sections 3.1 and 3.2.
+    """
+
+    id = "landmark-means"
+    name = "Landmark Attention (means)"
+    paper = "2305.16300"
+    slots = frozenset({"prefill", "decode"})
+    aligned = True
+
+    block: int = 50
+    k: int = 5
+    recent: int = 5
+    softmax: Literal["plain", "grouped"] = "plain"
+    reposition: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("block", "k", "recent"):
+            if getattr(self, name) < 1:
+                raise BadArgument(name, getattr(self, name), "give at least 1")
+        if self.softmax not in ("plain", "grouped"):
+            raise BadArgument("softmax", self.softmax, 'give "plain" or "grouped"')
+
+    def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
+        refuse_fixed_positions(shape, self.id)
+        budget, k = Budget.of(self.budget), self.k
+        if budget is not None:
+            read = budget.read_tokens(shape, length, 0, name=self.id, floor=(self.recent + 1) * self.block)
+            k = UNBOUNDED if budget.whole else max(1, read // self.block - self.recent)
+        return [Role("select", extra={"k": k})] * len(shape.layers)
+
+    def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
+        size, k = self.block, ctx.role.extra["k"]
+        # A grouped softmax differs from a plain one as soon as there is a past block.
+        if k == UNBOUNDED or view.longest <= (self.recent + (k if self.softmax == "plain" else 0)) * size:
+            return ALL
+        own = (view.lengths[:, :1].long() - view.fresh[:, None]) + torch.arange(q.shape[2], device=q.device)
+        edge = own // size - self.recent + 1  # first local block; blocks before it can be retrieved
+        near = edge.clamp_min(0)[..., None] + torch.arange(self.recent, device=q.device)
+        near = near.masked_fill(near > (own // size)[..., None], -1).masked_fill(near * size >= view.capacity, -1)
+        local = Selection(lists=near.to(torch.int32).unsqueeze(1), q_block=1, k_block=size)
+        far = edge[..., None] > k
+        # Positions count from the oldest block that may be laid out, unless nothing is left out yet.
+        place = torch.where(far[..., 0], own - (edge - k - 1) * size, own)
+        listed, score = self._retrieve(q, view, own, edge, k, ctx)
+        rank = torch.arange(listed.shape[-1], device=q.device) - (listed >= 0).sum(-1, keepdim=True)  # -1 is the newest
+        start = (k + 1 + rank - (listed < (edge - k)[:, None, :, None]).long()) * size
+        target = torch.where(far.unsqueeze(1), start, listed.long() * size)
+        frame = Frame(place, target) if self.reposition else Frame()
+        if self.softmax == "plain":
+            return [Selection(lists=listed, q_block=1, k_block=size, frame=frame), local]
+        parts: list[Selection | Partial] = [local]
+        for n in range(listed.shape[-1]):
+            one = slice(n, n + 1)
+            keys = None if frame.keys is None else frame.keys[..., one]
+            block = Selection(listed[..., one].contiguous(), 1, size, frame=Frame(frame.query, keys))
+            parts.append(Partial(ctx.attend(q, view, block).out, score[..., n]))
+        return parts
+
+    def _retrieve(
+        self, q: Tensor, view: View, own: Tensor, edge: Tensor, k: int, ctx: Context
+    ) -> tuple[Tensor, Tensor]:
+        """The best past blocks of each query and head, int32 [B, H, N, k], and their landmarks' scores."""
+        means = self._means(view, ctx).transpose(-1, -2)
+        number = torch.arange(means.shape[-1], device=q.device)
+        batch, heads, queries, _ = q.shape
+        lists, won = [], []
+        step = max(1, SCORES // (batch * heads * max(1, len(number))))
+        for first in range(0, queries, step):
+            some = slice(first, first + step)
+            rows = at_position(q[:, :, some], own[:, some], self.recent * self.block, ctx.rope).float()
+            rows = rows.reshape(batch, means.shape[1], -1, rows.shape[-1])
+            scores = (rows @ means).view(batch, heads, -1, len(number)) * ctx.scale
+            if ctx.softcap is not None:
+                scores = torch.tanh(scores / ctx.softcap) * ctx.softcap
+            scores = scores.masked_fill(number >= edge[:, None, some, None], -torch.inf)
+            lists.append(top_lists(scores, k))
+            won.append(scores.gather(-1, lists[-1].long().clamp_min(0)).masked_fill(lists[-1] < 0, -torch.inf))
+        return torch.cat(lists, dim=2), torch.cat(won, dim=2)
+
+    def _means(self, view: View, ctx: Context) -> Tensor:
+        """Mean keys of all complete blocks without positions, float32 [B, Hs, blocks, D]; made once and held."""
+        size, stores = self.block, view.host_lengths.shape[1]
+        total = view.capacity // size
+        begin = int((view.host_lengths[:, 0] - view.host_fresh).min()) // size
+        keys = view.k()
+        known = ctx.mine.get("means", keys.new_zeros(0, 0, 0, 0))
+        if known.shape[1] != stores or known.shape[3] != keys.shape[3] or known.shape[2] < begin:
+            begin, known = 0, keys.new_zeros(len(keys), stores, 0, keys.shape[3], dtype=torch.float32)
+        if begin < total:
+            slots = slice(begin * size, total * size)
+            raw = at_position(keys[:, :, slots], view.positions[:, :, slots], 0, ctx.rope)
+            new = raw.float().unflatten(2, (total - begin, size)).mean(3)
+            known = torch.cat([known[:, :, :begin], new], dim=2)
+        ctx.mine["means"] = known
+        return known
