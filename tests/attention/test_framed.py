@@ -23,18 +23,20 @@ def turned(x: torch.Tensor, delta: int) -> torch.Tensor:
     return torch.cat([z.real, z.imag])
 
 
+@pytest.mark.parametrize("gaps", [True, False])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(
     ("q_block", "k_block", "shared"), [(None, 1, True), (1, 1, False), (3, 4, True), (2, 5, False)]
 )
-def test_against_the_definition(seed: int, q_block, k_block, shared, softcap, monkeypatch) -> None:
+def test_against_the_definition(seed: int, q_block, k_block, shared, softcap, gaps, monkeypatch) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     monkeypatch.setattr(framed, "GATHERED", 200)  # several pieces
     q, k, v = tensors(2, 3, 1, 7, 23, 8, 6)
     lengths, first = torch.tensor([[23], [19]]), torch.tensor([[16], [13]])
-    places = torch.arange(23).expand(2, 1, -1) * 2
-    geometry = Geometry(2, 7, 23, lengths, first, torch.arange(32, 46, 2).expand(2, -1), places)
+    apart = 2 if gaps else 1  # tokens between were evicted, or none
+    places = torch.arange(23).expand(2, 1, -1) * 2 if gaps else None
+    geometry = Geometry(2, 7, 23, lengths, first, apart * (first + torch.arange(7)), places)
     blocks = -(-23 // k_block)
     lists = random_lists(rng, (2, 1 if shared else 3, 1 if q_block is None else -(-7 // q_block)), blocks, 4)
     target = torch.randint(0, 50, lists.shape)
@@ -55,7 +57,7 @@ def test_against_the_definition(seed: int, q_block, k_block, shared, softcap, mo
                 for block, place in zip(lists[b, own, n].tolist(), target[b, own, n].tolist(), strict=True):
                     for slot in range(block * k_block, min(23, (block + 1) * k_block)):
                         if block >= 0 and seen[b, h, i, slot]:
-                            key = turned(k[b, 0, slot], place + slot - block * k_block - 2 * slot)
+                            key = turned(k[b, 0, slot], place + slot - block * k_block - apart * slot)
                             score = q[b, h, i] @ key * 0.3
                             scores[b, h, i, slot] = score if softcap is None else softcap * (score / softcap).tanh()
     lse = scores.logsumexp(-1)

@@ -66,6 +66,7 @@ def pieces(
     q_positions = F.pad(q_positions.expand(-1, 1, queries), (0, pad)).unflatten(-1, (blocks, per))
     k_positions = k_positions.expand(batch, 1, keys).long()
     inside = torch.arange(size, device=q.device)
+    together = geometry.k_positions is None and per < size  # all keys of a block move alike: cheaper to turn the query
     step = max(1, GATHERED // max(1, batch * heads * width * size * dim))
     for first in range(0, blocks, step):
         some = slice(first, min(first + step, blocks))
@@ -77,17 +78,33 @@ def pieces(
         here = k_positions.squeeze(1).gather(1, flat).view(slots.shape)
         there = (target[:, :, some].long().unsqueeze(-1) + inside).flatten(-2)
         turned = k.squeeze(1).gather(1, flat.unsqueeze(-1).expand(-1, -1, dim)).view(batch, heads, -1, dim)
-        turned = move(turned, torch.where(real, there - here, 0).flatten(2)).view(*slots.shape, dim).to(wide)
+        if together:
+            back = (listed.squeeze(-1) * size - target[:, :, some]).masked_fill(lists[:, :, some] < 0, 0)
+            scores = _turn_queries(rows[:, :, some], turned.to(wide), back, size, move)
+        else:
+            turned = move(turned, torch.where(real, there - here, 0).flatten(2)).view(*slots.shape, dim).to(wide)
+            scores = rows[:, :, some] @ turned.transpose(-1, -2)
         seen = real.unsqueeze(-2) & (slots.unsqueeze(-2) < ends[:, :, some].unsqueeze(-1))
         for span in visible:
             if not span.unbounded:
                 seen = seen & span.sees(q_positions[:, :, some], here)
-        scores = rows[:, :, some] @ turned.transpose(-1, -2) * scale
+        scores = scores * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         yield Piece(
             first * per, min(some.stop * per, queries), slots, torch.where(seen.expand_as(scores), scores, -torch.inf)
         )
+
+
+def _turn_queries(rows: Tensor, k: Tensor, back: Tensor, size: int, move: Move) -> Tensor:
+    """Scores [B, H, t, q, K * size] of rows [B, H, t, q, D], turned by back [B, h, t, K] for each block, with keys as
+    they are held, k [B, h, t * K * size, D]."""
+    (batch, heads, blocks, per, dim), width = rows.shape, back.shape[-1]
+    delta = back.unsqueeze(4).expand(-1, heads, -1, -1, per)
+    turned = rows.unsqueeze(3).expand(-1, -1, -1, width, -1, -1).reshape(batch, heads, -1, dim)
+    turned = move(turned, delta.reshape(batch, heads, -1)).view(batch, heads, blocks, width, per, dim)
+    keys = k.view(batch, -1, blocks, width, size, dim)
+    return (turned @ keys.transpose(-1, -2)).transpose(3, 4).flatten(-2)
 
 
 def attend(q: Tensor, v: Tensor, parts: Iterator[Piece]) -> Partial:
