@@ -90,8 +90,8 @@ class NotHere(Exception):
 
 def precise(case: Case, family: str = "llama", group: int = 2) -> nn.Module:
     """A model whose rounding is too small to matter: where numbers are packed into few bits, the last bit of a float32
-    decides now and then which code it is."""
-    return model(family, group, torch.float64 if "format" in case.cls.slots else torch.float32)
+    decides now and then which code it is, and where attention is edited, which token is over a threshold."""
+    return model(family, group, torch.float64 if {"format", "weights"} & case.cls.slots else torch.float32)
 
 
 @contextmanager

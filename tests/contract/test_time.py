@@ -44,6 +44,8 @@ def as_list(parts: Any) -> list[Selection | Partial]:
 @each_method()
 def test_no_future_value(case: Case, family: str, seed: int) -> None:
     """With what is selected held fixed, a changed token changes nothing before it."""
+    if case.cls.causality == "prompt" and "weights" in case.cls.slots:
+        return  # what it chooses is no selection that could be held from here; its own test file does
     net = model(family)
     ids = tokens(seed, 1, LENGTH)
     changed = ids.clone()

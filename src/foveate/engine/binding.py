@@ -162,7 +162,7 @@ class Binding:
     def shares_prefill(self) -> bool:
         """True if these methods leave the prompt's own attention dense, so that one pass can serve several of them."""
         plans = self._plan(self.shape.max_positions).values()
-        inside = any("prefill" in m.fills for m in self.composition.methods)
+        inside = any({"prefill", "weights"} & m.fills for m in self.composition.methods)
         return not inside and all(p.prompt_spans == () or p.shape.kind == "sliding" for p in plans)
 
     @property

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention import Parts
+from foveate.attention import ALL, Parts
 from foveate.cache import Store, View
 from foveate.cache.cache import State
-from foveate.engine.read import Reading, read
+from foveate.engine.read import Reading, head_columns, read
 from foveate.methods.base import Result, Role, Rope
 from foveate.models.shape import LayerShape
 
@@ -73,6 +73,10 @@ class LayerContext:
         """Attend now, over a part that `select` then returns as a Partial."""
         # Learned sinks take their mass once, when all parts are merged.
         return read(self.store, q, parts, replace(self.how, sinks=None), lse=True, probs=probs)
+
+    def columns(self, q: Tensor, lse: Tensor) -> Tensor:
+        """Attention mass of each slot over this forward's real queries, all of which read all that they may."""
+        return head_columns(self.store, q, ALL, lse, self.how)
 
     def count(self, pairs: float) -> None:
         """Say how many query-key pairs a Partial read that the method attended by itself."""

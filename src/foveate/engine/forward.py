@@ -239,7 +239,7 @@ def _attend(
         parts = chooser.select(q, view, _context(call, plan, layer, store, chooser, how))
     columns = bool(plan.needs.columns) and call.phase == "prompt" and call.cache is not None and managed
     probs = plan.needs.probs and call.phase == "decode" and managed
-    result = read(store, q, parts, how, lse=columns, probs=probs)
+    result = read(store, q, parts, how, lse=columns or (plan.needs.lse and managed), probs=probs)
     window = plan.needs.window if call.phase == "prompt" and call.cache is not None and not layer.sealed else 0
     if managed and (window or columns):
         captured = q if absorbed is None else absorbed(q)

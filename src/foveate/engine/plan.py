@@ -139,6 +139,7 @@ def unite(needs: list[Needs]) -> Needs:
         window=max((n.window for n in needs), default=0),
         columns=next((n.columns for n in needs if n.columns), ""),
         probs=any(n.probs for n in needs),
+        lse=any(n.lse for n in needs),
         tags=tags,
         blocks=blocks,
     )

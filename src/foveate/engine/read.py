@@ -130,8 +130,14 @@ def _everything(band: Band, q: Tensor, group: int, store: Store, how: Reading) -
     return sdpa.everything(rows, keys.unsqueeze(1), values.unsqueeze(1), how.scale, False).out
 
 
-def column_sums(store: Store, q: Tensor, parts: Parts, total: Tensor, how: Reading) -> list[Tensor]:
-    """Attention mass of each held key over the real queries, query heads of a group added: [P, used] per band."""
+def column_sums(
+    store: Store, q: Tensor, parts: Parts, total: Tensor, how: Reading, *, each: bool = False
+) -> list[Tensor]:
+    """Attention mass of each held key over the real queries, query heads of a group added: [P, used] per band.
+
+    Args:
+        each: a sum for each query head: [P, G, used]; of parts without moved keys.
+    """
     heads, queries = q.shape[1:3]
     group = heads // store.spec.heads
     listed = [parts] if isinstance(parts, Selection | Partial) else list(parts)
@@ -140,7 +146,7 @@ def column_sums(store: Store, q: Tensor, parts: Parts, total: Tensor, how: Readi
         geometry = _geometry(band, how, queries)
         visible = how.spans if how.spans is not None else band.spans
         valid = torch.from_numpy(how.fresh[band.rows]).to(q.device)
-        mass = torch.zeros(len(band.pairs), 1, band.used, device=q.device)
+        mass = torch.zeros(len(band.pairs), group if each else 1, band.used, device=q.device)
         for part in (p.over if isinstance(p, Partial) else p for p in listed):
             if part is not None:
                 rows = _rows(_moved(q, part, store, how), band, group, store)
@@ -159,9 +165,17 @@ def column_sums(store: Store, q: Tensor, parts: Parts, total: Tensor, how: Readi
                     scale=how.scale,
                     softcap=how.softcap,
                     valid=valid,
+                    each=each,
                 )
-        sums.append(mass.squeeze(1))
+        sums.append(mass if each else mass.squeeze(1))
     return sums
+
+
+def head_columns(store: Store, q: Tensor, parts: Parts, total: Tensor, how: Reading) -> Tensor:
+    """`column_sums` of each query head as one tensor, [B, H, C]; 0 behind the end of a head."""
+    sums = column_sums(store, q, parts, total, how, each=True)
+    grid = store.grid([x.transpose(1, 2) for x in sums], fill=0.0)  # [B, Hs, C, G]
+    return grid.transpose(2, 3).flatten(1, 2)
 
 
 def _geometry(band: Band, how: Reading, queries: int) -> Geometry:

@@ -46,12 +46,14 @@ class Needs:
         columns: "sum": `view.tag("columns")`, attention mass of each key over all prompt rows so far, query heads of a
             group added up (float32).
         probs: `result.probs` at decode.
+        lse: `result.lse` always.
         tags, blocks: values per slot and per block that the method keeps.
     """
 
     window: int = 0
     columns: str = ""
     probs: bool = False
+    lse: bool = False
     tags: Mapping[str, Tag] = field(default_factory=dict)
     blocks: Mapping[str, Blocks] = field(default_factory=dict)
 
@@ -120,6 +122,11 @@ class Context(Protocol):
 
     def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result:
         """Attend now, over a part that `select` then returns as a Partial."""
+        ...
+
+    def columns(self, q: Tensor, lse: Tensor) -> Tensor:
+        """Attention mass of each slot over this forward's real queries, [B, H, C], where everything visible is read:
+        a second pass, with the lse [B, H, N] of the first."""
         ...
 
     def count(self, pairs: float) -> None:
@@ -212,6 +219,7 @@ class Method:
         every_step: True if `score` evicts at each decode step, not only when the prompt ends.
         croppable: False if what it made of tokens (`mine`, `shared`) cannot be had again once the newest are taken back.
         hands_on: format: True if its packed tokens are still one vector each, which one more format can pack.
+        whole_rows: True if its `attended` takes each query to have read all that is visible to it.
         calibrated: True if `plan` needs a profile.
         core: True for the few that a comparison runs when nobody names methods: together they show every kind.
         budgeted: False if nothing in it can be set by a budget (dense; methods whose reads follow from a threshold).
@@ -230,6 +238,7 @@ class Method:
     every_step: ClassVar[bool] = False
     croppable: ClassVar[bool] = True
     hands_on: ClassVar[bool] = False
+    whole_rows: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     core: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
@@ -290,7 +299,7 @@ class Method:
         return None if budget is None or budget.whole else budget.held_tokens(shape, length, name=self.id)
 
     def layer_total(self, role: Role, shape: ModelShape, layer: int, length: int) -> int | None:
-        """keep: `total` of one layer. Layers may differ, if all together hold no more than they would at `total` each."""
+        """keep: `total` of one layer. Layers may differ, if together they hold no more than at `total` each."""
         return self.total(shape, length)
 
     def score(self, view: View, ctx: Context) -> Tensor:
@@ -387,6 +396,8 @@ def _clash(method: Method, other: Method) -> str | None:
         return f"{method.id} reads one list in all heads and layers, but {other.id} holds different tokens in them"
     if "format" in method.fills & other.fills and method.hands_on == other.hands_on:
         return "both fill the slot 'format', and one of two must hand on vectors that the other can pack; drop one"
+    if method.whole_rows and other.fills & {"prefill", "decode"}:
+        return f"{method.id} edits whole rows of attention, but {other.id} leaves parts of them unread"
     if method.every_step and "format" in other.slots:
         return f"{method.id} frees single tokens at every step, but {other.id} packs tokens in groups"
     return None
