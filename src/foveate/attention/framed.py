@@ -66,6 +66,7 @@ def pieces(
     q_positions = F.pad(q_positions.expand(-1, 1, queries), (0, pad)).unflatten(-1, (blocks, per))
     k_positions = k_positions.expand(batch, 1, keys).long()
     inside = torch.arange(size, device=q.device)
+    table = k.reshape(batch * keys, dim)
     together = geometry.k_positions is None and per < size  # all keys of a block move alike: cheaper to turn the query
     step = max(1, GATHERED // max(1, batch * heads * width * size * dim))
     for first in range(0, blocks, step):
@@ -77,7 +78,7 @@ def pieces(
         flat = slots.flatten(1)
         here = k_positions.squeeze(1).gather(1, flat).view(slots.shape)
         there = (target[:, :, some].long().unsqueeze(-1) + inside).flatten(-2)
-        turned = k.squeeze(1).gather(1, flat.unsqueeze(-1).expand(-1, -1, dim)).view(batch, heads, -1, dim)
+        turned = _rows(table, flat, keys).view(batch, heads, -1, dim)
         if together:
             back = (listed.squeeze(-1) * size - target[:, :, some]).masked_fill(lists[:, :, some] < 0, 0)
             scores = _turn_queries(rows[:, :, some], turned.to(wide), back, size, move)
@@ -96,6 +97,12 @@ def pieces(
         )
 
 
+def _rows(table: Tensor, index: Tensor, keys: int) -> Tensor:
+    """Rows of table [B * keys, D] that index [B, n] names within each batch row: [B * n, D], whole rows at a time."""
+    first = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * keys
+    return table.index_select(0, (index + first).flatten())
+
+
 def _turn_queries(rows: Tensor, k: Tensor, back: Tensor, size: int, move: Move) -> Tensor:
     """Scores [B, H, t, q, K * size] of rows [B, H, t, q, D], turned by back [B, h, t, K] for each block, with keys as
     they are held, k [B, h, t * K * size, D]."""
@@ -110,11 +117,11 @@ def _turn_queries(rows: Tensor, k: Tensor, back: Tensor, size: int, move: Move) 
 def attend(q: Tensor, v: Tensor, parts: Iterator[Piece]) -> Partial:
     """Softmax attention over the pieces of q [B, H, N, D] with values v [B, 1, M, Dv]."""
     outs, totals = [], []
+    table = v.reshape(-1, v.shape[-1])
     for piece in parts:
-        index = piece.slots.flatten(1).unsqueeze(-1).expand(-1, -1, v.shape[-1])
         live = (piece.scores > -torch.inf).any(-2)  # who is listed but not read may hold anything
         live = live if piece.slots.shape[1] == live.shape[1] else live.any(1, keepdim=True)
-        values = v.squeeze(1).gather(1, index).view(*piece.slots.shape, -1).to(piece.scores.dtype)
+        values = _rows(table, piece.slots.flatten(1), v.shape[2]).view(*piece.slots.shape, -1).to(piece.scores.dtype)
         values = values.masked_fill(~live.unsqueeze(-1), 0.0)
         total = piece.scores.logsumexp(-1)
         anchor = torch.where(total == -torch.inf, 0.0, total)
