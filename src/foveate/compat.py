@@ -114,6 +114,12 @@ def attention_modules(model: Any) -> Iterator[Any]:
     return iter(sorted(found, key=lambda m: m.layer_idx))
 
 
+def output_projection(module: nn.Module) -> nn.Module | None:
+    """The linear map behind an attention module's heads; None where it goes by none of the usual names."""
+    names = ("o_proj", "out_proj", "dense", "c_proj")
+    return next((part for name, part in module.named_children() if name in names), None)
+
+
 def check_model(model: Any) -> None:
     """Refuse models whose attention cannot be reached or whose layers share keys.
 

@@ -28,11 +28,20 @@ _FILLER = 0.3
 
 
 @dataclass(frozen=True)
+class Recall:
+    """One thing that a text holds and asks for: places [start, stop) of the sentence and of the answer."""
+
+    needle: tuple[int, int]
+    answer: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Example:
     """Token ids, of which those from `labels` on (questions and answers) are what a model is judged by."""
 
     ids: tuple[int, ...]
     labels: int
+    recalls: tuple[Recall, ...] = ()
 
 
 def evenly(low: int, high: int, count: int = 50) -> tuple[int, ...]:
@@ -79,11 +88,41 @@ def _example(tokenizer: Any, length: int, size: tuple[int, int], rng: random.Ran
     text = _running(tokenizer, room, rng, filler)
     places = [round(room * rng.uniform(0.05, 0.95)) for _ in needles]
     ids, done = list(start), 0
-    for place, needle in sorted(zip(places, needles, strict=True)):
-        ids += text[done:place] + needle
+    stands: dict[int, tuple[int, int]] = {}
+    for place, needle, number in sorted(zip(places, needles, range(count), strict=True)):
+        ids += text[done:place]
+        stands[number] = (len(ids), len(ids) + len(needle))
+        ids += needle
         done = place
     ids += text[done:]
-    return Example((*ids, *tail), len(ids))
+    answers = _places([_encode(tokenizer, " " + " ".join(key)) for key in keys], tail, len(ids))
+    recalls = tuple(Recall(stands[number], answer) for number, answer in enumerate(answers) if answer is not None)
+    return Example((*ids, *tail), len(ids), recalls)
+
+
+def _places(parts: Sequence[Sequence[int]], tail: Sequence[int], start: int) -> list[tuple[int, int] | None]:
+    """Where each part stands in the tail, in order; None for one that the tokenizer splits otherwise there."""
+    found: list[tuple[int, int] | None] = []
+    at = 0
+    for part in parts:
+        here = next((i for i in range(at, len(tail) - len(part) + 1) if list(tail[i : i + len(part)]) == [*part]), None)
+        found.append(None if here is None else (start + here, start + here + len(part)))
+        at = at if here is None else here + len(part)
+    return found
+
+
+def running_examples(
+    tokenizer: Any, lengths: Sequence[int], seed: int = 0, filler: Corpus | None = None
+) -> Iterator[Example]:
+    """Endless examples of plain text, each of a length drawn from `lengths` (tokens, exactly); the last eighth of each,
+    at most 64 tokens, is what a model is judged by."""
+    filler = corpus() if filler is None else filler
+    rng = random.Random(f"running/{seed}")
+    start = _leading(tokenizer)
+    while True:
+        length = rng.choice(lengths)
+        text = _running(tokenizer, length - len(start), rng, filler)
+        yield Example((*start, *text), length - max(1, min(64, length // 8)))
 
 
 def _needles(keys: Sequence[Sequence[str]]) -> list[str]:

@@ -26,6 +26,7 @@ class Tapped:
         q, k, v: [B, H, N, D], [B, Hkv, N, D], [B, Hkv, N, Dv], rotated; under MLA the expanded heads.
         scale, softcap: of the logits.
         sinks: learned logits [H] that take softmax mass without a value (gpt-oss), or None.
+        module: the attention module, for its weights.
     """
 
     shape: LayerShape
@@ -35,6 +36,13 @@ class Tapped:
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    module: nn.Module | None = None
+
+    def project(self, out: Tensor) -> Tensor:
+        """What heads' outputs [B, H, N, Dv] add to the residual stream: [B, N, d]."""
+        joined = out.transpose(1, 2).flatten(2)
+        last = None if self.module is None else compat.output_projection(self.module)
+        return joined if last is None else last(joined)
 
     def attend(self, span: Span | None = None) -> Tensor:
         """The layer's causal attention over the pairs in the span and in its own window: [B, H, N, Dv]."""
@@ -126,7 +134,7 @@ class Tap:
                 "a tapped model takes rows of equal length without padding",
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        layer = Tapped(self.layers[module.layer_idx], query, key, value, scale, softcap, s_aux)
+        layer = Tapped(self.layers[module.layer_idx], query, key, value, scale, softcap, s_aux, module)
         return self.serve(layer).transpose(1, 2).contiguous(), None
 
 
