@@ -94,3 +94,22 @@ def test_lengths_below_the_least_are_refused(bpe):
     with pytest.raises(BadArgument, match="length=127: perplexity needs at least 128 tokens"):
         TASK.generate(bpe, 127, 1)
     assert TASK.minimum(bpe) == 128
+
+
+def test_positions_of_one_passage_are_scored_in_turn(bpe, seed):
+    task = TASKS["perplexity_positions"]
+    samples = task.generate(bpe, 2048, 16, seed)
+    for passage in (samples[:8], samples[8:]):
+        whole = passage[0].context_ids + passage[0].target_ids
+        assert len(whole) == 2048
+        for turn, sample in enumerate(passage):
+            assert sample.bucket == f"position {8 - turn}/8"
+            ids = sample.context_ids + sample.target_ids
+            assert len(ids) == 256 * (8 - turn)
+            assert ids == whole[: len(ids)]
+            assert len(sample.target_ids) == 64
+            assert task.score([-1.0] * 64, sample) == 1.0
+    assert samples[0].context_ids != samples[8].context_ids
+    assert task.generate(bpe, 2048, 3, seed) == samples[:3]
+    least = task.minimum(bpe)
+    assert len(task.generate(bpe, least, 8, seed)[-1].context_ids) >= 64

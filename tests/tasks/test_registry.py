@@ -19,6 +19,9 @@ NEEDLES = [
 ]
 
 RULER = [*NEEDLES, "vt", "cwe", "fwe", "qa_1", "qa_2"]
+BABILONG = [f"babilong_qa{number}" for number in range(1, 6)]
+STATE = ["state_parity", "state_s3", "state_s5", "state_a5"]
+LISTED = "needles, ruler, babilong, state, all, niah_single_1"
 
 
 def names(tasks) -> list[str]:
@@ -26,12 +29,12 @@ def names(tasks) -> list[str]:
 
 
 def test_every_task_is_there_by_its_name_and_says_what_it_is():
-    assert list(TASKS) == [*RULER, "perplexity"]
+    assert list(TASKS) == [*RULER, "niah_grid", "mqar", *BABILONG, *STATE, "perplexity", "perplexity_positions"]
     for name, each in TASKS.items():
         assert task(name) is each
         assert each.name == name
-        assert each.kind == ("perplexity" if name == "perplexity" else "generate")
-        assert each.higher_is_better == (name != "perplexity")
+        assert each.kind == ("perplexity" if name.startswith("perplexity") else "generate")
+        assert each.higher_is_better == (not name.startswith("perplexity"))
         assert each.description
         assert each.family
         assert each.source
@@ -44,6 +47,7 @@ def test_groups_and_names_mix_and_repeat_nothing():
     assert names(expand_tasks("needles")) == NEEDLES
     assert names(expand_tasks("ruler")) == RULER
     assert len(RULER) == 13
+    assert names(expand_tasks("babilong,state")) == [*BABILONG, *STATE]
     assert names(expand_tasks("all")) == list(TASKS)
     assert names(expand_tasks(" vt, needles ,niah_single_2,vt")) == ["vt", *NEEDLES]
     assert names(expand_tasks(["perplexity", "niah_single_1,vt"])) == ["perplexity", "niah_single_1", "vt"]
@@ -52,14 +56,16 @@ def test_groups_and_names_mix_and_repeat_nothing():
 
 @pytest.mark.parametrize("wanted", ["", " , ", []])
 def test_no_task_at_all_is_refused(wanted):
-    with pytest.raises(BadArgument, match=r"tasks=.*give at least one of needles, ruler, all, niah_single_1"):
+    with pytest.raises(
+        BadArgument, match=r"tasks=.*give at least one of needles, ruler, babilong, state, all, niah_single_1"
+    ):
         expand_tasks(wanted)
 
 
 def test_unknown_names_are_refused_with_those_there_are():
-    with pytest.raises(BadArgument, match="tasks='nials': no such task or group; there are needles, ruler, all, niah"):
+    with pytest.raises(BadArgument, match=f"tasks='nials': no such task or group; there are {LISTED}"):
         expand_tasks("vt,nials")
     with pytest.raises(
-        BadArgument, match=r"task='needles': no such task; there are niah_single_1, .*, perplexity, qa_1:FILE"
+        BadArgument, match=r"task='needles': no such task; there are niah_single_1, .*, perplexity_positions, qa_1:FILE"
     ):
         task("needles")

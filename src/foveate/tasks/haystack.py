@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import re
@@ -41,13 +42,17 @@ def noise() -> Haystack:
 
 def clean_sentences(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, without: re.Pattern[str] | None = None
-) -> list[str]:
+) -> tuple[str, ...]:
     """The sentences of the corpus that spell no special token of the tokenizer and hold nothing of `without`.
 
     Raises:
         BadArgument: there are none.
     """
-    special = tuple(tokenizer.all_special_tokens)
+    return _clean(corpus, tuple(tokenizer.all_special_tokens), without)
+
+
+@functools.lru_cache(maxsize=16)
+def _clean(corpus: Corpus, special: tuple[str, ...], without: re.Pattern[str] | None) -> tuple[str, ...]:
     sentences = [text for text in corpus.sentences if not any(token in text for token in special)]
     if not sentences:
         raise BadArgument("corpus", corpus.name, "every sentence spells a special token of the tokenizer; give another")
@@ -55,7 +60,7 @@ def clean_sentences(
         sentences = [text for text in sentences if not without.search(text)]
         if not sentences:
             raise BadArgument("corpus", corpus.name, "every sentence holds words that the task asks for; give another")
-    return sentences
+    return tuple(sentences)
 
 
 def running_text(

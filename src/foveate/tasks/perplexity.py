@@ -26,6 +26,8 @@ class Perplexity:
 
     Attributes:
         targets: tokens of the continuation that are scored.
+        buckets: with more than 1, sample after sample scores the same passage at the next of so many equally spaced
+            positions, the last one first: the context ends there, so it is shorter than the length in all but one.
     """
 
     name: str = "perplexity"
@@ -33,14 +35,15 @@ class Perplexity:
     description: str = "the continuation of a passage of running text"
     source: str = "own: perplexity behind a bounded cache"
     targets: int = 64
+    buckets: int = 1
     metric: str = "nats per token"
     kind: Kind = "perplexity"
     higher_is_better: bool = False
     chance: float | None = None
 
     def minimum(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The smallest `length` in tokens for which samples can be made: as much context as is scored."""
-        return 2 * self.targets
+        """The smallest `length` in tokens for which samples can be made: each context is as long as what is scored."""
+        return 2 * self.targets * self.buckets
 
     def generate(
         self,
@@ -64,8 +67,10 @@ class Perplexity:
         choices = corpus.sentence_at(_latest_start(tokenizer, corpus, length, wanted)) + 1
         made = []
         for index in range(samples):
-            start, _ = corpus.spans[sample_random(self.name, length, index, seed).randrange(choices)]
+            passage, turn = divmod(index, self.buckets)
+            start, _ = corpus.spans[sample_random(self.name, length, passage, seed).randrange(choices)]
             ids = (*head, *_first_tokens(tokenizer, corpus.text, start, wanted))
+            ids = ids[: length * (self.buckets - turn) // self.buckets]
             made.append(
                 Sample(
                     task=self.name,
@@ -79,6 +84,7 @@ class Perplexity:
                     evidence=(),
                     max_new_tokens=0,
                     target_ids=ids[-self.targets :],
+                    bucket=f"position {self.buckets - turn}/{self.buckets}" if self.buckets > 1 else "",
                     intro=len(head),
                 )
             )
@@ -128,3 +134,12 @@ def _latest_start(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: in
             held = f"it holds {len(encoded.ids)} tokens, length={length} needs {count + _MARGIN}"
             raise BadArgument("corpus", corpus.name, f"{held}; give more text, or a smaller length")
         chars *= 2
+
+
+PERPLEXITY_BY_POSITION = Perplexity(
+    name="perplexity_positions",
+    description="the continuation of one long passage at eight positions, an eighth of the length apart",
+    source="own: perplexity by position",
+    buckets=8,
+)
+"""Where in a long document prediction gets better or worse: scores are to be split by `Sample.bucket`."""

@@ -8,7 +8,7 @@ so that no model knows an answer without reading. What the passages leave open o
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -174,7 +174,7 @@ def _facts(forms: list[str], names: list[str]) -> list[str]:
     return [form.format(**dict(zip("abc", names, strict=False))) for form in forms]
 
 
-def _passage(rng: random.Random, sentences: list[str], fact: str) -> Passage:
+def _passage(rng: random.Random, sentences: Sequence[str], fact: str) -> Passage:
     """A few successive sentences with the fact somewhere between them."""
     number = rng.randrange(len(sentences))
     around: list[str] = []

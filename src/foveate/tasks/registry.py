@@ -6,24 +6,39 @@ from collections.abc import Callable, Iterable
 
 from foveate.errors import BadArgument
 from foveate.tasks.aggregation import AGGREGATION_TASKS
+from foveate.tasks.babilong import BABILONG_TASKS
 from foveate.tasks.base import Task
+from foveate.tasks.documents import infinitebench_task, longbench_task
+from foveate.tasks.grid import NEEDLE_GRID
 from foveate.tasks.needles import NEEDLE_TASKS
-from foveate.tasks.perplexity import Perplexity
+from foveate.tasks.perplexity import PERPLEXITY_BY_POSITION, Perplexity
 from foveate.tasks.questions import QUESTION_TASKS
+from foveate.tasks.recall import PAIR_RECALL
 from foveate.tasks.squad import hotpotqa_task, squad_task
+from foveate.tasks.states import STATE_TASKS
 from foveate.tasks.tracking import VARIABLE_TRACKING
 
 _RULER = (*NEEDLE_TASKS, VARIABLE_TRACKING, *AGGREGATION_TASKS, *QUESTION_TASKS)
 
-TASKS: dict[str, Task] = {each.name: each for each in (*_RULER, Perplexity())}
+TASKS: dict[str, Task] = {
+    each.name: each
+    for each in (*_RULER, NEEDLE_GRID, PAIR_RECALL, *BABILONG_TASKS, *STATE_TASKS, Perplexity(), PERPLEXITY_BY_POSITION)
+}
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "needles": tuple(each.name for each in NEEDLE_TASKS),
     "ruler": tuple(each.name for each in _RULER),
+    "babilong": tuple(each.name for each in BABILONG_TASKS),
+    "state": tuple(each.name for each in STATE_TASKS),
     "all": tuple(TASKS),
 }
 
-READERS: dict[str, Callable[[str], Task]] = {"qa_1": squad_task, "qa_2": hotpotqa_task}
+READERS: dict[str, Callable[[str], Task]] = {
+    "qa_1": squad_task,
+    "qa_2": hotpotqa_task,
+    "longbench": longbench_task,
+    "infinitebench": infinitebench_task,
+}
 """Tasks made of a file that the user has; they are asked for as "name:path"."""
 
 
