@@ -14,7 +14,7 @@ from tests.methods.test_duo_attention import Probe
 import foveate
 from foveate.heads.hardkuma import KumaRecipe
 from foveate.methods import LycheeDecode, Profile, SnapKV
-from foveate.methods.profile import fingerprint, load_profile, save_profile
+from foveate.methods.profile import built_in_profile, fingerprint, load_profile, save_profile
 from foveate.models import ModelShape, tiny
 
 SMALL = {"budget": 12, "recent": 2}
@@ -205,3 +205,31 @@ def test_calibration_gives_a_profile_that_plan_takes(tmp_path: Any) -> None:
     assert LycheeDecode(recent=4).calibrate(Probe(model, WordTokenizer()), recipe=recipe).data == made.data
     with pytest.raises(foveate.BadArgument, match="longest=257"):
         LycheeDecode().calibrate(probe, longest=257)
+
+
+def test_the_shipped_profile_fits_its_model() -> None:
+    """What `apply` finds for the built-in model: made in minutes on a CPU, and about as many heads open as asked."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        num_hidden_layers=30,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+    )
+    shape = ModelShape.of(config)
+    shipped = built_in_profile("lycheedecode", shape)
+    assert shipped is not None
+    gates = torch.tensor(shipped.data["open"])
+    assert gates.shape == (30, 3)
+    assert gates[0].tolist() == [1.0, 1.0, 1.0]
+    count = int((gates > 0.5).sum())
+    assert abs(count - 90 * shipped.provenance["open"]) < 10
+    assert shipped.provenance["seconds"] < 240
+    assert shipped.provenance["device"] == "cpu"
+    roles = LycheeDecode(budget=0.5).plan(shape, shipped, 2048)
+    reads = sum(2048 * len(r.extra["looking"]) + r.extra["keep"] * (3 - len(r.extra["looking"])) for r in roles)
+    assert 0.49 < reads / (90 * 2048) <= 0.5
