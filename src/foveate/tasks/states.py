@@ -19,7 +19,7 @@ from foveate.tasks.scoring import SOLE_CHOICE
 
 SOURCE = "group word problems, arXiv 2404.08819; as text"
 _RESERVE = 24
-_THINGS = ("coin", "ring", "bean", "shell", "dice")
+_THINGS: tuple[str, ...] = ("coin", "ring", "bean", "shell", "dice")
 
 
 @dataclass(frozen=True)
