@@ -18,8 +18,8 @@ from foveate.errors import BadArgument, FoveateError
 from foveate.evaluate.record import Record
 from foveate.evaluate.request import Request, Watch
 from foveate.evaluate.runner import run
-from foveate.evaluate.setting import CORE, MethodLike, parse_budgets, parse_methods, settings_of, text_of
-from foveate.methods.base import Method, Profile
+from foveate.evaluate.setting import CORE, MethodLike, Part, parse_budgets, parse_methods, settings_of, text_of
+from foveate.methods.base import Profile
 from foveate.methods.budget import Budget
 from foveate.models import Loaded, load
 from foveate.models.shape import ModelShape
@@ -167,15 +167,15 @@ def compare(
     return Comparison(tuple(records), folder, page)
 
 
-def card(method: Part) -> MethodCard:
+def card(part: Part) -> MethodCard:
     """A method, or a reader, in words, for the report."""
-    summary = cleandoc(method.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
-    settings = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "budget"}
+    summary = cleandoc(part.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+    settings = {f.name: getattr(part, f.name) for f in fields(part) if f.name != "budget"}
     return MethodCard(
-        id=method.id,
-        name=method.name,
-        paper=method.paper,
-        slots=tuple(sorted(method.slots)),
+        id=part.id,
+        name=part.name,
+        paper=part.paper,
+        slots=tuple(sorted(part.slots)),
         summary=summary,
         settings=settings,
     )

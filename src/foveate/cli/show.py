@@ -52,6 +52,10 @@ def show(
     entries = [entry for entry in parse_methods(method) if entry.named]
     if len(entries) > 2 or (len(entries) == 1 and method.strip() != DENSE):
         raise BadArgument("method", method, "give one method or one composition")
+    if not entries[-1].reader.whole:
+        raise BadArgument(
+            "method", method, f"{entries[-1].reader.id} chooses text before any token is read; give methods"
+        )
     (setting,) = settings_of(entries[-1:], parse_budgets(budget))[:1]
     if budget and setting.budget is None:
         raise BadArgument("budget", budget, f"{setting.method} takes none here; its own parameters decide")

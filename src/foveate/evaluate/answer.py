@@ -64,15 +64,26 @@ def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None)
 
 
-def answer(batch: Batch, logits: Tensor, samples: Sequence[Sample], task: Task, tokenizer: Any) -> list[Answer]:
-    """Decode every row to its end and score it. Rows that are done leave the batch."""
+def answer(
+    batch: Batch,
+    logits: Tensor,
+    samples: Sequence[Sample],
+    task: Task,
+    tokenizer: Any,
+    read: Sequence[Sample] | None = None,
+) -> list[Answer]:
+    """Decode every row to its end and score it. Rows that are done leave the batch.
+
+    Args:
+        read: what was read of the samples, if that is not all of them.
+    """
     answers = [Answer() for _ in samples]
     rows = list(range(len(samples)))
     settled = False
     held = batch.cache.nbytes // len(rows)
     for one in answers:
         one.kv_bytes = one.kv_bytes_prompt = held
-    evidence = Evidence(samples)
+    evidence = Evidence(samples, read)
     full = [layer.index for layer in batch.shape.layers if layer.kind == "full"]
     for one, share in zip(answers, evidence.held(batch.cache, full), strict=True):
         one.evidence_held = share

@@ -29,12 +29,16 @@ class Batch:
     Attributes:
         cache: what holds them; `cache.meter` counts the pairs that are read.
         seen: tokens of each row so far.
-        dense: causal pairs of the same queries, by phase, as `cache.meter` counts the pairs read.
+        skipped: tokens of each row's prompt that were left out before it was read.
+        dense: causal pairs of the whole rows, by phase, as `cache.meter` counts the pairs read.
     """
 
-    def __init__(self, model: Any, cache: FoveateCache, rows: int, shape: ModelShape) -> None:
+    def __init__(
+        self, model: Any, cache: FoveateCache, rows: int, shape: ModelShape, skipped: Sequence[int] | None = None
+    ) -> None:
         self.model, self.cache, self.shape = model, cache, shape
         self.seen = [0] * rows
+        self.skipped = [0] * rows if skipped is None else list(skipped)
         self.dense: Counter[str] = Counter()
         self._mask = torch.ones(rows, 0, dtype=torch.int64, device=model.device)
 
@@ -50,13 +54,14 @@ class Batch:
     def fork(self, binding: Binding) -> Batch:
         """The same rows under other methods; their prompt must have been read densely."""
         new = Batch(self.model, self.cache.fork(binding), len(self.seen), self.shape)
-        new.seen, new._mask = list(self.seen), self._mask
+        new.seen, new.skipped, new._mask = list(self.seen), list(self.skipped), self._mask
         return new
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
         self.cache.batch_select_indices(torch.tensor(rows, dtype=torch.int64))
         self.seen = [self.seen[row] for row in rows]
+        self.skipped = [self.skipped[row] for row in rows]
         self._mask = self._mask[list(rows)]
 
     def rewind(self, steps: int) -> None:
@@ -83,8 +88,10 @@ class Batch:
             logits_to_keep=1,
         )
         for row, tokens in enumerate(rows):
-            self.dense[phase] += causal_pairs(self.shape, self.seen[row], self.seen[row] + len(tokens))
+            # what was left out stood in the first piece of the prompt
+            start = self.seen[row] + self.skipped[row] if self.seen[row] else 0
             self.seen[row] += len(tokens)
+            self.dense[phase] += causal_pairs(self.shape, start, self.seen[row] + self.skipped[row])
         return out.logits[:, -1].float()
 
 

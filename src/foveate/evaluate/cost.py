@@ -14,6 +14,7 @@ from foveate.engine.binding import Binding
 from foveate.errors import FoveateError
 from foveate.evaluate.answer import read_prompts
 from foveate.evaluate.batch import Batch
+from foveate.evaluate.reader import Read, same
 from foveate.evaluate.setting import Bound
 from foveate.models.shape import ModelShape
 from foveate.tasks import Sample
@@ -84,14 +85,14 @@ def measure(
     """
     costs = Costs({b.setting.key: Cost() for b in bounds}, Cost(), {})
     short = _cut(sample, _WARM_UP)
-    for binding in [dense, *(b.binding for b in bounds if b.binding is not None)]:
+    for binding, read in [(dense, same), *((b.binding, b.read) for b in bounds if b.binding is not None)]:
         try:
-            batch, _ = _prompt(model, shape, binding, short, question_seen)
+            batch, _ = _prompt(model, shape, binding, read, short, question_seen)
             batch.step(short.context_ids[:1])
         except FoveateError:
             continue  # said below, at the length that counts
     for repeat in range(repeats):
-        base, seconds = _prompt(model, shape, dense, sample, question_seen)
+        base, seconds = _prompt(model, shape, dense, same, sample, question_seen)
         costs.dense.prefill.append(seconds)
         costs.dense.peak = max(costs.dense.peak, base.cache.peak_nbytes)
         done()
@@ -102,7 +103,7 @@ def measure(
                 continue
             cost = costs.found[key]
             try:
-                batch, seconds = _prompt(model, shape, bound.binding, sample, question_seen)
+                batch, seconds = _prompt(model, shape, bound.binding, bound.read, sample, question_seen)
                 mine, theirs = _take_turns(batch, base, sample)
             except FoveateError as error:
                 costs.refused[key] = error
@@ -120,12 +121,12 @@ def measure(
 
 
 def _prompt(
-    model: Any, shape: ModelShape, binding: Binding, sample: Sample, question_seen: bool
+    model: Any, shape: ModelShape, binding: Binding, read: Read, sample: Sample, question_seen: bool
 ) -> tuple[Batch, float]:
     batch = Batch(model, binding.cache(), 1, shape)
     _settle(model)
     start = time.perf_counter()
-    read_prompts(batch, [sample], question_seen)
+    read_prompts(batch, [read(sample)], question_seen)
     _settle(model)
     return batch, time.perf_counter() - start
 

@@ -17,15 +17,12 @@ class Evidence:
 
     Args:
         samples: one per row of the batch; rows without known evidence have no recall.
+        read: what was read of each; evidence that was left out is held and read by nobody.
     """
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        length = max((len(s.context_ids) + len(s.question_ids) for s in samples), default=0)
-        self.marked = torch.zeros(len(samples), length + 1, dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            for start, stop in sample.evidence:
-                self.marked[row, start:stop] = True
-        self.tokens = self.marked.sum(1)
+    def __init__(self, samples: Sequence[Sample], read: Sequence[Sample] | None = None) -> None:
+        self.marked = _marked(samples if read is None else read)
+        self.tokens = _marked(samples).sum(1)
 
     @property
     def known(self) -> bool:
@@ -57,6 +54,16 @@ class Evidence:
 
     def watch(self, full: Sequence[int]) -> Reads:
         return Reads(self, frozenset(full))
+
+
+def _marked(samples: Sequence[Sample]) -> Tensor:
+    """Which positions hold evidence, bool [B, N + 1]."""
+    length = max((len(s.context_ids) + len(s.question_ids) for s in samples), default=0)
+    marked = torch.zeros(len(samples), length + 1, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        for start, stop in sample.evidence:
+            marked[row, start:stop] = True
+    return marked
 
 
 class Reads:

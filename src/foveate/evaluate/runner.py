@@ -51,7 +51,7 @@ def run(
     check_lengths(request, shape, tokenizer)
     with apply(model, DENSE) as handle, torch.inference_mode():
         given = open_profiles(profiles, settings, shape)
-        bounds = [bind(handle, setting, given) for setting in settings]
+        bounds = [bind(handle, setting, given, tokenizer) for setting in settings]
         samples = make_samples(request, tokenizer, watch)
         with Log(out, request.shared(model), request.command) as log:
             runner = Runner(model, tokenizer, shape, request, handle, bounds, samples, log, watch)
@@ -103,7 +103,7 @@ class Runner:
         self.dense = next(b.binding for b in bounds if b.setting.method == DENSE and b.binding is not None)
         # All settings of the run count, also those whose cells are done: what is captured changes how attention is
         # computed, and with it the last bits of a prompt that a resumed run must find again.
-        needs = [b.binding.prompt_needs for b in bounds if b.binding is not None and b.binding.shares_prefill]
+        needs = [b.binding.prompt_needs for b in bounds if b.binding is not None and b.shares_prefill]
         self.shared = Binding(model, compose(DENSE), {}, handle, capture=unite(needs))
         self.facts = {
             "versions": versions(),
@@ -177,7 +177,7 @@ class Runner:
     def _work(self, length: int, task: Task, todo: Sequence[Bound]) -> float:
         """About how many prompt tokens' worth of work a group is."""
         running = [b for b in todo if b.binding is not None]
-        own = sum(not b.binding.shares_prefill for b in running if b.binding is not None)
+        own = sum(not b.shares_prefill for b in running)
         shared = length * self.request.samples if len(running) > own else 0
         return shared + own * length * self.request.samples + len(running) * self._answer_work(length, task)
 
@@ -272,22 +272,24 @@ class Runner:
                 what = f"{length} tokens, {task.name}, {bound.setting.label}"
                 self.watch(self.done, self.total, what)
                 try:
-                    if bound.binding.shares_prefill:
+                    read = [bound.read(sample) for sample in some]
+                    if bound.shares_prefill:
                         if shared is None:
                             shared = self._read_shared(some)
                             self._advance(length * len(some), what)
                         batch, logits = shared[0].fork(bound.binding), shared[1]
                         batch.cache.meter = {}
-                        rest = read_prompts(batch, some, self.request.question_seen, part="rest")
+                        rest = read_prompts(batch, read, self.request.question_seen, part="rest")
                         logits = logits if rest is None else rest
                     else:
-                        batch = Batch(self.model, bound.binding.cache(), len(some), self.shape)
+                        skipped = [len(a.context_ids) - len(b.context_ids) for a, b in zip(some, read, strict=True)]
+                        batch = Batch(self.model, bound.binding.cache(), len(some), self.shape, skipped)
                         batch.cache.meter = {}
-                        logits = read_prompts(batch, some, self.request.question_seen)
+                        logits = read_prompts(batch, read, self.request.question_seen)
                         self._advance(length * len(some), what)
                     assert logits is not None
-                    tallies[key].answers += answer(batch, logits, some, task, self.tokenizer)
-                    tallies[key].add(batch, shared[0] if bound.binding.shares_prefill and shared else None)
+                    tallies[key].answers += answer(batch, logits, some, task, self.tokenizer, read)
+                    tallies[key].add(batch, shared[0] if bound.shares_prefill and shared else None)
                 except FoveateError as error:
                     state[key] = bound.refuse(error)
                 self._advance(self._answer_work(length, task) * len(some) / len(samples), what)

@@ -19,12 +19,13 @@ from foveate.methods.base import Composition, Method, Profile
 from foveate.methods.budget import Budget
 from foveate.methods.profile import fingerprint, load_profile
 from foveate.models.shape import ModelShape
+from foveate.retrieval import Retrieval
 
 ALL = "all"
 CORE = "core"
 """Stands for every registered method, in the list of methods."""
 
-MethodLike = str | Method | Composition | Reader
+MethodLike = str | Method | Composition | Retrieval
 Part = Method | Reader
 """What stands between the bars of `retrieval|snapkv`."""
 
@@ -47,7 +48,7 @@ class Entry:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What was asked for: the reader, unless it reads everything, and the methods, unless dense stands behind it."""
+        """What was asked for: a reader, unless it reads everything, and the methods, unless dense stands behind it."""
         if self.reader.whole:
             return self.composition.methods
         return (self.reader, *(method for method in self.composition.methods if method.id != DENSE))
@@ -93,7 +94,7 @@ def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entr
     Raises:
         BadArgument: a name or parameter that is not known, or a text that cannot be read.
     """
-    listed = [methods] if isinstance(methods, str | Method | Composition) else list(methods)
+    listed = [methods] if isinstance(methods, MethodLike) else list(methods)
     entries = [Entry(Composition((METHODS[DENSE](),)), None, True)]
     for item in listed:
         if isinstance(item, str):
@@ -103,7 +104,7 @@ def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entr
                     entries += [_entry([(cls(), False)], named=False) for cls in group]
                 else:
                     entries.append(_entry([_parse(part) for part in _split(text, "|")]))
-        elif isinstance(item, (Method, Composition, *READERS.values())):
+        elif isinstance(item, Method | Composition | Retrieval):
             parts = item.methods if isinstance(item, Composition) else (item,)
             entries.append(_entry([(part, False) for part in parts]))
         else:
