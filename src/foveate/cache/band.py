@@ -166,13 +166,17 @@ class Band:
         """Append the first counts[p] of N tokens (None: all of them): k [P, N, Dk], v [P, N, Dv]."""
         before, n = self.lengths, k.shape[1]
         need = self.used + n if counts is None else int((before + counts).max())
-        if need - self.used > self.room:
+        coming = need - self.used
+        if counts is not None and any(isinstance(column, PackedColumn) for column in self._columns()):
+            # Of a shorter pair more tokens may be exact still: the pair that takes most decides.
+            coming = max(coming, int(counts.max()))
+        if coming > self.room:
             # A prompt is allocated exactly; later tokens find spare slots that cost one copy per 16 or more of them.
             spare = max(GROWTH, need // 16) if self.used else 0
             if self.bounded:  # what a window will expire needs no room
                 most = max(int(s.sink) + int(s.window) for s in self.spans if s.window is not None)
                 spare = max(0, min(spare, most - need))
-            self.reserve(need + spare, need - self.used)
+            self.reserve(need + spare, coming)
         new: list[tuple[AnyColumn, Tensor]] = [(self.k, k)]
         if self.v is not None and v is not None:
             new.append((self.v, v))

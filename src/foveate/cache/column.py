@@ -248,7 +248,7 @@ class PackedColumn:
     def reserve(self, capacity: int, used: int, coming: int = 0, lengths: Counts | None = None) -> None:
         """`capacity` and `used` are slots; the tail needs only what is not packed, what comes, and few spare slots."""
         exact = int(((used if lengths is None else lengths) - self.packed).max(initial=0))
-        spare = min(capacity - used, max(SPARE, coming))
+        spare = max(coming, min(capacity - used, SPARE))
         self.tail.reserve(max(exact + spare, self.tail.data.shape[1]), min(exact, self.tail.data.shape[1]))
 
     def room(self, lengths: Counts, used: int) -> int:
