@@ -35,7 +35,7 @@ def bert(seed: int) -> BertModel:
     config = BertConfig(
         vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
-    return BertModel(config, add_pooling_layer=False).eval()
+    return BertModel(config).eval()
 
 
 def test_a_vector_is_the_mean_over_its_own_tokens(seed: int) -> None:

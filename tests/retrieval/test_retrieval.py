@@ -16,6 +16,7 @@ from foveate.evaluate.setting import parse_budgets, parse_methods, settings_of, 
 from foveate.methods.budget import Budget
 from foveate.models import Loaded
 from foveate.models.shape import ModelShape
+from foveate.report.summary import overall
 from foveate.retrieval import Retrieval
 from foveate.tasks import Sample, task
 
@@ -177,6 +178,11 @@ def test_its_row_is_measured_like_the_others(records: dict[tuple[str, str], Reco
         assert row.prefill_s is not None and row.prefill_s > 0
         assert row.decode_ms is not None and row.kv_bytes_peak is not None
         assert row.cell.settings["sees"] == "question"
+
+
+def test_its_label_says_what_it_sees(records: dict[tuple[str, str], Record]) -> None:
+    labels = {row.label for view in overall(list(records.values())) for row in view.rows}
+    assert {"retrieval (sees=question)", "snapkv"} <= labels
 
 
 def test_everything_retrieved_is_dense(records: dict[tuple[str, str], Record]) -> None:

@@ -170,6 +170,10 @@ def _canonical(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+_ALWAYS_SAID = {"sees"}
+"""Settings that are part of a label even if all rows agree in them: what a row was told that others may not be."""
+
+
 def _labels(records: Iterable[Record]) -> dict[tuple[str, str], str]:
     """(method, settings) -> label: the method alone, with the settings that differ where it was run with several."""
     settings: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -179,6 +183,7 @@ def _labels(records: Iterable[Record]) -> dict[tuple[str, str], str]:
     for method, variants in settings.items():
         names = {name for variant in variants.values() for name in variant}
         differing = {n for n in names if len({_canonical({n: v.get(n)}) for v in variants.values()}) > 1}
+        differing |= names & _ALWAYS_SAID
         for key, variant in variants.items():
             shown = _setting_text({n: variant[n] for n in differing if n in variant})
             labels[method, key] = f"{method} ({shown})" if shown else method

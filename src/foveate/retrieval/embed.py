@@ -63,7 +63,7 @@ class Embedder:
         from tokenizers import Tokenizer
         from transformers import BertModel
 
-        model = BertModel.from_pretrained(path, dtype=torch.float32, add_pooling_layer=False)
+        model = BertModel.from_pretrained(path, dtype=torch.float32)
         return cls(model.to(device), Tokenizer.from_file(str(path / "tokenizer.json")))
 
     @torch.inference_mode()
