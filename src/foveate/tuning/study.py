@@ -17,7 +17,7 @@ from foveate.tuning.outcome import Outcome, outcome
 from foveate.tuning.space import Space
 
 STUDY = "study.jsonl"
-CHUNK = 4
+CHUNK = 2
 """Samples per length and task of the first look at a setting."""
 
 BATCH = 8

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from foveate.comparison import LENGTHS, TASKS, card, check_room, command_line, lengths_of, listed, open_model
+from foveate.comparison import TASKS, card, check_room, command_line, lengths_of, listed, open_model
 from foveate.engine.apply import apply
 from foveate.engine.tuned import Tuned
 from foveate.errors import BadArgument, FoveateError
@@ -34,7 +34,8 @@ from foveate.tuning.verdict import Verdict, forewarning, level_of
 
 TARGET = "kv-bytes"
 MAX_LOSS = 0.01
-SAMPLES = 16
+LENGTHS = (512,)
+SAMPLES = 8
 MINUTES = 15.0
 
 TUNED = "tuned.json"
@@ -167,7 +168,7 @@ def tune(
         max_loss: what may be lost, as a share of dense's mean score: "1%" or 0.01.
         methods: ids to choose from; "all" of those that can save the target.
         lengths, tasks, question_seen, corpus, profiles, dtype, device, tokenizer: as for `foveate.compare`.
-        samples: per length and task, of a whole trial (in full fours) and of the check.
+        samples: per length and task, of a whole trial (rounded up to an even number) and of the check.
         seed: of the samples and of the search.
         minutes: of the search; the check comes after it.
         trials: at most this many new trials; None: as many as there is time for.
