@@ -79,7 +79,14 @@ def test_all_is_every_method() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["snapkv", "snapkv(window=16),kivi(bits=2, budget=None)", "snapkv(budget='0.5')|kivi(budget=None)", "all", "core", "dense"],
+    [
+        "snapkv",
+        "snapkv(window=16),kivi(bits=2, budget=None)",
+        "snapkv(budget='0.5')|kivi(budget=None)",
+        "all",
+        "core",
+        "dense",
+    ],
 )
 def test_the_text_of_entries_reads_back(text: str) -> None:
     entries = parse_methods(text)

@@ -40,8 +40,8 @@ def columns(
         each: a sum for each query head, instead of one for its group.
 
     Returns:
-        [B, Hk or H, M] float32 (float64 for float64), summed over the queries and the query heads of each group. The sum
-        over M is the number of queries that count, times H / Hk.
+        [B, Hk or H, M] float32 (float64 for float64), summed over the queries and the query heads of each group. The
+        sum over M is the number of queries that count, times H / Hk.
 
     Raises:
         BadArgument: shapes that do not fit each other.

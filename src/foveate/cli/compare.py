@@ -16,7 +16,7 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help='Names, "all" or "core" (a few of every kind), separated by commas; "A|B" composes, "kivi(bits=2)" sets.'
+            help='Names, "all" or "core" (a few of each kind), by commas; "A|B" composes, "kivi(bits=2)" sets.'
         ),
     ] = "",
     budgets: Annotated[

@@ -13,7 +13,8 @@ from foveate.attention import ALL, Parts
 from foveate.cache import Store, View
 from foveate.cache.cache import State
 from foveate.engine.read import Reading, head_columns, read
-from foveate.methods.base import Result, Role, Rope
+from foveate.methods.base import Result, Role
+from foveate.methods.context import Rope
 from foveate.models.shape import LayerShape
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from foveate import compat
 from foveate.attention import ALL, Span
 from foveate.cache import Column, FoveateCache, Store, View
-from foveate.cache.cache import CourierLayer
+from foveate.cache.cache import CourierLayer, State
 from foveate.engine import seal as sealing
 from foveate.engine.context import LayerContext
 from foveate.engine.plan import COLUMNS, LayerPlan
@@ -38,6 +38,7 @@ class Call:
     def __init__(self, binding: Binding, cache: FoveateCache | None, queries: int) -> None:
         self.binding, self.cache, self.queries = binding, cache, queries
         self.scratch: dict[str, dict[str, Any]] = {}
+        self.common: State = {}
         self.rows: Rows | None = None
         self.complete = False
         self.pieces: tuple[Call, ...] = ()
@@ -48,7 +49,7 @@ class Call:
         if len({layer.columns for layer in cache.couriers()}) > 1:
             raise Refused("the last forward of this cache did not finish; start with a new cache")
         if not cache.planned:
-            cache.owner.plan_cache(cache, max(cache.announced, queries))
+            cache.owner.plan_cache(cache, cache.announced or queries)  # candidates behind a prompt are none of it
         if cache.announced > 0:
             self.phase = "prompt"
             extra = max(0, queries - cache.announced)
@@ -237,7 +238,8 @@ def _attend(
     parts: Any = ALL
     if chooser is not None and managed:
         parts = chooser.select(q, view, _context(call, plan, layer, store, chooser, how))
-    columns = bool(plan.needs.columns) and call.phase == "prompt" and call.cache is not None and managed
+    columns = bool(plan.needs.columns) and call.phase == "prompt" and managed
+    columns = columns and (call.cache is not None or bool(binding.observers))
     probs = plan.needs.probs and call.phase == "decode" and managed
     result = read(store, q, parts, how, lse=columns or (plan.needs.lse and managed), probs=probs)
     window = plan.needs.window if call.phase == "prompt" and call.cache is not None and not layer.sealed else 0
@@ -273,7 +275,7 @@ def _context(
         how=how,
         rope=call.binding,
         own=layer.mine,
-        common={} if call.cache is None else call.cache.shared,
+        common=call.common if call.cache is None else call.cache.shared,
         scratch=call.scratch,
         window=None if layer.window is None else layer.window[:, :, -plan.own[method.id].window :],
         window_seen=layer.window_seen,

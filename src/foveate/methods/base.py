@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -13,7 +13,8 @@ from foveate.attention import ALL, Parts, Span
 from foveate.cache import Blocks, Side, Tag, View, chained
 from foveate.errors import BadArgument
 from foveate.methods.budget import Budget
-from foveate.models.shape import LayerShape, ModelShape
+from foveate.methods.context import Context, Probe
+from foveate.models.shape import ModelShape
 
 SLOTS = ("prefill", "keep", "format", "decode", "weights")
 """The parts of attention a method may change. `format` and `weights` take a chain, the others one method."""
@@ -72,68 +73,6 @@ class Result(NamedTuple):
     probs: Tensor | None = None
 
 
-class Rope(Protocol):
-    """The model's rotary embedding, as far as methods need it."""
-
-    def move(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Turn rotated x [B, H, N, D] by delta [B, N] or [B, H, N] positions; by minus its position, x is unrotated."""
-        ...
-
-
-class Context(Protocol):
-    """Everything besides q and the view.
-
-    Attributes:
-        phase: "prompt" (announced tokens, or a whole bare forward) or "decode".
-        layer: index in the model; shape: its LayerShape; role: this method's role in it.
-        window: [B, H, W, D] last prompt queries, right-aligned, and `window_valid` [B, W], if needed.
-        scale: the softmax scale of the logits.
-        limit: tokens per head this layer may hold, [B] on the host (keep methods with a budget).
-        mine, shared: tensors of this method per layer / per cache, rows first; cleared by crop.
-        forward: this method's scratch of one forward, shared by its layers.
-    """
-
-    @property
-    def phase(self) -> str: ...
-    @property
-    def layer(self) -> int: ...
-    @property
-    def shape(self) -> LayerShape: ...
-    @property
-    def role(self) -> Role: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def softcap(self) -> float | None: ...
-    @property
-    def window(self) -> Tensor | None: ...
-    @property
-    def window_valid(self) -> Tensor | None: ...
-    @property
-    def limit(self) -> Tensor | None: ...
-    @property
-    def rope(self) -> Rope: ...
-    @property
-    def mine(self) -> dict[str, Tensor]: ...
-    @property
-    def shared(self) -> dict[str, Tensor]: ...
-    @property
-    def forward(self) -> dict[str, Any]: ...
-
-    def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result:
-        """Attend now, over a part that `select` then returns as a Partial."""
-        ...
-
-    def columns(self, q: Tensor, lse: Tensor) -> Tensor:
-        """Attention mass of each slot over this forward's real queries, [B, H, C], where everything visible is read:
-        a second pass, with the lse [B, H, N] of the first."""
-        ...
-
-    def count(self, pairs: float) -> None:
-        """Say how many query-key pairs a Partial read that the method attended by itself, not by `attend`."""
-        ...
-
-
 class BudgetRule(Protocol):
     """Who gets how many slots: (scores [B, Hs, C] with +inf on protected slots, view, total [B]) -> counts [B, Hs]."""
 
@@ -167,20 +106,6 @@ class Codec:
     def then(self, other: Codec) -> Codec:
         """This codec, and another for what it hands on."""
         return Codec(chained(self.keys, other.keys), chained(self.values, other.values))
-
-
-class Probe(Protocol):
-    """What calibration may use: the model, its tokenizer and a way to report progress.
-
-    `progress(total, label)` begins a stretch of work; what it returns is called with the steps made since the last call
-    and a few words on how it goes (a loss), which may be empty.
-    """
-
-    model: Any
-    tokenizer: Any
-    seed: int
-
-    def progress(self, total: int, label: str) -> Callable[[int, str], None]: ...
 
 
 @dataclass(frozen=True)
@@ -217,7 +142,7 @@ class Method:
         chunked: "exact" | "approximate": what a prompt given in pieces changes.
         aligned: True if it needs all heads and layers to hold the same tokens in the same slots.
         every_step: True if `score` evicts at each decode step, not only when the prompt ends.
-        croppable: False if what it made of tokens (`mine`, `shared`) cannot be had again once the newest are taken back.
+        croppable: False if what it made of tokens (`mine`, `shared`) is lost when the newest are taken back.
         hands_on: format: True if its packed tokens are still one vector each, which one more format can pack.
         whole_rows: True if its `attended` takes each query to have read all that is visible to it.
         calibrated: True if `plan` needs a profile.

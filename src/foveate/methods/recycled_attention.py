@@ -29,7 +29,7 @@ class RecycledAttention(Method):
     most. The steps after it read that list and their own token, and hand on the K of these that they looked at most:
     the new token comes in, the one with the least attention leaves. All is held, so a full step sees every token.
 
-    The first step after a prompt (or after tokens were taken back) is a full one; the paper's list comes from the
+    The first step after a prompt is a full one; the paper's list comes from the
     prompt's last query, one token earlier. Each row of a batch keeps its own clock.
 
     Args:
@@ -49,6 +49,7 @@ class RecycledAttention(Method):
     name = "Recycled Attention"
     paper = "2411.05787"
     slots = frozenset({"decode"})
+    croppable = False
 
     tokens: int = 4096
     stride: int = 50

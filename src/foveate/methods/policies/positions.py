@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import Refused
-from foveate.methods.base import Rope
+from foveate.methods.context import Rope
 from foveate.models.shape import ModelShape
 
 

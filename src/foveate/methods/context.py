@@ -1,0 +1,91 @@
+"""What methods are handed: the context of a layer's forward, and the model to calibrate on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from foveate.attention import Parts
+from foveate.cache import View
+from foveate.models.shape import LayerShape
+
+if TYPE_CHECKING:
+    from foveate.methods.base import Result, Role
+
+
+class Rope(Protocol):
+    """The model's rotary embedding, as far as methods need it."""
+
+    def move(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Turn rotated x [B, H, N, D] by delta [B, N] or [B, H, N] positions; by minus its position, x is unrotated."""
+        ...
+
+
+class Context(Protocol):
+    """Everything besides q and the view.
+
+    Attributes:
+        phase: "prompt" (announced tokens, or a whole bare forward) or "decode".
+        layer: index in the model; shape: its LayerShape; role: this method's role in it.
+        window: [B, H, W, D] last prompt queries, right-aligned, and `window_valid` [B, W], if needed.
+        scale: the softmax scale of the logits.
+        limit: tokens per head this layer may hold, [B] on the host (keep methods with a budget).
+        mine, shared: tensors of this method per layer / per cache, rows first; cleared by crop.
+        forward: this method's scratch of one forward, shared by its layers.
+    """
+
+    @property
+    def phase(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def shape(self) -> LayerShape: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def softcap(self) -> float | None: ...
+    @property
+    def window(self) -> Tensor | None: ...
+    @property
+    def window_valid(self) -> Tensor | None: ...
+    @property
+    def limit(self) -> Tensor | None: ...
+    @property
+    def rope(self) -> Rope: ...
+    @property
+    def mine(self) -> dict[str, Tensor]: ...
+    @property
+    def shared(self) -> dict[str, Tensor]: ...
+    @property
+    def forward(self) -> dict[str, Any]: ...
+
+    def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result:
+        """Attend now, over a part that `select` then returns as a Partial."""
+        ...
+
+    def columns(self, q: Tensor, lse: Tensor) -> Tensor:
+        """Attention mass of each slot over this forward's real queries, [B, H, C], where everything visible is read:
+        a second pass, with the lse [B, H, N] of the first."""
+        ...
+
+    def count(self, pairs: float) -> None:
+        """Say how many query-key pairs a Partial read that the method attended by itself, not by `attend`."""
+        ...
+
+
+class Probe(Protocol):
+    """What calibration may use: the model, its tokenizer and a way to report progress.
+
+    `progress(total, label)` begins a stretch of work; what it returns is called with the steps made since the last call
+    and a few words on how it goes (a loss), which may be empty.
+    """
+
+    model: Any
+    tokenizer: Any
+    seed: int
+
+    def progress(self, total: int, label: str) -> Callable[[int, str], None]: ...
