@@ -10,7 +10,16 @@ from tests.contract.runs import decode, forward, prompt, run, tokens
 from tests.contract.subjects import CASES, applied, assert_refusal, model
 from tests.contract.test_undo import anatomy
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel, DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    DynamicCache,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import foveate
 from foveate.errors import BadArgument, FoveateError, Refused
@@ -63,7 +72,24 @@ def sharing() -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("make", [encoder_decoder, encoder, sharing, lambda: nn.Linear(2, 2)])
+def gemma4() -> nn.Module:
+    config = Gemma4TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    return Gemma4ForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [encoder_decoder, encoder, sharing, gemma4, lambda: nn.Linear(2, 2)])
 def test_models(make: Any) -> None:
     net = make()
     with pytest.raises(Refused) as refusal:
