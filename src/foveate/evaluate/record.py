@@ -99,6 +99,8 @@ class Record:
         status: `"done"`, or `"refused"` with the reason in `refused`.
         scores: one finite number per sample; index i is the same sample for every method of the run.
         outcomes: one dict per sample (`index`, `depths` in 0..1, `prediction`, `references`, `score`, `kv_bytes`, …).
+            Samples of several turns also have one value per turn: `turns` (scores, whose mean is `score`),
+            `prediction`, `turns_held`, `turns_read` and `turns_kv_bytes`.
         higher_is_better: True for accuracies, False for losses (negative log-likelihood per token).
         kv_bytes: bytes of the live tensors of the cache after the prompt, median over samples.
         kv_bytes_dense: the same for the dense cache at this length.
