@@ -14,6 +14,9 @@ from foveate.cache.store import Store, StoreSpec
 from foveate.compat import CacheBase, CacheLayerBase
 from foveate.errors import BadArgument, Refused
 
+WARMUP = 2
+"""Decode steps that are made in the ordinary way before one is recorded: a short answer needs no graph."""
+
 State = dict[str, dict[str, Tensor]]
 """Tensors with rows first, by method id and name."""
 
@@ -206,6 +209,16 @@ class FoveateCache(CacheBase):
         """Pairs read, by phase, while measuring."""
         self.trace: Callable[..., None] | None = None
         """Told (layer, phase, band, selection, geometry, spans, heads of a pair) of every read while somebody looks."""
+        self.horizon = 0
+        """Tokens that generate() may reach, if it said so: room is made once."""
+        self.step: Any = None
+        """A recorded decode step of this cache (`engine.captured`)."""
+        self.recording: Any = None
+        """What its layers are handed while a step is being recorded."""
+        self.waiting = WARMUP
+        """Decode steps to make in the ordinary way before one is recorded."""
+        self.unrecorded = ""
+        """Why the last attempt to record a step was given up."""
         for layer in self.couriers():
             layer.owner = owner
 
@@ -254,6 +267,7 @@ class FoveateCache(CacheBase):
         ]
         new.shared = clone_state(self.shared)
         new._held = dict(self._held)
+        new.step, new.recording, new.waiting = None, None, WARMUP
         new.meter = None if self.meter is None else dict(self.meter)
         return new
 
@@ -288,6 +302,7 @@ class FoveateCache(CacheBase):
         super().reset()
         self.shared, self.announced, self.managed, self.planned = {}, 0, False, False
         self.peak_nbytes, self._held, self._sum = 0, {}, 0
+        self.horizon, self.step, self.recording, self.waiting = 0, None, None, WARMUP
         for layer in self.couriers():
             layer.owner = self.owner
 

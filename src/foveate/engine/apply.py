@@ -13,6 +13,7 @@ from torch import nn
 from foveate import compat
 from foveate.cache import FoveateCache
 from foveate.engine.binding import Binding
+from foveate.engine.captured import Forward
 from foveate.engine.forward import Call, attention
 from foveate.engine.tuned import is_file, read_tuned
 from foveate.errors import BadArgument, Refused
@@ -119,7 +120,10 @@ class Handle:
         self._undo.append(restore)
         hook = compat.base_model(self.model).register_forward_pre_hook(PreHook(self), with_kwargs=True)
         self._undo.append(hook.remove)
-        for name, wrapper in (("_prepare_cache_for_generation", PrepareCache), ("save_pretrained", SavePretrained)):
+        wrappers = [("_prepare_cache_for_generation", PrepareCache), ("save_pretrained", SavePretrained)]
+        if next(self.model.parameters()).device.type == "cuda":
+            wrappers.append(("forward", Forward))
+        for name, wrapper in wrappers:
             if hasattr(self.model, name):
                 before = self.model.__dict__.get(name, _ABSENT)
                 self.model.__dict__[name] = wrapper(self, getattr(self.model, name))
@@ -203,6 +207,9 @@ class PreHook:
             raise Refused("this cache belongs to a model on which Foveate is not applied (any more); make a new one")
         if cache is not None and compat.base_model(binding.model) is not module:
             raise Refused("this cache holds the keys of another model; make one by the handle of this model")
+        if cache is not None and cache.recording is not None:
+            kwargs[compat.KEYWORD] = cache.recording
+            return args, kwargs
         kwargs[compat.KEYWORD] = Call(binding, cache, int(inputs.shape[1]))
         return args, kwargs
 
@@ -243,6 +250,7 @@ class PrepareCache:
         if first or not assists:
             # An assistant whose first proposal is rejected whole takes back the prompt's last token as well.
             cache.expect(max(0, target - seen - assists))
+        cache.horizon = int(getattr(generation_config, "max_length", 0) or 0)
         return result
 
 
@@ -284,7 +292,7 @@ def find_profiles(composition: Composition, shape: ModelShape, given: ProfileLik
         if name not in ids:
             raise BadArgument("profile", name, f"no method of {composition.id} takes it")
     for method in composition.methods:
-        if method.calibrated and method.id not in found:
+        if method.needs_profile and method.id not in found:
             shipped = built_in_profile(method.id, shape)
             if shipped is None:
                 raise BadArgument(

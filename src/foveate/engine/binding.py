@@ -69,6 +69,13 @@ class Binding:
         return self.composition.id
 
     @property
+    def graph(self) -> bool:
+        """Whether a decode step of these methods is device work alone, which a GPU can record and replay."""
+        chooser = self.choosers["decode"]
+        hooks = [*self.observers, *([] if chooser is None else [chooser])]
+        return all(m.graph for m in hooks) and not any(m.every_step for m in self.composition.methods)
+
+    @property
     def active(self) -> bool:
         """False once the model was restored."""
         return self.installation.active

@@ -12,6 +12,7 @@ from torch import Tensor
 from foveate.attention import ALL, Geometry, Partial, Parts, Selection, Span, attend, framed, merge, sdpa
 from foveate.attention.columns import columns
 from foveate.cache import Band, Store
+from foveate.cache.fixed import FixedBand
 from foveate.engine.rows import Rows
 from foveate.methods.base import Result
 
@@ -62,13 +63,14 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
     listed: list[Selection | Partial] = [parts] if isinstance(parts, Selection | Partial) else list(parts)
     lse = lse or len(listed) > 1 or how.sinks is not None or probs
     moved = [_moved(q, part, store, how) for part in listed]
+    placed = any(not isinstance(part, Partial) and part is not ALL for part in listed)
     outs: list[tuple[Band, Partial]] = []
     weights: list[Tensor] = []
     for band in store.bands:
         keys = band.keys()
         values = band.values(keys).unsqueeze(1)
         keys = keys.unsqueeze(1)
-        geometry = _geometry(band, how, queries)
+        geometry = band.geometry(placed) if isinstance(band, FixedBand) else _geometry(band, how, queries)
         visible = how.spans if how.spans is not None else band.spans
         got: list[Partial] = []
         chosen: list[tuple[Tensor, Selection]] = []

@@ -148,6 +148,7 @@ class Method:
         calibrated: True if `plan` needs a profile.
         core: True for the few that a comparison runs when nobody names methods: together they show every kind.
         budgeted: False if nothing in it can be set by a budget (dense; methods whose reads follow from a threshold).
+        graph: True if its hooks of a decode step use device values alone, so that a GPU can record and replay the step.
         nested: False if a larger budget may choose other tokens, not only more of them (approximate searches).
         search: by field, the values that a search of settings tries, numbers in rising order. Fields that are a choice
             (Literal, bool) and the budget need no entry; an entry of one value fixes them.
@@ -168,6 +169,7 @@ class Method:
     core: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
     nested: ClassVar[bool] = True
+    graph: ClassVar[bool] = False
     search: ClassVar[Mapping[str, Sequence[Any]]] = tries()
 
     budget: Budget | float | int | None = None

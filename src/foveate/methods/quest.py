@@ -42,6 +42,7 @@ class Quest(Method):
     paper = "2406.10774"
     slots = frozenset({"decode"})
     core = True
+    graph = True
     search = tries(page=(8, 16, 32), dense_layers=(0, 1, 2))
 
     page: int = 16

@@ -1,0 +1,67 @@
+"""A recorded decode step is the eager one: same logits, same bookkeeping, and what cannot be recorded stays eager.
+
+On a CPU the "recording" is the step's own function, called again: everything but the graph itself is at work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tests.closeness import assert_close
+from tests.contract.runs import EXACT, left_padded, tokens
+from tests.contract.subjects import Case, applied, each_method, precise
+from torch import Tensor, nn
+
+from foveate.engine.apply import Handle
+from foveate.engine.captured import Forward
+
+
+@contextmanager
+def recording(net: nn.Module, handle: Handle) -> Iterator[None]:
+    net.__dict__["forward"] = Forward(handle, net.forward)
+    try:
+        yield
+    finally:
+        del net.__dict__["forward"]
+
+
+def steps(net: nn.Module, handle: Handle, ids: Tensor, mask: Tensor | None, new: Tensor) -> tuple[Any, Tensor]:
+    """Logits [B, n, V] of the given new tokens, one at a time, and the cache."""
+    cache = handle.cache()
+    cache.expect(ids.shape[1])
+    out = []
+    with torch.no_grad():
+        start = torch.full((ids.shape[0], 1), ids.shape[1]) if mask is None else mask.sum(1, keepdim=True)
+        positions = None if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
+        net(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        for i in range(new.shape[1]):
+            got = net(input_ids=new[:, i : i + 1], position_ids=start + i, past_key_values=cache, use_cache=True)
+            out.append(got.logits[:, -1])
+    return cache, torch.stack(out, dim=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3"])
+@each_method()
+def test_recorded_steps_are_eager_steps(case: Case, family: str, seed: int) -> None:
+    net = precise(case, family)
+    ids, mask = left_padded([tokens(seed, 61), tokens(seed + 1, 88)])
+    new = torch.stack([tokens(seed + 2, 40), tokens(seed + 3, 40)])
+    with applied(net, case) as handle:
+        if not handle.binding.graph:
+            pytest.skip("its hooks of a decode step look at values on the host")
+        eager, want = steps(net, handle, ids, mask, new)
+        with recording(net, handle):
+            cache, got = steps(net, handle, ids, mask, new)
+        if cache.step is None:
+            assert cache.unrecorded, "nothing was recorded, and nobody said why"
+            pytest.skip(cache.unrecorded)
+        assert_close(got, want, EXACT)
+        for layer, other in zip(cache.couriers(), eager.couriers(), strict=True):
+            cache.owner.settle(layer)
+            eager.owner.settle(other)
+            assert (layer.store.lengths == other.store.lengths).all()
+            assert layer.columns == other.columns
