@@ -12,7 +12,9 @@ from tests.report.synthetic import METHODS, TASKS, make_records
 from foveate.evaluate.record import DENSE, Record
 from foveate.evaluate.statistics import mcnemar_exact
 from foveate.report.as_json import summary_json
-from foveate.report.summary import Row, View, budget_order, overall, per_length, task_group, uses
+from foveate.report.naming import budget_order
+from foveate.report.rows import Row, View
+from foveate.report.summary import overall, per_family, per_length, uses
 
 
 def row_of(view: View, method: str, budget: str | None) -> Row:
@@ -52,8 +54,8 @@ def test_a_row_is_the_sum_of_its_cells():
         assert result is not None
         assert result.n == len(pairs)
         assert result.p == pytest.approx(mcnemar_exact(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)))
-        assert set(row.groups) == {"needle", "niah", "ppl", "qa", "vt"}
-        assert row.groups["vt"].estimate == pytest.approx(
+        assert set(row.families) == {"needle", "ppl", "qa", "tracing"}
+        assert row.families["tracing"].estimate == pytest.approx(
             sum(s for r in mine if r.cell.task == "vt" for s in r.scores) / sum(len(r.scores) for r in mine) * 5
         )
         assert row.loss is not None
@@ -140,6 +142,32 @@ def test_fronts_hold_what_nothing_beats():
             assert row.front_bytes is not beaten
 
 
+def test_a_family_has_fronts_of_its_own():
+    records = make_records(9)
+    (whole,) = overall(records)
+    views = {view.family: view for view in per_family(records, whole.model, True)}
+    assert list(views) == ["needle", "ppl", "qa", "tracing"] == list(whole.families)
+    assert views["needle"].tasks == ("needle", "niah_multikey_1")
+    assert {name: view.quality for name, view in views.items() if name != "ppl"} == dict.fromkeys(
+        ("needle", "qa", "tracing"), "score"
+    )
+    assert views["ppl"].quality == "loss", "losses have an axis of their own"
+    assert all(row.score is None for row in views["ppl"].rows)
+    for name, view in views.items():
+        for row in view.rows:
+            if row.cells:
+                assert view.of(row) == row_of(whole, row.method, row.budget).families[name]
+        assert any(row.front_bytes for row in view.rows)
+        assert row_of(view, "snapkv", "0.25").expected == 3 * len(view.tasks)
+    # A row that lacks one family is whole in the others.
+    (view,) = [
+        v
+        for v in per_family([r for r in records if (r.cell.method, r.cell.task) != ("kivi", "vt")], whole.model, True)
+        if v.family == "qa"
+    ]
+    assert row_of(view, "kivi", "0.25").complete
+
+
 def test_losses_alone_make_the_axis_of_a_view():
     (view,) = overall(make_records(10, tasks=[]))
     assert view.quality == "loss"
@@ -178,14 +206,7 @@ def test_crossover_is_the_length_from_which_decode_stays_faster():
     assert crossover({1024: 0.9, 2048: 0.9, 4096: 1.0}) is None
 
 
-def test_names_and_orders():
-    assert [task_group(t) for t in ("niah_single_1", "vt", "qa-2", "needle/deep", "_x")] == [
-        "niah",
-        "vt",
-        "qa",
-        "needle",
-        "_x",
-    ]
+def test_budgets_are_in_order_of_their_numbers():
     assert sorted(["1024 tokens", "0.5", None, "0.25", "128 tokens", "x", "1.2.3"], key=budget_order) == [
         "1.2.3",
         "x",

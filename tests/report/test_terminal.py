@@ -25,7 +25,7 @@ def test_no_figure_is_cut_off_at_any_width(width: int):
     text = printed(records, width)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
-    for word in ("KV held", "peak", "score", "vs dense", "prefill", "decode", "needle", "niah", "ppl", "qa", "vt"):
+    for word in ("KV held", "peak", "score", "vs dense", "prefill", "decode", "needle", "ppl", "qa", "tracing"):
         assert word in text
     flat = " ".join(text.split())
     assert recommend(records)[0].sentence in flat

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from foveate.errors import BadArgument
-from foveate.tasks import GROUPS, TASKS, expand_tasks, task
+from foveate.tasks import GROUPS, TASKS, expand_tasks, family, task
 
 NEEDLES = [
     "niah_single_1",
@@ -69,3 +69,9 @@ def test_unknown_names_are_refused_with_those_there_are():
         BadArgument, match=r"task='needles': no such task; there are niah_single_1, .*, perplexity_positions, qa_1:FILE"
     ):
         task("needles")
+
+
+def test_the_family_of_a_name_in_a_record():
+    assert {each.family for each in TASKS.values()} - {family(name) for name in TASKS} <= {"document"}
+    names = ["niah_grid", "vt", "qa_1:gone.json", "longbench:gone.jsonl", "perplexity_positions", "own_task", "_x"]
+    assert [family(name) for name in names] == ["needle", "tracing", "qa", "document", "perplexity", "own", "_x"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foveate.evaluate.record import DENSE, Record
-from foveate.report.summary import Row, View
+from foveate.report.rows import Row, View
 
 _SHOWN = 3
 _LONGEST = 240

@@ -9,7 +9,8 @@ from typing import Any
 from foveate.evaluate.record import Record
 from foveate.evaluate.statistics import Paired
 from foveate.report.recommend import RULE, recommend_view
-from foveate.report.summary import Row, View, overall
+from foveate.report.rows import Row, View
+from foveate.report.summary import overall
 
 
 def _paired(result: Paired | None) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foveate.report.summary import Row, View
+from foveate.report.rows import Row, View
 
 _ARXIV = re.compile(r"(?:arxiv:?\s*)?(\d{4}\.\d{4,5})(v\d+)?", re.IGNORECASE)
 

@@ -10,8 +10,8 @@ from itertools import pairwise
 from markupsafe import Markup, escape
 
 from foveate.evaluate.record import Record
+from foveate.report.rows import Row, View
 from foveate.report.series import Mark
-from foveate.report.summary import Row, View
 
 _MOST_ROWS = 11  # more distinct depths than this are put into tenths
 

@@ -20,9 +20,10 @@ from foveate.report.cards import FilledCard, MethodCard, fill
 from foveate.report.heatmap import Grid, draw, grids, heading, scale
 from foveate.report.matrix import Matrix, matrix
 from foveate.report.recommend import RULE, Recommendation, recommend_view
+from foveate.report.rows import Row, View
 from foveate.report.scatter import Cost, scatters
 from foveate.report.series import Mark, marks
-from foveate.report.summary import Row, View, overall, per_length
+from foveate.report.summary import overall, per_length
 from foveate.report.terminal import refused_lines
 
 _HERE = Path(__file__).parent

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from foveate.evaluate.record import Record
-from foveate.evaluate.statistics import LEVEL, Paired, holm, paired
-from foveate.report.summary import Row, View, row_scores
+from foveate.evaluate.statistics import LEVEL, Paired, holm
+from foveate.report.rows import Row, View
+from foveate.report.samples import done_by_row, key_of, sample_scores, spot
+from foveate.report.significance import paired_many
 
 MOST_ROWS = 40
 """Rows that are still readable side by side."""
@@ -54,13 +56,22 @@ def matrix(records: Sequence[Record], view: View) -> Matrix | None:
     rows = rows[:MOST_ROWS]
     if len(rows) < 2:
         return None
-    scores = [row_scores(records, view, row) for row in rows]
-    found: dict[tuple[int, int], Paired] = {}
+    done = done_by_row(records, view)
+    scores = [
+        {
+            (spot(record), index): score
+            for record in done.get(key_of(row), [])
+            if record.higher_is_better == higher
+            for index, score in sample_scores(record).items()
+        }
+        for row in rows
+    ]
+    shared: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
     for i, j in combinations(range(len(rows)), 2):
         both = sorted(scores[i].keys() & scores[j].keys())
         if both:
-            mine, other = [scores[i][key] for key in both], [scores[j][key] for key in both]
-            found[i, j] = paired(mine, other, higher_is_better=higher)
+            shared[i, j] = [scores[i][key] for key in both], [scores[j][key] for key in both]
+    found = dict(zip(shared, paired_many(list(shared.values()), higher_is_better=higher), strict=True))
     corrected = dict(zip(found, holm([result.p for result in found.values()]), strict=True))
     duels: list[list[Duel | None]] = [[None] * len(rows) for _ in rows]
     for (i, j), result in found.items():

@@ -9,7 +9,8 @@ from typing import Literal
 from foveate.evaluate.record import Record
 from foveate.evaluate.statistics import Paired, p_text
 from foveate.report.quantities import bytes_text, percent, quality, signed
-from foveate.report.summary import Row, View, overall
+from foveate.report.rows import Row, View
+from foveate.report.summary import overall
 
 RULE = (
     "Rule: of all methods that ran every cell that dense ran, hold less KV cache than dense, and show no loss against "

@@ -16,8 +16,8 @@ from foveate.evaluate.statistics import Interval
 from foveate.report.axis import Axis, decimals, padded
 from foveate.report.labels import Anchor, Box, Wanted, place, text_width
 from foveate.report.quantities import bytes_text, milliseconds, percent, quality, signed, spread, times
+from foveate.report.rows import Row, View
 from foveate.report.series import Mark
-from foveate.report.summary import Row, View
 
 Cost = Literal["bytes", "decode"]
 _RADIUS = 4.6

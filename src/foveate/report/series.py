@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foveate.report.summary import View
+from foveate.report.rows import View
 
 COLOURS = 9
 """Number of series colours of the style sheet: `--s0` … `--s8`."""

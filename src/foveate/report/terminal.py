@@ -26,7 +26,8 @@ from foveate.report.quantities import (
     times,
 )
 from foveate.report.recommend import recommend_view
-from foveate.report.summary import Row, View, overall
+from foveate.report.rows import Row, View
+from foveate.report.summary import overall
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def _who_columns() -> list[_Column]:
 def _columns(view: View) -> list[_Column]:
     """What a row says, most important first: what does not fit goes into further tables."""
 
-    def group_column(group: str) -> _Column:
-        return _Column(group, lambda row: _quality(row.groups.get(group)))
+    def family_column(family: str) -> _Column:
+        return _Column(family, lambda row: _quality(row.families.get(family)))
 
     columns = [
         _Column("KV held", _kv),
@@ -98,8 +99,8 @@ def _columns(view: View) -> list[_Column]:
         columns.append(_Column("faster\nfrom", lambda row: f"{row.faster_from:,}" if row.faster_from else MISSING))
     if any(row.calibration_s is not None for row in view.rows):
         columns.append(_Column("calib.", lambda row: seconds(row.calibration_s)))
-    if len(view.groups) > 1:
-        columns += [group_column(group) for group in view.groups]
+    if len(view.families) > 1:
+        columns += [family_column(family) for family in view.families]
     return columns
 
 

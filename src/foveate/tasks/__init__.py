@@ -11,6 +11,6 @@ from __future__ import annotations
 
 from foveate.tasks.base import Kind, Sample, Task
 from foveate.tasks.corpora import Corpus, corpus
-from foveate.tasks.registry import GROUPS, TASKS, expand_tasks, task
+from foveate.tasks.registry import GROUPS, TASKS, expand_tasks, family, task
 
-__all__ = ["GROUPS", "TASKS", "Corpus", "Kind", "Sample", "Task", "corpus", "expand_tasks", "task"]
+__all__ = ["GROUPS", "TASKS", "Corpus", "Kind", "Sample", "Task", "corpus", "expand_tasks", "family", "task"]

@@ -90,6 +90,10 @@ class Perplexity:
             )
         return made
 
+    def position(self, index: int) -> float:
+        """Where in its passage the targets of sample `index` end, as a share of the length, above 0 and up to 1."""
+        return (self.buckets - index % self.buckets) / self.buckets
+
     def score(self, prediction: str | Sequence[float], sample: Sample) -> float:
         """Mean negative log-likelihood of the targets, in nats per token: lower is better, exp of it is the perplexity.
 

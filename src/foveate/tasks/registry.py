@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 
 from foveate.errors import BadArgument
@@ -54,6 +55,19 @@ def task(name: str) -> Task:
     if name not in TASKS:
         raise BadArgument("task", name, f"no such task; there are {', '.join([*TASKS, *_readers()])}")
     return TASKS[name]
+
+
+def family(name: str) -> str:
+    """The family of the task that a record names, also where its file is gone: as in `Task.family`, "perplexity" for a
+    task that scores a text (its values are losses), and for a name that is no task what stands before its first
+    separator."""
+    base = name.partition(":")[0]
+    known = TASKS.get(name) or TASKS.get(base)
+    if known is not None:
+        return "perplexity" if known.kind == "perplexity" else known.family
+    if base in READERS:
+        return "document"
+    return re.split(r"[_\-/:.]", name, maxsplit=1)[0] or name
 
 
 def expand_tasks(names: str | Iterable[str]) -> list[Task]:
