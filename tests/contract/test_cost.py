@@ -310,12 +310,18 @@ def test_more_budget_never_means_less(case: Case, seed: int) -> None:
                 first = min(layer for layer, heads in enumerate(held(cache, 0)) if any(len(x) < 151 for x in heads))
                 chosen = {at for at in chosen if at[0] <= first}
             if not case.holds_less:
+                inside = "decode" not in case.method().fills
                 with tracing(153) as trace:
-                    decode(net, cache, then)
-                steps = {(t, i): pairs[0, :, t, : t + 1] for t in (151, 152) for i, pairs in trace.pairs.items()}
-                chosen = {
-                    tuple(x) for x in steps[min(at for at, read in steps.items() if not read.all())].nonzero().tolist()
-                }
+                    prompt(net, handle.cache(), ids) if inside else decode(net, cache, then)
+                times = range(151) if inside else (151, 152)
+                reads = {(t, i): pairs[0, :, t, : t + 1] for t in times for i, pairs in trace.pairs.items()}
+                if inside:  # layers behind the first sparse one see another prompt
+                    first = min(i for (_, i), read in reads.items() if not read.all())
+                    chosen = {(t, *x) for t in times for x in map(tuple, reads[t, first].nonzero().tolist())}
+                else:
+                    chosen = {
+                        tuple(x) for x in reads[min(at for at in reads if not reads[at].all())].nonzero().tolist()
+                    }
             sets.append(chosen)
     assert sets[0] <= sets[1] <= sets[2]
     assert sets[0] < sets[2]

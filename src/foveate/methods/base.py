@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Parts, Span
@@ -108,21 +109,34 @@ class Codec:
         return Codec(chained(self.keys, other.keys), chained(self.values, other.values))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Profile:
-    """What calibration produced: a small table with provenance, saved as one JSON file.
+    """What calibration produced: a small table with provenance, and weights if any, saved as one JSON file.
 
     Args:
         method: id of the method it is for.
         model: fingerprint of the model it was made on (`ModelShape.fingerprint`).
         data: JSON values (lists of numbers, nested).
         provenance: how it was made (settings, versions, date, seconds).
+        tensors: what would be too long as a list of numbers, by name; on the CPU.
     """
 
     method: str
     model: str
     data: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Profile):
+            return NotImplemented
+        mine, its = (dict(vars(x)) for x in (self, other))
+        one, two = mine.pop("tensors"), its.pop("tensors")
+        # torch.equal looks at numbers alone, and a number of another width is another number here.
+        alike = one.keys() == two.keys() and all(
+            x.dtype == two[name].dtype and torch.equal(x, two[name]) for name, x in one.items()
+        )
+        return mine == its and alike
 
 
 def tries(**values: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
@@ -145,7 +159,7 @@ class Method:
         croppable: False if what it made of tokens (`mine`, `shared`) is lost when the newest are taken back.
         hands_on: format: True if its packed tokens are still one vector each, which one more format can pack.
         whole_rows: True if its `attended` takes each query to have read all that is visible to it.
-        calibrated: True if `plan` needs a profile.
+        calibrated: True if `plan` needs a profile, under some parameters at least (`needs_profile`).
         core: True for the few that a comparison runs when nobody names methods: together they show every kind.
         budgeted: False if nothing in it can be set by a budget (dense; methods whose reads follow from a threshold).
         graph: True if its hooks of a decode step use device values alone, so that a GPU can record and replay the step.
@@ -243,6 +257,11 @@ class Method:
     def fills(self) -> frozenset[str]:
         """The slots that this instance fills; fewer or more than the class's where a parameter decides."""
         return self.slots
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether this instance's `plan` needs a profile; not always where a parameter can do without."""
+        return self.calibrated
 
     @property
     def scores(self) -> bool:

@@ -163,18 +163,25 @@ class Budget:
             )
         return tokens if self.kind == "tokens" else min(tokens, length)
 
-    def prompt_tokens(self, shape: ModelShape, length: int, dense_layers: int, *, name: str, floor: int = 1) -> int:
+    def prompt_tokens(
+        self, shape: ModelShape, length: int, dense_layers: int, *, name: str, floor: int = 1, dense_tail: int = 0
+    ) -> int:
         """Tokens that each query of a prompt may read at most in each sparse layer; early queries see fewer.
 
         A number of tokens is just that. A share is one of all the prompt's pairs: as the first queries read all they
         see, it leaves the later ones a little less than `read_tokens` does.
 
-        Raises:
-            Infeasible: when the dense layers alone, or `floor` tokens per query in the others, exceed the budget.
-        """
+        Args:
+            dense_tail: last queries of the prompt that read all they see.
 
-        def pairs(tokens: int) -> int:
-            return tokens * length - tokens * (tokens - 1) // 2
+        Raises:
+            Infeasible: when what is dense alone, or `floor` tokens per query in the rest, exceed the budget.
+        """
+        asked = length - min(dense_tail, length)
+
+        def pairs(tokens: int, queries: int = length) -> int:
+            tokens = min(tokens, queries)
+            return tokens * queries - tokens * (tokens - 1) // 2
 
         full = sum(layer.kind == "full" for layer in shape.layers)
         sparse = full - dense_layers
@@ -182,16 +189,16 @@ class Budget:
             return self.read_tokens(shape, length, dense_layers, name=name, floor=floor)
         sliding = sum(pairs(min(length, layer.window or length)) for layer in shape.layers if layer.kind == "sliding")
         total = full * pairs(length) + sliding
-        fixed = dense_layers * pairs(length) + sliding
+        fixed = dense_layers * pairs(length) + sliding + sparse * (pairs(length) - pairs(asked, asked))
         granted = (self.share(shape, length) * total - fixed) / sparse
-        # pairs(tokens) <= granted, solved for tokens
-        tokens = int((2 * length + 1 - max(0.0, (2 * length + 1) ** 2 - 8 * granted) ** 0.5) / 2 + 1e-9)
+        # pairs(tokens, asked) <= granted, solved for tokens
+        tokens = int((2 * asked + 1 - max(0.0, (2 * asked + 1) ** 2 - 8 * granted) ** 0.5) / 2 + 1e-9)
         floor = min(floor, length)
-        if tokens < floor:
-            least = (fixed + sparse * pairs(floor)) / total
+        if tokens < floor and not (asked <= floor and granted >= pairs(asked, asked)):
+            least = (fixed + sparse * pairs(floor, asked)) / total
             raise Infeasible(
                 f"budget={self}: {name} cannot read less than {least:.3f} of the dense pairs of a prompt of {length} "
                 f"tokens ({floor} a query); raise the budget",
                 least,
             )
-        return min(tokens, length)
+        return min(tokens, length) if tokens < asked else length

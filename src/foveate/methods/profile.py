@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from foveate.errors import BadArgument
 from foveate.methods.base import Profile
@@ -36,14 +40,18 @@ def save_profile(profile: Profile, path: str | os.PathLike[str]) -> Path:
 
 
 def to_json(profile: Profile) -> dict[str, Any]:
-    """A profile as JSON values."""
-    return {
+    """A profile as JSON values; tensors as safetensors in base64."""
+    raw: dict[str, Any] = {
         "format": 1,
         "method": profile.method,
         "model": profile.model,
         "data": dict(profile.data),
         "provenance": dict(profile.provenance),
     }
+    if profile.tensors:
+        whole = save({name: tensor.contiguous() for name, tensor in profile.tensors.items()})
+        raw["tensors"] = base64.b64encode(whole).decode("ascii")
+    return raw
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:
@@ -57,13 +65,14 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         return from_json(raw)
     except OSError as error:
         raise BadArgument("profile", str(path), f"cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, SafetensorError):
         raise BadArgument("profile", str(path), "is not a Foveate profile; make one with `foveate calibrate`") from None
 
 
 def from_json(raw: dict[str, Any]) -> Profile:
     """Inverse of `to_json`."""
-    return Profile(raw["method"], raw["model"], raw["data"], raw.get("provenance", {}))
+    tensors = load(base64.b64decode(raw["tensors"], validate=True)) if "tensors" in raw else {}
+    return Profile(raw["method"], raw["model"], raw["data"], raw.get("provenance", {}), tensors)
 
 
 def built_in_profile(method: str, shape: ModelShape) -> Profile | None:
