@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 from tests.report.synthetic import make_records
 
@@ -182,3 +183,34 @@ def test_every_use_gets_one_sentence_that_keeps_its_rule():
             if passing:
                 assert found.row is not None
                 assert found.row.kv_share == min(row.kv_share for row in passing)
+
+
+def unseen(found: Record, **settings: object) -> Record:
+    """The record in a comparison where methods do not see the question."""
+    return replace(found, cell=replace(found.cell, question_seen=False, settings=dict(settings)))
+
+
+def test_a_row_that_was_shown_the_question_is_not_chosen_over_those_that_were_not():
+    told = unseen(record("retrieval", hits(36, 40), 0.1), sees="question")
+    base, fair = unseen(BASE), unseen(record("small", hits(35, 40), 0.3))
+    found = only([base, fair, told])
+    assert found.kind == "lossless" and found.row is not None and found.row.method == "small"
+    aside = "; retrieval (sees=question) 0.25 holds 10% with no detectable loss, but was shown the question."
+    assert found.sentence.endswith(aside)
+    # It says nothing where it does not hold less, or loses.
+    dearer = unseen(record("retrieval", hits(36, 40), 0.4), sees="question")
+    assert "retrieval" not in only([base, fair, dearer]).sentence
+    worse = unseen(record("retrieval", hits(5, 40), 0.1), sees="question")
+    assert "retrieval" not in only([base, fair, worse]).sentence
+    # Where every other method loses, the trade is theirs, and it is said what retrieval did.
+    trade = only([base, unseen(record("small", hits(9, 40), 0.3)), told])
+    assert trade.kind == "trade" and trade.row is not None and trade.row.method == "small"
+    assert trade.sentence.endswith(aside)
+    # Alone it is chosen, and its advantage is part of the advice.
+    alone = only([base, told])
+    assert alone.row is not None and alone.row.method == "retrieval"
+    assert "use retrieval (sees=question) 0.25 (which was shown the question); it holds" in alone.sentence
+    # Where all methods saw the question, it has no advantage.
+    everyone = [BASE, record("small", hits(35, 40), 0.3)]
+    seen = replace(told, cell=replace(told.cell, question_seen=True))
+    assert only([*everyone, seen]).row.method == "retrieval"  # type: ignore[union-attr]

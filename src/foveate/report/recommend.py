@@ -19,6 +19,8 @@ RULE = (
     "the fewest bytes; ties go to faster decode, then to higher quality. If none passes, the best trade is the one "
     "with the largest gap between the share of dense quality kept and the share of dense KV bytes held. Where a run "
     "has scored tasks, the rule goes by them, and a detectable rise of losses such as perplexity is named beside it. "
+    "Where methods had not seen the question, a row that was shown it (retrieval searches with it) is no rival of "
+    "theirs: it is named beside the choice, and chosen only where no other method ran every cell. "
     "“No detectable loss” speaks of these samples only: the interval says which losses they cannot exclude."
 )
 
@@ -79,6 +81,23 @@ def _aside(row: Row, view: View) -> str:
     return f"; the loss on {tasks} rises by {-result.difference:.2g} ({p_text(result.p)})"
 
 
+def _shown(methods: Sequence[Row], view: View, row: Row | None) -> str:
+    """What is said of the best row that was shown the question, where it would pass and holds less than `row`."""
+    passing = [
+        r for r in methods if r.told and _tested(r, view) and not _losing(r, view) and (r.kv_share or 1.0) < _SAVES
+    ]
+    if not passing or (row is not None and row.told):
+        return ""
+    best = min(passing, key=lambda r: _order(r, view))
+    if row is not None and row.kv_share is not None and row.kv_share <= (best.kv_share or 1.0):
+        return ""
+    return f"; {best.name} holds {percent(best.kv_share)} with no detectable loss, but was shown the question"
+
+
+def _name(row: Row) -> str:
+    return f"{row.name} (which was shown the question)" if row.told else row.name
+
+
 def _speed(row: Row) -> str:
     if row.decode_ratio is None:
         return ""
@@ -120,6 +139,7 @@ def recommend_view(view: View) -> Recommendation:
         return answer("none", "nothing to recommend: no method ran every cell of the comparison.")
     if dense is None:
         return answer("untested", "no recommendation: the run has no dense baseline, so no loss can be tested.")
+    everyone, methods = methods, [row for row in methods if not row.told] or methods
     tested = [row for row in methods if _tested(row, view)]
     if not tested:
         n = max((r.n for row in methods if (r := view.versus_dense(row)) is not None), default=0)
@@ -133,8 +153,9 @@ def recommend_view(view: View) -> Recommendation:
         assert result is not None  # a tested row has been compared
         return answer(
             "lossless",
-            f"use {row.name}; it {_holds(row)}{_speed(row)}, with no detectable loss at n={result.n} "
-            f"({_figures(row, dense, view, result).rsplit(', ', 1)[0]}){_aside(row, view)}.",
+            f"use {_name(row)}; it {_holds(row)}{_speed(row)}, with no detectable loss at n={result.n} "
+            f"({_figures(row, dense, view, result).rsplit(', ', 1)[0]}){_aside(row, view)}"
+            f"{_shown(everyone, view, row)}.",
             row,
         )
     faster = [row for row in passing if row.decode_ratio is not None and row.decode_ratio < 0.97]
@@ -144,8 +165,8 @@ def recommend_view(view: View) -> Recommendation:
         assert result is not None
         return answer(
             "speed",
-            f"no method holds less KV cache without a detectable loss; {row.name} is the fastest without one"
-            f"{_speed(row)} ({_figures(row, dense, view, result)}){_aside(row, view)}.",
+            f"no method holds less KV cache without a detectable loss; {_name(row)} is the fastest without one"
+            f"{_speed(row)} ({_figures(row, dense, view, result)}){_aside(row, view)}{_shown(everyone, view, None)}.",
             row,
         )
     trades = [row for row in tested if row.kv_share is not None and row.kv_share < _SAVES]
@@ -155,12 +176,14 @@ def recommend_view(view: View) -> Recommendation:
         assert result is not None
         return answer(
             "trade",
-            f"every method that holds less KV cache loses quality; the best trade is {row.name}, which keeps "
+            f"every method that holds less KV cache loses quality; the best trade is {_name(row)}, which keeps "
             f"{percent(_kept(row, dense, view))} of dense quality and {_holds(row)}{_speed(row)} "
-            f"({_figures(row, dense, view, result)}, {p_text(result.p)}){_aside(row, view)}.",
+            f"({_figures(row, dense, view, result)}, {p_text(result.p)}){_aside(row, view)}"
+            f"{_shown(everyone, view, None)}.",
             row,
         )
-    return answer("none", "stay with dense: no method holds less KV cache or decodes faster without a detectable loss.")
+    stay = "stay with dense: no method holds less KV cache or decodes faster without a detectable loss"
+    return answer("none", f"{stay}{_shown(everyone, view, None)}.")
 
 
 def recommend(records: Sequence[Record]) -> list[Recommendation]:
