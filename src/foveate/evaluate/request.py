@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foveate.errors import BadArgument, FoveateError
+from foveate.evaluate.record import Cell
 from foveate.models.shape import ModelShape
 from foveate.tasks import Corpus, Sample, Task
+
+if TYPE_CHECKING:
+    from foveate.evaluate.setting import Setting
 
 Watch = Callable[[float, float, str], None]
 """Told (work done, work in all, what is at work) as a run goes on; the unit is about one prompt token."""
@@ -36,6 +40,25 @@ class Request:
     repeats: int = 3
     corpus: Corpus
     command: str = ""
+
+    def cells(self, settings: Sequence[Setting]) -> list[Cell]:
+        """All cells, in the order in which one process runs them."""
+        return [
+            self.cell(setting, length, task) for length in self.lengths for task in self.tasks for setting in settings
+        ]
+
+    def cell(self, setting: Setting, length: int, task: Task) -> Cell:
+        """One cell."""
+        return Cell(
+            model=self.model,
+            method=setting.method,
+            settings=setting.settings,
+            budget=setting.budget,
+            length=length,
+            task=task.name,
+            seed=self.seed,
+            question_seen=self.question_seen,
+        )
 
     def shared(self, model: Any) -> dict[str, Any]:
         """What all cells have in common and no cell key holds; a run in the same folder must agree with it."""

@@ -19,9 +19,10 @@ from foveate.evaluate import cost as costing
 from foveate.evaluate.answer import Answer, answer, read_prompts
 from foveate.evaluate.batch import Batch, rows_at_once
 from foveate.evaluate.machine import describe, versions
-from foveate.evaluate.record import DENSE, Cell, Log, Record
+from foveate.evaluate.record import DENSE, Log, Record
 from foveate.evaluate.request import Request, Watch, check_lengths, make_samples
 from foveate.evaluate.setting import Bound, Setting, bind, check, open_profiles
+from foveate.evaluate.work import Draft, Known, Records, Work
 from foveate.methods.base import Profile
 from foveate.models.shape import ModelShape
 from foveate.tasks import Sample, Task
@@ -47,17 +48,38 @@ def run(
         BadArgument, Refused: a length, task, profile or method that cannot be had on this model.
         FoveateError: the folder cannot be written.
     """
-    shape = ModelShape.of(model)
-    check_lengths(request, shape, tokenizer)
     with apply(model, DENSE) as handle, torch.inference_mode():
-        given = open_profiles(profiles, settings, shape)
-        bounds = [bind(handle, setting, given, tokenizer) for setting in settings]
-        samples = make_samples(request, tokenizer, watch)
+        runner = prepare(model, tokenizer, request, settings, handle, profiles, watch)
         with Log(out, request.shared(model), request.command) as log:
-            runner = Runner(model, tokenizer, shape, request, handle, bounds, samples, log, watch)
+            runner.log = log
             runner.run()
             done = log.done()
-            return [done[cell.key()] for cell in runner.cells()]
+            return [done[cell.key()] for cell in request.cells(settings)]
+
+
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    request: Request,
+    settings: Sequence[Setting],
+    handle: Handle,
+    profiles: Iterable[Profile | str | Path],
+    watch: Watch,
+) -> Runner:
+    """A runner with its settings bound and its samples made; it has no log yet.
+
+    Args:
+        handle: of dense attention, applied to the model as long as the runner is used.
+
+    Raises:
+        BadArgument, Refused: as `run`.
+    """
+    shape = ModelShape.of(model)
+    check_lengths(request, shape, tokenizer)
+    given = open_profiles(profiles, settings, shape)
+    bounds = [bind(handle, setting, given, tokenizer) for setting in settings]
+    samples = make_samples(request, tokenizer, watch)
+    return Runner(model, tokenizer, shape, request, handle, bounds, samples, Draft(), watch)
 
 
 @dataclass
@@ -94,7 +116,7 @@ class Runner:
         handle: Handle,
         bounds: Sequence[Bound],
         samples: dict[tuple[int, str], list[Sample]],
-        log: Log,
+        log: Records,
         watch: Watch,
     ) -> None:
         self.model, self.tokenizer, self.shape, self.request = model, tokenizer, shape, request
@@ -113,34 +135,12 @@ class Runner:
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
-    def cell(self, setting: Setting, length: int, task: Task) -> Cell:
-        request = self.request
-        return Cell(
-            model=request.model,
-            method=setting.method,
-            settings=setting.settings,
-            budget=setting.budget,
-            length=length,
-            task=task.name,
-            seed=request.seed,
-            question_seen=request.question_seen,
-        )
-
-    def cells(self) -> list[Cell]:
-        """All cells of the request, in the order in which they are run."""
-        return [
-            self.cell(bound.setting, length, task)
-            for length in self.request.lengths
-            for task in self.request.tasks
-            for bound in self.bounds
-        ]
-
     def pending(self, length: int, task: Task) -> list[Bound]:
         """Settings whose cell is missing; a refusal is looked at again, since a profile may have come meanwhile."""
         found = []
         have = self.log.done()
         for bound in self.bounds:
-            record = have.get(self.cell(bound.setting, length, task).key())
+            record = have.get(self.request.cell(bound.setting, length, task).key())
             bound = check(bound, self.shape, self._prompt_lengths(length, task))
             if record is None or (record.status == "refused" and bound.binding is not None):
                 found.append(bound)
@@ -156,19 +156,37 @@ class Runner:
 
     def run(self) -> None:
         """Run what is missing: by length, then by task; costs come first at each length."""
-        plan = [(n, task, self.pending(n, task)) for n in self.request.lengths for task in self.request.tasks]
-        untimed = {
-            n: self._untimed(n, [b for m, _, todo in plan if m == n for b in todo]) for n in self.request.lengths
-        }
-        self.total = sum(self._work(n, task, todo) for n, task, todo in plan)
-        self.total += sum(self._timing_work(n, todo) for n, todo in untimed.items() if todo)
+        self.total = self.work().total
         self.watch(0.0, self.total, "warming up")
         for length in self.request.lengths:
-            known = self._time(length, untimed[length])
-            for n, task, todo in plan:
-                if n == length and todo:
-                    self._group(length, task, todo, known)
+            known = self.costs(length)
+            for task in self.request.tasks:
+                self.measure(length, task, known)
         self.watch(self.total, self.total, "done")
+
+    def work(self) -> Work:
+        """What is missing."""
+        groups, timings = {}, {}
+        for length in self.request.lengths:
+            for task in self.request.tasks:
+                todo = self.pending(length, task)
+                if todo:
+                    groups[length, task.name] = self._work(length, task, todo)
+            untimed = self._untimed(length)
+            if untimed:
+                timings[length] = self._timing_work(length, untimed)
+        return Work(groups, timings)
+
+    def costs(self, length: int) -> Known:
+        """Costs at a length of every setting with a missing cell: those measured before, and the rest measured now.
+        Nothing else may run on the device meanwhile."""
+        return self._time(length, self._untimed(length))
+
+    def measure(self, length: int, task: Task, known: Known) -> None:
+        """The missing cells of one group."""
+        todo = self.pending(length, task)
+        if todo:
+            self._group(length, task, todo, known)
 
     def _advance(self, work: float, what: str) -> None:
         self.done += work
@@ -195,13 +213,16 @@ class Runner:
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
-    def _untimed(self, length: int, todo: Sequence[Bound]) -> list[Bound]:
-        """Settings of which no record of this length holds the costs yet."""
+    def _untimed(self, length: int) -> list[Bound]:
+        """Settings with a missing cell, of which no record of this length holds the costs yet."""
+        if not self.request.repeats:
+            return []
+        todo = [bound for task in self.request.tasks for bound in self.pending(length, task)]
         known = {
             (r.cell.method, repr(sorted(r.cell.settings.items())), r.cell.budget) for r in self._timed_records(length)
         }
         wanted = {b.setting.key: b for b in todo if b.binding is not None and b.setting.key not in known}
-        return list(wanted.values()) if self.request.repeats else []
+        return list(wanted.values())
 
     def _timed_records(self, length: int) -> list[Record]:
         mine = (self.request.model, self.request.seed, self.request.question_seen, length)
@@ -211,10 +232,10 @@ class Runner:
             if (r.cell.model, r.cell.seed, r.cell.question_seen, r.cell.length) == mine and r.prefill_s is not None
         ]
 
-    def _time(self, length: int, todo: Sequence[Bound]) -> dict[tuple[str, str, str | None], dict[str, Any]]:
+    def _time(self, length: int, todo: Sequence[Bound]) -> Known:
         """Cost fields of records by setting: those measured before, and the rest now."""
         names = ("prefill_s", "prefill_dense_s", "decode_ms", "decode_dense_ms", "kv_bytes_peak", "repeats")
-        known: dict[tuple[str, str, str | None], dict[str, Any]] = {
+        known: Known = {
             (r.cell.method, repr(sorted(r.cell.settings.items())), r.cell.budget): {n: getattr(r, n) for n in names}
             for r in self._timed_records(length)
         }
@@ -256,7 +277,7 @@ class Runner:
         length: int,
         task: Task,
         todo: Sequence[Bound],
-        known: dict[tuple[str, str, str | None], dict[str, Any]],
+        known: Known,
     ) -> None:
         """All missing cells of one length and task: one prompt serves every method that leaves prefill dense."""
         samples = self.samples[length, task.name]
@@ -308,11 +329,11 @@ class Runner:
         task: Task,
         state: dict[tuple[str, str, str | None], Bound],
         tallies: dict[tuple[str, str, str | None], Tally],
-        known: dict[tuple[str, str, str | None], dict[str, Any]],
+        known: Known,
     ) -> None:
         dense_bytes = 0
         for key, bound in state.items():  # dense stands first
-            cell = self.cell(bound.setting, length, task)
+            cell = self.request.cell(bound.setting, length, task)
             if bound.binding is None:
                 assert bound.refused is not None
                 self.log.append(
@@ -347,7 +368,7 @@ class Runner:
 
     def _dense_record(self, length: int, task: Task) -> Record:
         setting = next(b.setting for b in self.bounds if b.setting.method == DENSE)
-        return self.log.done()[self.cell(setting, length, task).key()]
+        return self.log.done()[self.request.cell(setting, length, task).key()]
 
 
 def _outcome(sample: Sample, one: Answer) -> dict[str, Any]:
