@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from foveate.cli import calibrate, compare, methods, models, papers, show, tune
+from foveate.cli import bench, calibrate, compare, methods, models, papers, show, tune
 from foveate.cli.screen import say
 from foveate.errors import FoveateError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 for command in (compare.compare, show.show, tune.tune, methods.methods, papers.papers, models.models):
     app.command()(command)
+app.add_typer(bench.app)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(calibrate.calibrate)
 
 

@@ -199,6 +199,10 @@ class Method:
         """Make the profile that `plan` needs."""
         raise BadArgument("--for", self.id, "this method needs no calibration")
 
+    def stand_in(self, shape: ModelShape) -> Profile | None:
+        """A profile of the right form with arbitrary numbers, to measure speed on random weights; None: there is none."""
+        return None
+
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         """One role per layer of the model, for a cache whose prompt has `length` tokens.
 

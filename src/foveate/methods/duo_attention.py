@@ -61,6 +61,14 @@ class DuoAttention(Method):
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             raise BadArgument("sparsity", self.sparsity, "give a share of heads from 0 to 1")
 
+    def stand_in(self, shape: ModelShape) -> Profile:
+        """Gates that rise from head to head, so that every layer has heads of both kinds."""
+        gates = [
+            [] if layer.kind != "full" else [(head + 0.5) / layer.num_kv_heads for head in range(layer.num_kv_heads)]
+            for layer in shape.layers
+        ]
+        return Profile(self.id, fingerprint(shape), {"gates": gates}, {"made": "arbitrary, for random weights"})
+
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         ranked = self._ranked(shape, profile)
         streaming = set(ranked[: self._streaming(shape, length, ranked)])

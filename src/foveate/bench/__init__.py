@@ -1,0 +1,1 @@
+"""Speed and memory, beside dense attention and the floor that bytes and operations set."""

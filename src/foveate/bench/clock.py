@@ -1,0 +1,123 @@
+"""Synchronised times, and the rates of the machine that they are held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+_FLUSH = 1 << 28
+"""Bytes that are written to drive everything else out of a GPU's L2 cache (50 MB on an H100)."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one piece of work.
+
+    Args:
+        median: of the repeats; low, high: their 20 % and 80 % quantiles.
+        repeats: how many were made.
+    """
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """The timing of repeats that were measured one by one."""
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1)
+        cuts = quantiles(seconds, n=5, method="inclusive")
+        return cls(median(seconds), cuts[0], cuts[-1], len(seconds))
+
+    def as_ms(self) -> dict[str, float]:
+        """JSON values, in milliseconds."""
+        return {"ms": 1e3 * self.median, "ms_low": 1e3 * self.low, "ms_high": 1e3 * self.high, "repeats": self.repeats}
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def clock(
+    work: Callable[[], Any], device: torch.device, *, repeats: int = 20, warm_up: int = 3, cold: bool = False
+) -> Timing:
+    """Time `work`, each repeat alone: by the device's own events on a GPU, else by the host's clock.
+
+    Args:
+        cold: drive the inputs out of the cache before each repeat (GPU only).
+    """
+    for _ in range(warm_up):
+        work()
+    wait(device)
+    if device.type != "cuda":
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()
+            wait(device)
+            seconds.append(time.perf_counter() - start)
+        return Timing.of(seconds)
+    buffer = torch.empty(_FLUSH if cold else 1, dtype=torch.int8, device=device)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, stop in events:
+        if cold:
+            buffer.zero_()
+        start.record()
+        work()
+        stop.record()
+    wait(device)
+    return Timing.of([start.elapsed_time(stop) / 1e3 for start, stop in events])
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine can do, measured on it.
+
+    Args:
+        bytes_per_s: device memory read by a sum over a tensor far larger than the caches (nothing else is written).
+        copy_per_s: bytes read and written by a copy.
+        flops: of a large matrix product in bf16 (multiplications and additions).
+    """
+
+    bytes_per_s: float
+    copy_per_s: float
+    flops: float
+
+    def as_json(self) -> dict[str, float]:
+        return asdict(self)
+
+    def floor(self, nbytes: float, flops: float = 0.0) -> float:
+        """Seconds that no implementation can beat: the larger of moving the bytes and doing the operations."""
+        return max(nbytes / self.bytes_per_s, flops / self.flops)
+
+
+@cache
+def rates(device: torch.device) -> Rates:
+    """Measure the rates of a device; once per process."""
+    cuda = device.type == "cuda"
+    copied, summed = _memory(device, 1 << 31 if cuda else 1 << 26)
+    n = 8192 if cuda else 512
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = clock(lambda: a @ b, device, repeats=10).median
+    return Rates(max(copied, summed), copied, 2 * n**3 / product)
+
+
+def _memory(device: torch.device, size: int) -> tuple[float, float]:
+    """Bytes per second of a copy (read and written), and of a sum, which reads and writes nothing that counts."""
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    copied = clock(lambda: target.copy_(source), device, repeats=10).median
+    summed = clock(lambda: torch.sum(source.view(-1, 1 << 12), dim=1), device, repeats=10).median
+    return 2 * size / copied, size / summed

@@ -1,0 +1,236 @@
+"""Prompts and answers timed on one model: every method beside plain transformers, and the floor that bytes set."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate import compat
+from foveate.attention import Geometry, Selection
+from foveate.attention.pairs import bytes_read
+from foveate.bench.clock import Rates, Timing, rates, wait
+from foveate.bench.prompt import filled, plain
+from foveate.cache import Band, FoveateCache
+from foveate.engine.apply import apply
+from foveate.engine.binding import Binding
+from foveate.errors import FoveateError
+from foveate.methods.base import Composition, Profile
+
+PLAIN = "transformers"
+"""The row of the model without Foveate."""
+
+_UNTIMED = 8
+"""First tokens of an answer, in which steps are recorded and kernels compiled."""
+
+Watch = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one length.
+
+    Args:
+        method: composition id, or `PLAIN`.
+        length: tokens of context.
+        settings: by method id.
+        prefill: of the prompt; None where it was made of random keys without one.
+        decode: of one token; None where none was asked for.
+        floor_s: seconds for the bytes that one token must read, at the measured rate.
+        read_bytes: of keys and values (and of what is looked at to choose them) per token.
+        weight_bytes: of the model, read by every token.
+        kv_bytes: held while decoding.
+        prefill_peak_bytes, peak_bytes: most that the device held in all, weights included, by the end of the prompt and
+            of the answer; 0 where the device does not say.
+        recorded: whether steps were replayed from a graph; why_not otherwise.
+        refused: why there are no figures.
+    """
+
+    method: str
+    length: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    prefill: Timing | None = None
+    decode: Timing | None = None
+    floor_s: float = 0.0
+    read_bytes: int = 0
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    prefill_peak_bytes: int = 0
+    peak_bytes: int = 0
+    recorded: bool = False
+    why_not: str = ""
+    refused: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; times in milliseconds."""
+        values = {k: v for k, v in vars(self).items() if k not in ("prefill", "decode", "floor_s")}
+        for name, timing in (("prefill", self.prefill), ("decode", self.decode)):
+            if timing is not None:
+                values |= {f"{name}_{k}": v for k, v in timing.as_ms().items()}
+        if self.decode is not None:
+            values |= {"decode_floor_ms": 1e3 * self.floor_s, "decode_of_floor": self.decode.median / self.floor_s}
+        return values
+
+
+Applied = tuple[Composition, dict[str, Profile]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured of every method.
+
+    Args:
+        prompt: read a real prompt of random tokens, and time it; False fills the cache with random keys and values.
+        repeats: prompts that are timed.
+        steps: tokens that are timed; 0: none.
+        rows: sequences side by side.
+        baseline: measure plain transformers first.
+    """
+
+    prompt: bool = False
+    repeats: int = 1
+    steps: int = 64
+    rows: int = 1
+    baseline: bool = True
+
+    def run(
+        self, model: Any, methods: Sequence[Applied], lengths: Sequence[int], watch: Watch = lambda what: None
+    ) -> Iterator[Row]:
+        """A row for each length and method, as they come."""
+        machine = rates(model.device)
+        for length in lengths:
+            if self.baseline:
+                watch(f"{PLAIN}, {length} tokens")
+                yield self._safely(Row(PLAIN, length), lambda n=length: self._plain(model, n, machine), model.device)
+            for composition, profiles in methods:
+                watch(f"{composition.id}, {length} tokens")
+                row = Row(composition.id, length, {m.id: m.settings() for m in composition.methods})
+                yield self._safely(
+                    row, lambda r=row, a=(composition, profiles): self._method(model, a, r, machine), model.device
+                )
+
+    def _safely(self, row: Row, measure: Callable[[], Row], device: torch.device) -> Row:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            with torch.no_grad():
+                return measure()
+        except FoveateError as error:
+            return replace(row, refused=str(error))
+        except torch.OutOfMemoryError:
+            return replace(row, refused="out of memory")
+
+    def _plain(self, model: Any, length: int, machine: Rates) -> Row:
+        row = Row(PLAIN, length, weight_bytes=weight_bytes(model))
+        cache: Any = None
+        if self.prompt:
+            row, cache = self._read(model, row, lambda: compat.DynamicCache(config=model.config))
+        if self.steps:
+            cache = plain(model, length, rows=self.rows) if cache is None else cache
+            row = replace(row, decode=self._generate(model, cache, length))
+        held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+        floor = machine.floor(row.weight_bytes + held)
+        return replace(row, floor_s=floor, read_bytes=held, kv_bytes=held, peak_bytes=peak(model.device))
+
+    def _method(self, model: Any, applied: Applied, row: Row, machine: Rates) -> Row:
+        composition, profiles = applied
+        row = replace(row, weight_bytes=weight_bytes(model))
+        with apply(model, composition, profile=list(profiles.values())) as handle:
+            handle.binding.check(row.length)
+            cache: Any = None
+            if self.prompt:
+                row, cache = self._read(model, row, handle.cache)
+            if self.steps:
+                cache = filled(handle.binding, row.length, rows=self.rows) if cache is None else cache
+                row = replace(row, decode=self._generate(model, cache, row.length))
+                recorded = cache.step is not None
+                why = "" if recorded else cache.unrecorded or "its hooks look at values on the host"
+                cache.step = None  # a graph has memory of its own
+                row = replace(row, recorded=recorded, why_not=why if model.device.type == "cuda" else "")
+            row = replace(row, kv_bytes=cache.nbytes, peak_bytes=peak(model.device))
+            if self.steps:
+                read = read_bytes(handle.binding, cache, self.rows)
+                row = replace(row, read_bytes=read, floor_s=machine.floor(row.weight_bytes + read))
+        return row
+
+    def _read(self, model: Any, row: Row, make: Callable[[], Any]) -> tuple[Row, Any]:
+        """Read a prompt into a new cache, several times; the last cache stays."""
+        vocabulary = compat.text_config(model).vocab_size
+        ids = torch.randint(0, vocabulary, (self.rows, row.length), device=model.device)
+        seconds, cache = [], None
+        for number in range(self.repeats + 1):
+            cut = min(row.length, 2048) if number == 0 else row.length  # the first prompt compiles what there is
+            cache = None
+            cache = make()
+            wait(model.device)
+            start = time.perf_counter()
+            model(input_ids=ids[:, :cut], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            wait(model.device)
+            if number:
+                seconds.append(time.perf_counter() - start)
+        return replace(row, prefill=Timing.of(seconds), prefill_peak_bytes=peak(model.device)), cache
+
+    def _generate(self, model: Any, cache: Any, length: int) -> Timing:
+        """The time of one token inside `generate()`, the first few left out."""
+        device, stamps = model.device, []
+
+        def stamp(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            wait(device)
+            stamps.append(time.perf_counter())
+            return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+        ids = torch.randint(0, compat.text_config(model).vocab_size, (self.rows, length + 1), device=device)
+        new = self.steps + _UNTIMED
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            stopping_criteria=[stamp],
+            pad_token_id=0,
+        )
+        gaps = [b - a for a, b in pairwise(stamps)]
+        return Timing.of(gaps[_UNTIMED - 1 :])
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes that the device held since the row began; 0 where it does not say."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of weights that one token needs: all but the embedding table, of which it reads a row (a tied table is
+    read whole by the output head). Of a mixture of experts all are counted."""
+    table = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    return total if head is not None and head.weight is table else total - table.numel() * table.element_size()
+
+
+def read_bytes(binding: Binding, cache: FoveateCache, rows: int) -> int:
+    """Bytes of keys, values and summaries that one more decode step reads, counted on the selections themselves."""
+    total = 0
+
+    def count(layer: int, phase: str, band: Band, chosen: Selection, at: Geometry, seen: Any, group: int) -> None:
+        nonlocal total
+        held = band.k.nbytes + (0 if band.v is None else band.v.nbytes)
+        slot = held / max(1, len(band.pairs) * band.capacity)
+        total += int(slot * bytes_read(chosen, at, group, 1, 1, seen))
+        if chosen.lists is not None:
+            total += sum(t.numel() * t.element_size() for t in band.summaries.values())
+
+    fork = cache.fork()
+    fork.trace = count
+    ids = torch.zeros(rows, 1, dtype=torch.int64, device=binding.model.device)
+    binding.model(input_ids=ids, past_key_values=fork, use_cache=True)
+    return total

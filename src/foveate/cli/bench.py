@@ -1,0 +1,204 @@
+"""`foveate bench`: speed and memory beside plain transformers, dense attention and the floor."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from foveate.cli.options import AsJson, whole_numbers
+from foveate.cli.screen import print_json, say
+from foveate.errors import BadArgument
+
+app = typer.Typer(
+    name="bench",
+    help="Speed and memory of methods on models of well-known shape, beside dense attention and the floor.",
+    no_args_is_help=True,
+)
+
+Shape = Annotated[str, typer.Argument(help="Geometry with random weights: llama3-8b, qwen3-8b, deepseek-v2-lite, ...")]
+Methods = Annotated[str, typer.Option(help='Methods, compositions, "core" or "all", as for `foveate compare`.')]
+Budgets = Annotated[str, typer.Option(help="Budgets, separated by commas; empty: each method's own parameters.")]
+Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, separated by commas.")]
+Layers = Annotated[int | None, typer.Option(help="Build only so many layers; default: all.")]
+Rows = Annotated[int, typer.Option(help="Sequences side by side.")]
+DeviceName = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda:1, ...")]
+OnCpu = Annotated[bool, typer.Option("--cpu", help="Measure on the processor.")]
+Out = Annotated[Path | None, typer.Option(help="Write the record to this JSON file.")]
+Steps = Annotated[int, typer.Option(help="Tokens that are timed.")]
+Repeats = Annotated[int, typer.Option(help="Prompts that are timed.")]
+
+
+@app.command()
+def decode(
+    shape: Shape = "llama3-8b",
+    methods: Methods = "core",
+    budgets: Budgets = "",
+    lengths: Lengths = "32768,131072",
+    steps: Steps = 64,
+    rows: Rows = 1,
+    layers: Layers = None,
+    device: DeviceName = "auto",
+    cpu: OnCpu = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Milliseconds per token inside generate(), behind a context of random keys and values."""
+    from foveate.bench.generation import Bench
+
+    _generation("decode", Bench(steps=steps, rows=rows), locals())
+
+
+@app.command()
+def prefill(
+    shape: Shape = "llama3-8b",
+    methods: Methods = "core",
+    budgets: Budgets = "",
+    lengths: Lengths = "32768,131072",
+    repeats: Repeats = 1,
+    rows: Rows = 1,
+    layers: Layers = None,
+    device: DeviceName = "auto",
+    cpu: OnCpu = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Seconds for a prompt of random tokens, and the most memory on the way."""
+    from foveate.bench.generation import Bench
+
+    _generation("prefill", Bench(prompt=True, repeats=repeats, steps=0, rows=rows), locals())
+
+
+@app.command()
+def e2e(
+    shape: Shape = "llama3-8b",
+    methods: Methods = "core",
+    budgets: Budgets = "",
+    lengths: Lengths = "32768,65536,131072",
+    repeats: Repeats = 1,
+    steps: Steps = 64,
+    rows: Rows = 1,
+    layers: Layers = None,
+    device: DeviceName = "auto",
+    cpu: OnCpu = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """A prompt and its answer: prefill seconds, decode milliseconds per token, bytes held and peak bytes."""
+    from foveate.bench.generation import Bench
+
+    _generation("e2e", Bench(prompt=True, repeats=repeats, steps=steps, rows=rows), locals())
+
+
+@app.command()
+def memory(
+    shape: Shape = "llama3-8b",
+    methods: Methods = "core",
+    budgets: Budgets = "",
+    lengths: Lengths = "32768,131072",
+    rows: Rows = 1,
+    layers: Layers = None,
+    device: DeviceName = "auto",
+    cpu: OnCpu = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes that are held, and the most that the device held, for a prompt and eight tokens of answer."""
+    from foveate.bench.generation import Bench
+
+    _generation("memory", Bench(prompt=True, repeats=1, steps=1, rows=rows), locals())
+
+
+def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
+    """Run one of the commands above on a model, show it, write it."""
+    import torch
+
+    from foveate.bench.record import record, write
+    from foveate.engine.apply import find_profiles
+    from foveate.errors import FoveateError
+    from foveate.evaluate.setting import parse_budgets, parse_methods, settings_of
+    from foveate.models.named import named
+    from foveate.models.shape import ModelShape
+
+    lengths = whole_numbers("lengths", given["lengths"])
+    if not lengths or min(lengths) < 16:
+        raise BadArgument("lengths", given["lengths"], "give lengths of 16 tokens or more")
+    for name in ("rows", "steps", "repeats"):
+        if given.get(name) is not None and given[name] < 1:
+            raise BadArgument(name, given[name], "give 1 or more")
+    settings = settings_of(parse_methods(given["methods"]), parse_budgets(given["budgets"] or None))
+    if any(not setting.reader.whole for setting in settings):
+        raise BadArgument("methods", given["methods"], "retrieval reads passages of a text; give attention methods")
+    chosen = "cpu" if given["cpu"] else given["device"]
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(chosen)
+    say(f"{given['shape']} with random weights on {device}")
+    model = named(given["shape"], layers=given["layers"], device=device)
+    geometry = ModelShape.of(model)
+    rows: list[dict[str, Any]] = []
+    applied = []
+    for setting in settings:
+        parts = setting.composition.methods
+        made = [profile for m in parts if m.calibrated and (profile := m.stand_in(geometry)) is not None]
+        try:
+            applied.append((setting.composition, find_profiles(setting.composition, geometry, made)))
+        except FoveateError as error:
+            rows += [{"method": setting.method, "length": n, "refused": str(error)} for n in lengths]
+    for row in bench.run(model, applied, lengths, say):
+        rows.append(row.as_json())
+    data = record(kind, _command(kind, given), device, rows, shape=given["shape"], layers=geometry.num_layers)
+    if given["out"] is not None:
+        write(given["out"], data)
+    if given["as_json"]:
+        print_json(data)
+    else:
+        _show(kind, data)
+
+
+def _command(kind: str, given: dict[str, Any]) -> str:
+    words = ["foveate", "bench", kind, given["shape"]]
+    for name in ("methods", "budgets", "lengths", "repeats", "steps", "rows", "layers", "out"):
+        if given.get(name) not in (None, ""):
+            words += [f"--{name}", str(given[name])]
+    return shlex.join([*words, *(["--cpu"] if given["cpu"] else [])])
+
+
+_COLUMNS: dict[str, Sequence[tuple[str, str, float, str]]] = {
+    "prefill": [("prefill s", "prefill_ms", 1e-3, ".3f"), ("peak GB", "prefill_peak_bytes", 1e-9, ".2f")],
+    "decode": [
+        ("ms/token", "decode_ms", 1, ".2f"),
+        ("floor", "decode_floor_ms", 1, ".2f"),
+        ("x floor", "decode_of_floor", 1, ".2f"),
+        ("read GB", "read_bytes", 1e-9, ".3f"),
+    ],
+    "held": [("held GB", "kv_bytes", 1e-9, ".3f"), ("peak GB", "peak_bytes", 1e-9, ".2f")],
+}
+_SHOWN = {
+    "prefill": ["prefill"],
+    "decode": ["decode", "held"],
+    "e2e": ["prefill", "decode", "held"],
+    "memory": ["prefill", "held"],
+}
+
+
+def _show(kind: str, data: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = [column for group in _SHOWN[kind] for column in _COLUMNS[group]]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{data['shape']} on {data['device']}")
+    table.add_column("method", no_wrap=True)
+    table.add_column("tokens", justify="right")
+    for title, *_ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("note", overflow="fold")
+    for row in data["rows"]:
+        cells = [format(row[key] * unit, how) if row.get(key) else "-" for _, key, unit, how in columns]
+        note = row.get("refused") or (f"not recorded: {row['why_not']}" if row.get("why_not") else "")
+        table.add_row(row["method"], str(row["length"]), *cells, note)
+    Console().print(table)
