@@ -196,9 +196,12 @@ def _show(kind: str, data: dict[str, Any]) -> None:
     table.add_column("tokens", justify="right")
     for title, *_ in columns:
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("note", overflow="fold")
     for row in data["rows"]:
         cells = [format(row[key] * unit, how) if row.get(key) else "-" for _, key, unit, how in columns]
-        note = row.get("refused") or (f"not recorded: {row['why_not']}" if row.get("why_not") else "")
-        table.add_row(row["method"], str(row["length"]), *cells, note)
-    Console().print(table)
+        table.add_row(row["method"], str(row["length"]), *cells)
+    console = Console()
+    console.print(table)
+    for row in data["rows"]:
+        note = row.get("refused") or (f"steps not recorded: {row['why_not']}" if row.get("why_not") else "")
+        if note:
+            console.print(f"{row['method']}, {row['length']} tokens: {note}", style="dim")
