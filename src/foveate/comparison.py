@@ -96,8 +96,8 @@ def compare(
 
     Args:
         model: a name, folder or file as for `foveate.load`, or an opened model (then give its `tokenizer`).
-        methods: names, methods or compositions, "all" for every method, "core" for the few that show every kind; see
-            `evaluate.setting.parse_methods`.
+        methods: names, methods or compositions, files of `foveate tune`, "all" for every method, "core" for the few
+            that show every kind; see `evaluate.setting.parse_methods`.
         budgets: 0.25 is a ratio, 1024 tokens per head, "64MB" bytes; None lets each method's own parameters decide.
         lengths: context lengths in tokens, the answer's reserve counted in.
         tasks: names of tasks or groups ("needles", "all").

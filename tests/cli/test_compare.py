@@ -158,6 +158,7 @@ def bad(capsys, model: object, out: Path, *more: object) -> str:
         (["--dtype", "int8"], "dtype='int8'"),
         (["--device", "cuda:77"], "device='cuda:77'"),
         (["--methods", "duo-attention"], "run `foveate calibrate` first"),
+        (["--methods", "snapkv,none.json"], "method='none.json': cannot be read"),
         (["--profile", "none.json"], "profile='none.json': cannot be read"),
     ],
 )

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 from tests.evaluate.small import small
 
 from foveate.engine.apply import apply
+from foveate.engine.tuned import Tuned
 from foveate.errors import BadArgument, Refused
 from foveate.evaluate.record import DENSE
 from foveate.evaluate.setting import (
@@ -18,6 +23,7 @@ from foveate.evaluate.setting import (
     text_of,
 )
 from foveate.methods import KIVI, METHODS, Budget, Profile, SnapKV
+from foveate.methods.base import Composition
 from foveate.methods.profile import fingerprint, save_profile
 from foveate.models.shape import ModelShape
 
@@ -189,3 +195,57 @@ def test_profiles_must_fit(tmp_path) -> None:
         open_profiles([tmp_path / "other.json"], [setting], shape)
     with pytest.raises(BadArgument, match="cannot be read"):
         open_profiles([tmp_path / "none.json"], [setting], shape)
+
+
+# -- tuned files -------------------------------------------------------------------------------------------------------
+
+
+def tuned_file(folder: Path, model: object, *methods: object, profiles: Sequence[Profile] = ()) -> Path:
+    made = Tuned(Composition(tuple(methods)), fingerprint(ModelShape.of(model)), profiles)  # type: ignore[arg-type]
+    path = folder / "tuned.json"
+    path.write_text(json.dumps(made.to_json()))
+    return path
+
+
+def test_a_tuned_file_is_run_as_it_was_tuned(tmp_path: Path) -> None:
+    model, tokenizer = small()
+    path = tuned_file(tmp_path, model, SnapKV(window=8, budget=0.4))
+    wanted = ("snapkv", {"window": 8}, "0.4")
+    for given in (str(path), path, f"quest, {path}", ["quest", path]):
+        assert rows(given)[-1] == wanted, "the budgets of the comparison are not its own"
+    assert [method for method, _, _ in rows(f"snapkv, {path}")] == [DENSE, "snapkv", "snapkv", "snapkv"]
+    entries = parse_methods(f"quest, {path}")
+    assert text_of(entries) == f"quest,{path}"
+    (_, setting) = settings_of(parse_methods(path), [])
+    with apply(model, DENSE) as handle:
+        assert bind(handle, setting, {}, tokenizer).binding.composition == setting.composition  # type: ignore[union-attr]
+    composed = tuned_file(tmp_path, model, SnapKV(window=8, budget=0.4), KIVI(bits=2))
+    assert rows(composed)[-1] == ("snapkv|kivi", {"snapkv.window": 8, "snapkv.budget": "0.4", "kivi.bits": 2}, None)
+
+
+def test_a_tuned_file_brings_its_profiles(tmp_path: Path) -> None:
+    model, tokenizer = small()
+    shape = ModelShape.of(model)
+    gates = [[0.1] * layer.num_kv_heads for layer in shape.layers]
+    own, other = (Profile("duo-attention", fingerprint(shape), {"gates": gates}, {"seconds": s}) for s in (3, 5))
+    path = tuned_file(tmp_path, model, METHODS["duo-attention"](sparsity=0.5), profiles=[own])
+    settings = settings_of(parse_methods([path, "duo-attention(sparsity=0.5)"]), [])
+    given = open_profiles([other], settings, shape)
+    with apply(model, DENSE) as handle:
+        seconds = [bind(handle, setting, given, tokenizer).calibration_s for setting in settings[1:]]
+    assert seconds == [3], "the same row twice is run once, as the file has it"
+    with apply(model, DENSE) as handle:
+        assert bind(handle, settings[1], {}, tokenizer).profiles == {"duo-attention": own}
+
+
+def test_a_tuned_file_of_another_model_or_none(tmp_path: Path) -> None:
+    model, tokenizer = small()
+    path = tuned_file(tmp_path, small(layers=2)[0], SnapKV(window=8, budget=0.4))
+    (_, setting) = settings_of(parse_methods(path), [])
+    with apply(model, DENSE) as handle, pytest.raises(BadArgument, match=r"tuned\.json'?: it was tuned on"):
+        bind(handle, setting, {}, tokenizer)
+    with pytest.raises(BadArgument, match="cannot be read"):
+        parse_methods("none.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(BadArgument, match="is not a tuned file"):
+        parse_methods(tmp_path / "other.json")

@@ -15,9 +15,7 @@ def compare(
     model: ModelName = "smollm2",
     methods: Annotated[
         str,
-        typer.Option(
-            help='Names, "all" or "core" (a few of each kind), by commas; "A|B" composes, "kivi(bits=2)" sets.'
-        ),
+        typer.Option(help='Names, "all", "core" or tuned.json files, by commas; "A|B" composes, "kivi(bits=2)" sets.'),
     ] = "",
     budgets: Annotated[
         str, typer.Option(help="Shares of the dense cache or pairs (0.25), tokens per head (1024) or bytes (64MB).")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 from foveate.engine.apply import Handle, find_profiles
 from foveate.engine.binding import Binding
+from foveate.engine.tuned import Tuned, is_file, read_tuned
 from foveate.errors import BadArgument, FoveateError, Infeasible
 from foveate.evaluate.reader import READERS, WHOLE, Read, Reader, same
 from foveate.evaluate.record import DENSE
@@ -25,7 +27,7 @@ ALL = "all"
 CORE = "core"
 """Stands for every registered method, in the list of methods."""
 
-MethodLike = str | Method | Composition | Retrieval
+MethodLike = str | os.PathLike | Method | Composition | Retrieval
 Part = Method | Reader
 """What stands between the bars of `retrieval|snapkv`."""
 
@@ -39,12 +41,15 @@ class Entry:
         free: the method or reader that takes the budgets of the comparison, if one does.
         named: whether the user named it; what came in through "all" may be refused by a model without stopping the run.
         reader: what the methods are given of a prompt.
+        file, tuned: the tuned file that it was read from, if it was, and what that holds.
     """
 
     composition: Composition
     free: Part | None
     named: bool
     reader: Reader = WHOLE
+    file: str = ""
+    tuned: Tuned | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -63,7 +68,7 @@ class Setting:
         settings: parameters that differ from the defaults, JSON values; of a composition as `"kivi.bits"`.
         budget: as printed; None where nothing takes one.
         composition: the methods, budget included.
-        named, reader: as in `Entry`.
+        named, reader, file, tuned: as in `Entry`.
     """
 
     method: str
@@ -72,6 +77,8 @@ class Setting:
     composition: Composition
     named: bool = True
     reader: Reader = WHOLE
+    file: str = ""
+    tuned: Tuned | None = None
 
     @property
     def key(self) -> tuple[str, str, str | None]:
@@ -88,11 +95,12 @@ def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entr
     """Entries from texts and objects; dense comes first and is always there.
 
     A text is a list such as `snapkv, kivi(bits=2, budget=None), snapkv(budget=0.25)|kivi(bits=4)`: parameters stand in
-    brackets, `|` composes, `all` is every method, `core` the few that show every kind. A method that is given a budget
-    of its own, also None (its own parameters decide), is run once; the others once per budget of the comparison.
+    brackets, `|` composes, `all` is every method, `core` the few that show every kind. A path, or a text that ends with
+    .json, is a file of `foveate tune`. A method that is given a budget of its own, also None (its own parameters
+    decide), or comes from such a file is run once; the others once per budget of the comparison.
 
     Raises:
-        BadArgument: a name or parameter that is not known, or a text that cannot be read.
+        BadArgument: a name or parameter that is not known, or a text or file that cannot be read.
     """
     listed = [methods] if isinstance(methods, MethodLike) else list(methods)
     entries = [Entry(Composition((METHODS[DENSE](),)), None, True)]
@@ -102,18 +110,22 @@ def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entr
                 if text in (ALL, CORE):
                     group = [cls for cls in METHODS.values() if text == ALL or cls.core]
                     entries += [_entry([(cls(), False)], named=False) for cls in group]
+                elif is_file(text):
+                    entries.append(_tuned_entry(text))
                 else:
                     entries.append(_entry([_parse(part) for part in _split(text, "|")]))
+        elif isinstance(item, os.PathLike):
+            entries.append(_tuned_entry(os.fspath(item)))
         elif isinstance(item, Method | Composition | Retrieval):
             parts = item.methods if isinstance(item, Composition) else (item,)
             entries.append(_entry([(part, False) for part in parts]))
         else:
-            raise BadArgument("methods", item, "give names, methods or compositions (A | B)")
+            raise BadArgument("methods", item, "give names, methods, compositions (A | B) or tuned files")
     if len(entries) == 1:
         raise BadArgument("methods", str(methods), f"give at least one of {', '.join([ALL, CORE, *METHODS, *READERS])}")
     unique: dict[str, Entry] = {}
     for entry in entries:
-        unique.setdefault(repr(entry.parts) + repr(entry.free is None), entry)
+        unique.setdefault(repr(entry.parts) + repr(entry.free is None) + entry.file, entry)
     return list(unique.values())
 
 
@@ -135,7 +147,9 @@ def text_of(entries: Sequence[Entry]) -> str:
     unnamed = [method for entry in entries[1:] if not entry.named for method in entry.composition.methods]
     group = CORE if all(method.core for method in unnamed) else ALL
     for entry in entries[1:]:  # dense is always there
-        if entry.named:
+        if entry.file:
+            parts.append(entry.file)
+        elif entry.named:
             parts.append("|".join(_part_text(part, entry.free) for part in entry.parts))
         elif group not in parts:
             parts.append(group)
@@ -236,7 +250,11 @@ def bind(handle: Handle, setting: Setting, profiles: Mapping[str, Profile], toke
     """
     bound = Bound(setting)
     try:
-        given = [profiles[m.id] for m in setting.composition.methods if m.id in profiles]
+        known = dict(profiles)
+        if setting.tuned is not None:
+            setting.tuned.check(handle.binding.shape, setting.file)
+            known |= {profile.method: profile for profile in setting.tuned.profiles}
+        given = [known[m.id] for m in setting.composition.methods if m.id in known]
         found = find_profiles(setting.composition, handle.binding.shape, given)
         read = setting.reader.open(tokenizer, handle.binding.shape, handle.model.device)
         bound = replace(bound, profiles=found, read=read)
@@ -287,6 +305,12 @@ def open_profiles(
     return found
 
 
+def _tuned_entry(file: str) -> Entry:
+    """What a tuned file holds; its budgets are its own."""
+    tuned = read_tuned(file)
+    return Entry(tuned.composition, None, True, file=file.strip(), tuned=tuned)
+
+
 def _entry(parts: Sequence[tuple[Part, bool]], named: bool = True) -> Entry:
     """Methods, a reader before them perhaps, with whether their budget was stated -> an entry."""
     (first, _), *rest = parts
@@ -314,9 +338,11 @@ def _setting(entry: Entry, granted: Composition, reader: Reader, budget: Budget 
     if len(entry.parts) == 1:
         settings = entry.parts[0].settings()
         own = settings.pop("budget", None)
-        return Setting(name, settings | reader.facts, asked or own, granted, entry.named, reader)
-    settings = {f"{part.id}.{key}": value for part in entry.parts for key, value in part.settings().items()}
-    return Setting(name, settings | reader.facts, asked, granted, entry.named, reader)
+        asked = asked or own
+    else:
+        settings = {f"{part.id}.{key}": value for part in entry.parts for key, value in part.settings().items()}
+    settings |= reader.facts
+    return Setting(name, settings, asked, granted, entry.named, reader, entry.file, entry.tuned)
 
 
 _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
