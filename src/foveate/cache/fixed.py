@@ -7,11 +7,13 @@ own counts are brought up to date behind each replay (`FixedBand.arrived`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention import Geometry
+from foveate.attention import Geometry, decoding
 from foveate.cache.band import Band
 from foveate.cache.column import Column
 from foveate.cache.store import Store
@@ -28,9 +30,10 @@ class FixedBand:
     Args:
         band: what holds the tokens; it must have room for `room` more.
         room: steps that can be made.
+        lengths: int32 [P], where it counts the slots in use.
     """
 
-    def __init__(self, band: Band, room: int) -> None:
+    def __init__(self, band: Band, room: int, lengths: Tensor) -> None:
         reason = refusal(band)
         if reason:
             raise Refused(reason)
@@ -49,7 +52,7 @@ class FixedBand:
         self.even = False
         device = band.device
         self.pair = torch.arange(len(self.pairs), device=device)
-        self.lengths = torch.zeros(len(self.pairs), dtype=torch.int32, device=device)
+        self.lengths = lengths
         """Slots in use, int32 [P]."""
         self.seen = torch.zeros(len(self.pairs), dtype=torch.int64, device=device)
         """Position of the next token, int64 [P]."""
@@ -221,12 +224,25 @@ class FixedStore(Store):
 
     def __init__(self, store: Store, room: int) -> None:
         self.spec, self.rows = store.spec, store.rows
-        self.bands = [FixedBand(band, room) for band in store.bands]
+        counts = [len(band.pairs) for band in store.bands]
+        self.lengths_of_all = torch.zeros(sum(counts), dtype=torch.int32, device=store.bands[0].device)
+        """Slots in use by every pair, int32, band by band."""
+        parts = self.lengths_of_all.split(counts)
+        self.bands = [FixedBand(band, room, part) for band, part in zip(store.bands, parts, strict=True)]
+        self._stores: Any = None
         self.whole = store.aligned and not any(band.bounded for band in store.bands)
 
     @property
     def aligned(self) -> bool:
         return self.whole
+
+    def attend(self, q: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor | None:
+        """All that is held, of all bands in one launch, q [B, H, 1, Dk] -> [B, H, 1, Dv]; None where no kernel can."""
+        if not decoding.serves(q)[0]:
+            return None
+        if self._stores is None:
+            self._stores = decoding.stores([(b.keys(), b.values(), b.index) for b in self.bands], self.lengths_of_all)
+        return decoding.attend(q, self._stores, scale, softcap, sinks)
 
     def append(self, k: Tensor, v: Tensor | None, fresh: object = None) -> None:
         """Append one token of every row: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv]."""

@@ -83,11 +83,20 @@ class StepCall:
         if chooser is not None and managed:
             parts = chooser.select(query, view, self._context(plan, store, chooser, how))
         probs = plan.needs.probs and managed
+        if parts is ALL and not probs and not plan.needs.lse and not (managed and self.binding.observers):
+            out = store.attend(query, scale, softcap, s_aux)
+            if out is not None:
+                return self._given(out, projection)
         result = read(store, query, parts, how, lse=plan.needs.lse and managed, probs=probs)
         out = result.out
         for method in self.binding.observers if managed else ():
             changed = method.attended(query, view, result, self._context(plan, store, method, how))
             out = out if changed is None else changed
+        return self._given(out, projection)
+
+    @staticmethod
+    def _given(out: Tensor, projection: compat.LatentProjection | None) -> tuple[Tensor, None]:
+        """What the attention module is given back: [B, N, H, Dv]."""
         if projection is not None:
             out = projection.values(out)
         return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,85 @@
+"""The decoding backend against the reference: reads of one query, in Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.attention.reads import Read, random_lists, tensors
+from tests.closeness import LIMIT, assert_close
+
+from foveate.attention import Geometry, Selection, Span, decoding
+from foveate.attention.backends import choose
+from foveate.attention.request import normal
+from foveate.cache import Store, StoreSpec
+from foveate.cache.fixed import FixedStore
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not decoding._interpreted(), reason="kernels run here in Triton's interpreter")
+
+
+def check(read: Read, dtype: torch.dtype) -> None:
+    want = read.truth(dtype)
+    got = read.attend(dtype, backend="decode")
+    assert_close(got.out, want.out, LIMIT[dtype])
+    assert_close(got.lse, want.lse, min(LIMIT[dtype], 1e-3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_lengths(seed: int, group: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    stores = {1: 4, 3: 2, 8: 1}[group]
+    q, k, v = tensors(2, group * stores, stores, 1, 97, 16, 24)
+    lengths = torch.randint(1, 98, (2, stores), dtype=torch.int32)
+    check(Read(q, k, v, geometry=Geometry(2, 1, 97, lengths)), dtype)
+    check(Read(q, k, v), dtype)
+
+
+@pytest.mark.parametrize("near", [None, Span(3, 20)])
+@pytest.mark.parametrize("heads", [1, 2, 6])
+@pytest.mark.parametrize("page", [1, 16])
+def test_lists(seed: int, page: int, heads: int, near: Span | None) -> None:
+    torch.manual_seed(seed)
+    q, k, v = tensors(2, 6, 2, 1, 91, 16)
+    lists = random_lists(random.Random(seed), (2, heads, 1), -(-91 // page), 4 if page > 1 else 23)
+    check(Read(q, k, v, Selection(lists=lists, q_block=1, k_block=page, span=near)), torch.float32)
+
+
+def test_it_says_what_it_does_not_serve(seed: int) -> None:
+    q, k, v = tensors(1, 4, 2, 3, 40, 16)
+    for read, why in (
+        (Read(q, k, v), "one query"),
+        (Read(q[:, :, :1].double(), k.double(), v.double()), "float64"),
+        (Read(q[:, :, :1], k, v, visible=(Span(0, 5),)), "positions"),
+    ):
+        dtype = torch.float64 if why == "float64" else torch.float32
+        request = normal(
+            *(x.to(dtype) for x in (read.q, read.k, read.v)), read.selection, read.places(), read.visible, None, None,
+            0.25, None, None, True, True,
+        )  # fmt: skip
+        able, reason = decoding.can_run(request)
+        assert not able and why in reason
+        assert choose(replace(request, forced=False)).name != "decode"
+
+
+def test_bands_in_one_launch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of two bands, one of them a full window, is read as attention over what each head holds."""
+    monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+    torch.manual_seed(seed)
+    store = Store(StoreSpec(heads=2, spans=(Span(2, torch.tensor([1 << 30, 9])),)))
+    k, v = torch.randn(2, 1, 2, 50, 16).unbind(0)
+    store.append(k, v, None)
+    store.settle(store.seen)
+    fixed = FixedStore(store, room=8)
+    past_k, past_v = k, v
+    for _ in range(12 - 8):
+        new_k, new_v, q = (torch.randn(1, h, 1, 16) for h in (2, 2, 6))
+        fixed.append(new_k, new_v)
+        past_k, past_v = torch.cat([past_k, new_k], 2), torch.cat([past_v, new_v], 2)
+        got = fixed.attend(q, 0.25, None, None)
+        window = Span(2, torch.tensor([1 << 30, 9]))
+        want = Read(q, past_k, past_v, visible=(window,), options={"scale": 0.25}).truth()
+        assert_close(got, want.out, LIMIT[torch.float32])
