@@ -42,6 +42,7 @@ class DeltaAttention(Method):
     paper = "2510.09883"
     slots = frozenset({"decode"})
     core = True
+    graph = True
     aligned = True
     search = tries(page=(8, 16, 32), recent=(2, 4, 8))
 
