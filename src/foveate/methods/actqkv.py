@@ -1,0 +1,200 @@
+"""ActQKV: blocks of the past are recalled by a query that speaks for the tokens that stand out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.attention import ALL, Frame, Partial, Parts, Selection
+from foveate.cache import UNBOUNDED, View
+from foveate.errors import BadArgument
+from foveate.methods.base import Context, Method, Profile, Result, Role, register, tries
+from foveate.methods.budget import Budget
+from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.mass import listed_mass
+from foveate.methods.policies.outliers import Moments, moments, outlier_weights, running_weights
+from foveate.methods.policies.positions import at_position, refuse_fixed_positions
+from foveate.methods.policies.recall import cosines, normalised_entropy, representative_means, taken
+from foveate.models.shape import ModelShape
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ActQKV(Method):
+    """All heads of a layer read the first `init` tokens, the newest ones, and those blocks of `block` tokens between
+    them that a probe recalls: the weighted mean of the queries of a piece of the prompt, or the one query of a decode
+    step. A token weighs as much as its activation, its query with all heads side by side, deviates from the mean of its
+    piece, channel by channel, in units of the variance. What is far is read as if all of it stood `local` tokens back.
+
+    A block is known by the mean of `representatives` of its keys, without their positions: those that got most
+    attention from the newest tokens' softmax while the block was among them. It scores the cosine of that mean and the
+    probe, heads side by side. Newest are the last `local` tokens, counted from a piece's first query, and the at most
+    `block - 1` before them that fill no block yet; in a prompt they are seen by the whole piece at their true places.
+
+    At a decode step the layers share topk blocks times their number: each takes of what is left in proportion to the
+    mean entropy of its last `history` probes' softmax over blocks, once all layers have that many; equal shares before.
+
+    The released code keeps one mean and variance for all layers and texts; here each row of each layer has its own, and
+    with "window", as in the paper, each piece. Its additional term for the tokens of a question is left out: nobody
+    says where a question stands. Takes the attention of past queries, so tokens cannot be taken back.
+
+    Args:
+        block: tokens per block. init, local: tokens always read.
+        topk: blocks recalled per layer on average when no budget is given.
+        representatives: keys that stand for a block.
+        chunk: queries of the prompt that share a probe.
+        probe: "window" weighs tokens by moments of their own piece, "running" by those of all pieces before (equally
+            until `cap` tokens were seen; no more than `cap` count against the newest piece), "mean" equally.
+        least: blocks that every layer takes at least, if topk allows; at most are 2 topk.
+
+    Source: 2502.13542, section 3; defaults of the released code for 8B models.
+    """
+
+    id = "actqkv"
+    name = "ActQKV"
+    paper = "2502.13542"
+    slots = frozenset({"prefill", "decode"})
+    causality = "prompt"
+    chunked = "approximate"
+    aligned = True
+    croppable = False
+    search = tries(block=(16, 32, 64), local=(128, 256, 512))
+
+    block: int = 32
+    init: int = 64
+    local: int = 512
+    topk: int = 46
+    representatives: int = 4
+    chunk: int = 256
+    probe: Literal["window", "running", "mean"] = "window"
+    least: int = 32
+    history: int = 100
+    cap: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("init", "block", "local", "topk", "chunk", "least", "history", "cap"):
+            if getattr(self, name) < (name != "init"):
+                raise BadArgument(name, getattr(self, name), f"give at least {int(name != 'init')}")
+        if not 1 <= self.representatives <= self.block:
+            raise BadArgument("representatives", self.representatives, f"give 1 to block={self.block} tokens")
+        if self.probe not in ("window", "running", "mean"):
+            raise BadArgument("probe", self.probe, 'give "window", "running" or "mean"')
+
+    def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
+        refuse_fixed_positions(shape, self.id)
+        budget, topk = Budget.of(self.budget), self.topk
+        if budget is not None:
+            fixed = self.init + self.local + self.block - 1
+            read = budget.read_tokens(shape, length, 0, name=self.id, floor=fixed + self.block)
+            topk = UNBOUNDED if budget.whole else max(1, (read - fixed) // self.block)
+        full = [layer.index for layer in shape.layers if layer.kind == "full"]
+        place = {index: (number, len(full)) for number, index in enumerate(full)}
+        return [Role("recall", extra={"topk": topk, "place": place.get(i)}) for i in range(len(shape.layers))]
+
+    def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
+        if ctx.role.extra["topk"] == UNBOUNDED:
+            return ALL
+        per = self.chunk if ctx.phase == "prompt" else 1
+        first = view.lengths[:, :1].long() - view.fresh[:, None]
+        starts = first + torch.arange(0, q.shape[2], per, device=q.device)  # [B, pieces]
+        near = self._near(starts, per, view)
+        held = ctx.attend(q, view, near)
+        assert held.lse is not None
+        local = Partial(held.out, held.lse, near)
+        mass = listed_mass(q, view, near, held.lse, ctx)
+        before = ctx.mine.get("mass", mass[:, :0])[:, : mass.shape[1]]  # longer rows may have left the batch
+        mass[:, : before.shape[1]] += before
+        state = {"mass": mass, "blocks": self._blocks(view, mass, ctx)}
+        if view.longest <= self.local or not self.init + state["blocks"].shape[2]:
+            ctx.forward[f"step {ctx.layer}"] = state, None, None
+            return local
+        raw = at_position(q, first + torch.arange(q.shape[2], device=q.device), self.local, ctx.rope)
+        probes, seen = self._probes(raw, per, view, ctx)
+        chosen, entropy, left = self._recall(probes, state["blocks"], starts, view, ctx)
+        ctx.forward[f"step {ctx.layer}"] = state | seen, entropy, left
+        sinks = torch.arange(self.init, dtype=torch.int32, device=q.device)
+        sinks = torch.where(sinks <= (starts - self.local).unsqueeze(-1), sinks, -1)
+        tokens = self.init + chosen.unsqueeze(-1) * self.block + torch.arange(self.block, device=q.device)
+        tokens = torch.where(chosen.unsqueeze(-1) >= 0, tokens, -1).flatten(2).to(torch.int32)
+        lists = torch.cat([sinks, tokens], dim=-1).unsqueeze(1)
+        frame = Frame(torch.full_like(first, self.local).expand(-1, q.shape[2]), torch.zeros_like(lists))
+        return [Selection(lists=lists, q_block=per, frame=frame), local]
+
+    def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
+        nothing: Any = ({}, None, None)
+        state, entropy, left = ctx.forward.pop(f"step {ctx.layer}", nothing)
+        ctx.mine.update(state)
+        if entropy is None:
+            return
+        ctx.forward["left"] = left
+        number, layers = ctx.role.extra["place"]
+        past = ctx.mine.get("entropy", torch.full((len(q), self.history), -1.0, device=q.device))
+        for new in entropy.split(1, dim=1):
+            past = torch.where(new < 0, past, torch.cat([past[:, 1:], new], dim=1))
+        means = ctx.shared.get("entropy", past.new_full((len(q), layers), -1.0)).clone()
+        means[:, number] = torch.where((past < 0).any(1), -1.0, past.mean(1))  # -1 until the history is full
+        ctx.mine["entropy"], ctx.shared["entropy"] = past, means
+
+    def _ready(self, end: Tensor) -> Tensor:
+        """Blocks that lie behind the newest tokens of a piece whose first query stands at `end`."""
+        return ((torch.as_tensor(end) - self.local + 1 - self.init) // self.block).clamp_min(0)
+
+    def _near(self, starts: Tensor, per: int, view: View) -> Selection:
+        """The newest tokens of each piece: from where its blocks, or the first tokens, end."""
+        gone = (starts - self.local + 1).clamp_min(0)
+        edge = torch.minimum(gone, self.init + self._ready(starts) * self.block)
+        slots = edge.unsqueeze(-1) + torch.arange(self.local + self.block + per - 2, device=edge.device)
+        ends = torch.minimum(starts + per, view.lengths[:, :1]).unsqueeze(-1)
+        return Selection(lists=torch.where(slots < ends, slots, -1).to(torch.int32).unsqueeze(1), q_block=per)
+
+    def _blocks(self, view: View, mass: Tensor, ctx: Context) -> Tensor:
+        """What each block that the next token finds ready is known by, float32 [B, Hs, blocks, D]."""
+        lengths, size, keys = view.host_lengths[:, 0], self.block, view.k()
+        total = int(self._ready(lengths.max()))
+        begin = int(self._ready((lengths - view.host_fresh).min()))
+        known = ctx.mine.get("blocks", keys[:, :, :0].float())
+        if known.shape[1] != keys.shape[1] or known.shape[3] != keys.shape[3]:  # MLA: heads in the prompt, then latents
+            begin, known = 0, keys[:, :, :0].float()
+        if begin >= total:
+            return known
+        slots = slice(self.init + begin * size, self.init + total * size)
+        raw = at_position(keys[:, :, slots], view.positions[:, :, slots], 0, ctx.rope).float().unflatten(2, (-1, size))
+        new = representative_means(raw, mass[:, slots].unflatten(1, (-1, size)), self.representatives)
+        return torch.cat([known[:, :, :begin], new], dim=2)
+
+    def _probes(self, raw: Tensor, per: int, view: View, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """The probe of each piece, float32 [B, H, pieces, D], and the running moments behind the last one."""
+        rows = F.pad(raw.float(), (0, 0, 0, -raw.shape[2] % per)).unflatten(2, (-1, per))
+        real = torch.arange(rows.shape[2] * per, device=raw.device) < view.fresh[:, None]
+        real, flat = real.unflatten(1, (-1, per)), rows.permute(0, 2, 3, 1, 4).flatten(3)  # [B, pieces, per, H D]
+        weights, after = real / real.sum(-1, keepdim=True).clamp_min(1), {}
+        if self.probe == "window":
+            weights = outlier_weights(flat, real, moments(flat, real))
+        elif self.probe == "running" and ctx.phase == "prompt":  # a single query is its own probe
+            past = Moments(*(ctx.mine[name] for name in Moments._fields)) if "mean" in ctx.mine else None
+            weights, seen = running_weights(flat, real, past, self.cap)
+            after = seen._asdict()
+        return torch.einsum("bhpnd,bpn->bhpd", rows, weights), after
+
+    def _recall(
+        self, probes: Tensor, blocks: Tensor, starts: Tensor, view: View, ctx: Context
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The blocks recalled for each piece, int32 [B, pieces, K]; the entropy of its scores; how many blocks are left
+        to the layers behind."""
+        topk, (number, layers) = ctx.role.extra["topk"], ctx.role.extra["place"]
+        ready = self._ready(starts)
+        scores = cosines(probes, blocks)
+        scores = scores.masked_fill(torch.arange(blocks.shape[2], device=blocks.device) >= ready[..., None], -torch.inf)
+        entropy = torch.where((starts < view.lengths[:, :1]) & (ready > 1), normalised_entropy(scores), -1.0)
+        left = ctx.forward.get("left", torch.full_like(ready, topk * layers))
+        means = ctx.shared.get("entropy") if ctx.phase == "decode" else None
+        take = taken(left, means, number, layers, min(self.least, topk), 2 * topk)
+        rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        chosen = top_lists(scores.masked_fill(rank >= take.unsqueeze(-1), -torch.inf), 2 * topk)
+        return chosen, entropy, left - take
