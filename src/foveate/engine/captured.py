@@ -20,6 +20,7 @@ from foveate.attention import ALL
 from foveate.cache import FoveateCache, Store
 from foveate.cache.fixed import FixedStore, FixedView
 from foveate.engine.context import LayerContext
+from foveate.engine.fused import fused
 from foveate.engine.plan import LayerPlan
 from foveate.engine.read import Reading, read
 from foveate.engine.rows import Rows
@@ -176,9 +177,14 @@ class Step:
         def run() -> Tensor:
             cache.recording = self.call
             try:
-                out = forward(
-                    input_ids=self.ids, position_ids=self.positions, past_key_values=cache, use_cache=True, **options
-                )
+                with fused(cache.owner.model):
+                    out = forward(
+                        input_ids=self.ids,
+                        position_ids=self.positions,
+                        past_key_values=cache,
+                        use_cache=True,
+                        **options,
+                    )
             finally:
                 cache.recording = None
             self.kind = type(out)
