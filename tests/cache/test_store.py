@@ -18,7 +18,7 @@ from tests.contract.reach import reachable_bytes
 from torch import Tensor
 
 from foveate.attention import Span
-from foveate.cache import Blocks, Store, StoreSpec, Tag, View
+from foveate.cache import Blocks, Place, Store, StoreSpec, Tag, View
 
 DIM, BLOCK, FRESH = 6, 4, -1
 THOROUGH = settings(
@@ -63,7 +63,7 @@ class Sevens:
 class StoreMachine(RuleBasedStateMachine):
     """Random life of one store. `truth[b][h]` is the list of tokens that must be held."""
 
-    packs = False
+    packs = places = False
 
     @initialize(
         seed=st.integers(0, 2**31),
@@ -73,9 +73,20 @@ class StoreMachine(RuleBasedStateMachine):
         sinks=st.lists(st.integers(0, 3), min_size=3, max_size=3),
         windows=st.lists(st.sampled_from([1, 3, 5, 1 << 30]), min_size=3, max_size=3),
         spanned=st.booleans(),
+        place=st.builds(
+            Place, sink=st.integers(0, 3), recent=st.integers(0, 6), block=st.integers(1, 4), steady=st.booleans()
+        ),
     )
     def start(
-        self, seed: int, rows: int, heads: int, latent: bool, sinks: list[int], windows: list[int], spanned: bool
+        self,
+        seed: int,
+        rows: int,
+        heads: int,
+        latent: bool,
+        sinks: list[int],
+        windows: list[int],
+        spanned: bool,
+        place: Place,
     ) -> None:
         self.random = torch.Generator().manual_seed(seed)
         self.heads, self.latent = heads, latent
@@ -88,6 +99,7 @@ class StoreMachine(RuleBasedStateMachine):
             tags={"own": Tag(width=1, dtype=torch.int64, fill=FRESH)},
             blocks={"bounds": Blocks(BLOCK, bounds)},
             value_dim=DIM - 2 if latent else None,
+            place=place if self.places else None,
         )
         self.store = Store(self.spec)
         self.truth: list[list[list[Token]]] = [[[] for _ in range(heads)] for _ in range(rows)]
@@ -141,7 +153,7 @@ class StoreMachine(RuleBasedStateMachine):
                     self.truth[b][h] = [t for t in self.truth[b][h] if t[0] in held]
         self.store.keep(kept, np.array(upcoming))
 
-    @precondition(lambda self: not self.packed)
+    @precondition(lambda self: not self.packed and not self.places)
     @rule(data=st.data())
     def drop_one(self, data: st.DataObject) -> None:
         for band in self.store.bands:
@@ -167,6 +179,20 @@ class StoreMachine(RuleBasedStateMachine):
         for b, row in enumerate(self.truth):
             for h in range(self.heads):
                 row[h] = [t for t in row[h] if t[0] < self.sink[h] or self.seen[b] - t[0] < self.window[h]]
+
+    @precondition(lambda self: self.places)
+    @rule()
+    def depart(self) -> None:
+        """Heads without a window have no more on the device than they may; the others everything."""
+        self.store.depart()
+        place = self.spec.place
+        assert place is not None
+        for band in self.store.bands:
+            here = band.lengths - band.away
+            if band.bounded:
+                assert not band.away.any()
+            else:
+                assert (np.maximum(here - place.sink, 0) <= np.maximum(place.recent, place.block - 1)).all()
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:
@@ -262,13 +288,19 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def counts_its_bytes(self) -> None:
         if hasattr(self, "store"):
-            assert self.store.nbytes == reachable_bytes(self.store, beyond=(StoreSpec,))
+            assert self.store.nbytes + self.store.host_nbytes == reachable_bytes(self.store, beyond=(StoreSpec,))
 
 
 class PackedMachine(StoreMachine):
     """The same life with a codec: what was packed can still be cropped, reordered and forked."""
 
     packs = True
+
+
+class PlacedMachine(StoreMachine):
+    """The same life with tokens in two places."""
+
+    places = True
 
 
 def run(machine: type[StoreMachine]) -> Callable[[], Any]:
@@ -279,3 +311,4 @@ def run(machine: type[StoreMachine]) -> Callable[[], Any]:
 
 TestExactStore = run(StoreMachine)
 TestPackedStore = run(PackedMachine)
+TestPlacedStore = run(PlacedMachine)

@@ -4,12 +4,14 @@ from foveate.cache.band import Band
 from foveate.cache.cache import FoveateCache
 from foveate.cache.chain import chained
 from foveate.cache.column import Column, FittedSide, Observed, PackedColumn, Side
+from foveate.cache.place import Place, PlacedColumn
 from foveate.cache.state import Blocks, Tag
 from foveate.cache.store import UNBOUNDED, Store, StoreSpec
-from foveate.cache.view import View
+from foveate.cache.view import Away, View
 
 __all__ = [
     "UNBOUNDED",
+    "Away",
     "Band",
     "Blocks",
     "Column",
@@ -17,6 +19,8 @@ __all__ = [
     "FoveateCache",
     "Observed",
     "PackedColumn",
+    "Place",
+    "PlacedColumn",
     "Side",
     "Store",
     "StoreSpec",

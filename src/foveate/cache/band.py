@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from foveate.attention import Span
-from foveate.cache.column import AnyColumn, Column, Counts, Observed, PackedColumn, Side, fitted, stack_index
+from foveate.cache.column import Column, Counts, Observed, PackedColumn, Side, fitted, stack_index
+from foveate.cache.place import AnyColumn, Place, PlacedColumn, placed, recalled, slots
 from foveate.cache.state import Blocks, Tag
 
 GROWTH = 16
@@ -25,6 +26,7 @@ class Band:
         spans: the visibility these heads promise (host integers); what they hide may be freed.
         k, v: exact tensors [P, C, Dk] and [P, C, Dv]; v None when values are a slice of the keys (MLA).
         tags, blocks: what methods asked for.
+        place: which tokens leave the device, or None. Heads with a window hold a constant few tokens, which all stay.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class Band:
         tags: Mapping[str, Tag],
         blocks: Mapping[str, Blocks],
         value_dim: int,
+        place: Place | None = None,
     ) -> None:
-        self.spans, self.value_dim = spans, value_dim
+        self.spans, self.value_dim, self.place = spans, value_dim, place
         self._name(pairs, heads, k.device)
         self.k: AnyColumn = Column(k)
         self.v: AnyColumn | None = None if v is None else Column(v)
@@ -132,6 +135,16 @@ class Band:
         return self._allocated + (0 if lengths is None else lengths.numel() * lengths.element_size())
 
     @property
+    def host_nbytes(self) -> int:
+        """Bytes of keys and values that left the device."""
+        return sum(c.host_nbytes for c in (self.k, self.v) if isinstance(c, PlacedColumn))
+
+    @property
+    def away(self) -> Counts:
+        """Tokens of each pair that lie on the host, behind the first `place.sink` slots."""
+        return self.k.away if isinstance(self.k, PlacedColumn) else np.zeros(len(self.pairs), dtype=np.int64)
+
+    @property
     def device(self) -> torch.device:
         return self.index.device
 
@@ -141,15 +154,15 @@ class Band:
             self._device_lengths = torch.from_numpy(self.lengths.astype(np.int32)).to(self.device)
         return self._device_lengths
 
-    def keys(self) -> Tensor:
-        """[P, used, Dk], decoded."""
-        return self.k.read(self.used)
+    def keys(self, first: int = 0) -> Tensor:
+        """Slots from `first` on, [P, used - first, Dk], decoded, on the device."""
+        return slots(self.k, self.used, first)
 
-    def values(self, keys: Tensor | None = None) -> Tensor:
-        """[P, used, Dv], decoded; `keys` saves reading them twice where values are a slice of the keys."""
+    def values(self, keys: Tensor | None = None, first: int = 0) -> Tensor:
+        """[P, used - first, Dv], decoded; `keys` saves reading them twice where values are a slice of the keys."""
         if self.v is None:
-            return (self.keys() if keys is None else keys)[..., : self.value_dim]
-        return self.v.read(self.used)
+            return (self.keys(first) if keys is None else keys)[..., : self.value_dim]
+        return slots(self.v, self.used, first)
 
     def slot_positions(self) -> Tensor:
         """Logical position of each slot, int32 [P, used]."""
@@ -247,8 +260,8 @@ class Band:
             if total <= first and kept is not None and kept.shape[1] >= total:
                 continue
             lo, hi = first * spec.size, total * spec.size
-            keys = _pad_slots(self.keys()[:, lo:], hi - lo)
-            values = _pad_slots(self.values()[:, lo:], hi - lo)
+            keys = _pad_slots(self.keys(lo), hi - lo)
+            values = _pad_slots(self.values(first=lo), hi - lo)
             slot = torch.arange(lo, hi, device=self.device)
             valid = (slot < self.device_lengths()[:, None]).view(len(self.pairs), -1, spec.size)
             shape = (len(self.pairs), total - first, spec.size)
@@ -276,7 +289,7 @@ class Band:
         if self.positions is None:
             self.positions = Column(self.slot_positions().contiguous())
         for column in self._columns():
-            assert isinstance(column, Column), "a packed body is cut by whole groups only"
+            assert not isinstance(column, PackedColumn), "a packed body is cut by whole groups only"
             column.gather(index, index.shape[1] + spare)
         self.lengths = counts
         self.floor = self.seen.copy() if upcoming is None else np.maximum(self.floor, upcoming)
@@ -305,7 +318,8 @@ class Band:
     def settles(self) -> bool:
         """Whether tokens leave it (or its exact tail) as others arrive."""
         packing = any(isinstance(c, PackedColumn) and not c.closed for c in (self.k, self.v))
-        return bool(self.spans and self.bounded) or packing
+        placing = self.place is not None and self.place.steady
+        return bool(self.spans and self.bounded) or packing or placing
 
     def settle(self, upcoming: Counts) -> None:
         """Free what no query at or behind position upcoming[p] can see, then pack what may leave the exact tail."""
@@ -315,6 +329,24 @@ class Band:
             if isinstance(column, PackedColumn):
                 self._renew()
                 column.settle(self.lengths)
+        if self.place is not None and self.place.steady:
+            self.depart()
+
+    def depart(self) -> None:
+        """Bring the tokens to the host that belong there."""
+        if self.place is None or self.bounded:
+            return
+        away = self.place.away(self.lengths)
+        if (away <= self.away).all():
+            return
+        self._renew()
+        self.k = placed(self.k, self.place, away, self.lengths)
+        self.v = None if self.v is None else placed(self.v, self.place, away, self.lengths)
+
+    def recall(self) -> None:
+        """Bring everything back to the device."""
+        self._renew()
+        self.k, self.v = recalled(self.k, self.used), None if self.v is None else recalled(self.v, self.used)
 
     def _expire(self, upcoming: Counts) -> None:
         held = self.slot_positions().cpu().numpy().astype(np.int64)
@@ -342,7 +374,7 @@ class Band:
         self.v = None if self.v is None else self._packed(self.v, value_side, observed)
 
     def _packed(self, column: AnyColumn, side: Side | None, observed: Observed | None) -> AnyColumn:
-        if side is None or isinstance(column, PackedColumn):
+        if side is None or not isinstance(column, Column):
             return column
         learned = fitted(side, column.read(self.used), self.device_lengths(), observed)
         return PackedColumn(column, side, column.data.dtype, learned)
@@ -361,7 +393,7 @@ class Band:
         """A copy of local pairs `source` under the names `pairs`."""
         index = torch.from_numpy(source).to(self.device)
         new = Band.__new__(Band)
-        new.spans, new.value_dim = self.spans, self.value_dim
+        new.spans, new.value_dim, new.place = self.spans, self.value_dim, self.place
         new._name(pairs, self.heads, self.device)
         new.k, new.v = self.k.pick(index), None if self.v is None else self.v.pick(index)
         new.positions = None if self.positions is None else self.positions.pick(index)

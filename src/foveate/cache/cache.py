@@ -47,7 +47,15 @@ class CourierLayer(CacheLayerBase):
         """[B, H, W, D] last prompt queries, right-aligned, while somebody needs them."""
         self.window_seen: Tensor | None = None
         """How many of them are real, int64 [B]."""
+        self.samples: Tensor | None = None
+        """[B, H, n, D] prompt queries by chance, while somebody needs them."""
+        self.sample_order: Tensor | None = None
+        """What decides who is sampled, int64 [B, n], ascending; the largest number where there is none."""
         self.mine: State = {}
+        self.prepared: State = {}
+        """What methods made of the prompt when it was complete."""
+        self.sealed_at = 0
+        """Columns of the prompt they made it of."""
         self.limit: np.ndarray | None = None
         """Tokens per head that a keep method granted this layer, per row; set when the prompt ends."""
         self.sealed = False
@@ -109,6 +117,8 @@ class CourierLayer(CacheLayerBase):
             self.store.crop(removed)
             self.columns -= n
             self.mine = {}
+            if self.columns < self.sealed_at:
+                self.prepared = {}
         if self.record_past and self.sealed and self.dirty:
             self.owner.settle(self)
 
@@ -120,7 +130,10 @@ class CourierLayer(CacheLayerBase):
         if self.window is not None and self.window_seen is not None:
             self.window = self.window.index_select(0, index.to(self.window.device))
             self.window_seen = self.window_seen.index_select(0, index.to(self.window_seen.device))
-        self.mine = select_rows(self.mine, rows)
+        if self.samples is not None and self.sample_order is not None:
+            self.samples = self.samples.index_select(0, index.to(self.samples.device))
+            self.sample_order = self.sample_order.index_select(0, index.to(self.sample_order.device))
+        self.mine, self.prepared = select_rows(self.mine, rows), select_rows(self.prepared, rows)
         if self.limit is not None:
             self.limit = self.limit[rows]
 
@@ -151,11 +164,21 @@ class CourierLayer(CacheLayerBase):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor this layer holds."""
-        if self.window is None and not self.mine:
+        """Bytes of every tensor this layer holds on the model's device."""
+        if self.window is None and self.samples is None and not self.mine and not self.prepared:
             return self.store.nbytes
-        extra = [self.window, self.window_seen, *(t for _, t in state_tensors(self.mine))]
+        extra = [self.window, self.window_seen, self.samples, self.sample_order]
+        extra += [t for _, t in state_tensors(self.mine)]
+        extra += [] if self.store.spec.place is not None else [t for _, t in state_tensors(self.prepared)]
         return self.store.nbytes + sum(t.numel() * t.element_size() for t in extra if t is not None)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of what this layer has put into the host's memory."""
+        if self.store.spec.place is None:
+            return 0
+        made = sum(t.numel() * t.element_size() for _, t in state_tensors(self.prepared))
+        return self.store.host_nbytes + made
 
     @property
     def window_valid(self) -> Tensor | None:
@@ -172,7 +195,9 @@ class CourierLayer(CacheLayerBase):
         new.store = self.store.fork(spec)
         new.window = None if self.window is None else self.window.clone()
         new.window_seen = None if self.window_seen is None else self.window_seen.clone()
-        new.mine = clone_state(self.mine)
+        new.samples = None if self.samples is None else self.samples.clone()
+        new.sample_order = None if self.sample_order is None else self.sample_order.clone()
+        new.mine, new.prepared = clone_state(self.mine), clone_state(self.prepared)
         new.limit = None if self.limit is None else self.limit.copy()
         return new
 
@@ -238,11 +263,17 @@ class FoveateCache(CacheBase):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor the cache holds now: keys, values, scales, positions, tags, summaries, spare slots."""
+        """Bytes of every tensor the cache holds now on the model's device: keys, values, scales, positions, tags,
+        summaries, spare slots."""
         total = sum(t.numel() * t.element_size() for _, t in state_tensors(self.shared))
         for layer in self.layers:
             total += layer.nbytes if isinstance(layer, CourierLayer) else _stock_bytes(layer)
         return total
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes that methods have put into the host's memory, beside `nbytes`; counted apart on a CPU, too."""
+        return sum(layer.host_nbytes for layer in self.couriers())
 
     def touch(self, layer_idx: int) -> None:
         """Take note of what a layer holds now, for the peak."""

@@ -286,9 +286,6 @@ class PackedColumn:
         self.tail.data, self.packed = new, keep
 
 
-AnyColumn = Column | PackedColumn
-
-
 def stack_index(lists: Sequence[np.ndarray], device: torch.device) -> Tensor:
     """Ragged host lists as one index [P, max], short ones padded with their last element (or 0)."""
     width = max((len(x) for x in lists), default=0)

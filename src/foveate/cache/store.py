@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate.attention import Span
 from foveate.cache.band import GROWTH, Band
 from foveate.cache.column import Column, Counts, Observed, Side
+from foveate.cache.place import Place
 from foveate.cache.state import Blocks, Tag
 
 
@@ -23,6 +24,7 @@ class StoreSpec:
         spans: visibility promises, intersected; sinks and windows may differ per store head.
         tags, blocks: values per slot and per block.
         value_dim: Dv when values are the first Dv channels of the keys (MLA), else None.
+        place: which tokens leave the device, or None.
     """
 
     heads: int
@@ -30,6 +32,7 @@ class StoreSpec:
     tags: Mapping[str, Tag] = field(default_factory=dict)
     blocks: Mapping[str, Blocks] = field(default_factory=dict)
     value_dim: int | None = None
+    place: Place | None = None
 
     def classes(self) -> list[tuple[tuple[Span, ...], tuple[int, ...]]]:
         """Heads grouped by the spans they promise, in host integers."""
@@ -66,8 +69,13 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors held: keys, values, positions, tags, summaries, spare slots."""
+        """Bytes of all tensors on the device: keys, values, positions, tags, summaries, spare slots."""
         return self.bands[0].nbytes if len(self.bands) == 1 else sum(band.nbytes for band in self.bands)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the tokens that left the device."""
+        return 0 if self.spec.place is None else sum(band.host_nbytes for band in self.bands)
 
     @property
     def aligned(self) -> bool:
@@ -78,6 +86,11 @@ class Store:
     def lengths(self) -> np.ndarray:
         """Slots in use, host int64 [B, Hs]."""
         return self._grid([band.lengths for band in self.bands])
+
+    @property
+    def away(self) -> np.ndarray:
+        """Tokens on the host, host int64 [B, Hs]."""
+        return self._grid([band.away for band in self.bands])
 
     def _grid(self, values: Sequence[np.ndarray]) -> np.ndarray:
         out = np.zeros(self.rows * self.spec.heads, dtype=np.int64)
@@ -110,9 +123,8 @@ class Store:
             empty = k.new_empty(len(pairs), 0, k.shape[-1])
             empty_v = None if v is None else v.new_empty(len(pairs), 0, v.shape[-1])
             dim = self.spec.value_dim or (0 if v is None else v.shape[-1])
-            self.bands.append(
-                Band(pairs, self.spec.heads, spans, empty, empty_v, self.spec.tags, self.spec.blocks, dim)
-            )
+            spec = self.spec
+            self.bands.append(Band(pairs, spec.heads, spans, empty, empty_v, spec.tags, spec.blocks, dim, spec.place))
 
     @property
     def settles(self) -> bool:
@@ -124,6 +136,11 @@ class Store:
         for band in self.bands:
             if band.settles:
                 band.settle(upcoming[band.rows])
+
+    def depart(self) -> None:
+        """Bring the tokens to the host that belong there."""
+        for band in self.bands:
+            band.depart()
 
     def keep(self, slots: Mapping[int, np.ndarray], upcoming: Counts) -> None:
         """Hold only the listed slots (ascending) of each (row, head) pair; others of the store stay whole.
@@ -208,7 +225,8 @@ class Store:
         for spans, heads in spec.classes():
             local = np.nonzero(np.isin(source.pairs % spec.heads, heads))[0]
             band = source.pick(local, source.pairs[local])
-            band.spans, band.declared, band.summaries = spans, dict(spec.blocks), {}
+            band.recall()
+            band.spans, band.declared, band.summaries, band.place = spans, dict(spec.blocks), {}, spec.place
             k = band.keys()
             band.tags = {
                 name: band.tags.get(name)
@@ -228,7 +246,7 @@ class Store:
         tail = per_band[0].shape[2:]
         out = per_band[0].new_full((self.rows * self.spec.heads, width, *tail), fill)
         for band, x in zip(self.bands, per_band, strict=True):
-            out[band.index, : x.shape[1]] = x
+            out[band.index.to(x.device), : x.shape[1]] = x
         return out.view(self.rows, self.spec.heads, width, *tail)
 
     def scatter(self, x: Tensor) -> list[Tensor]:

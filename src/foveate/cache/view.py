@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.cache.place import PlacedColumn
 from foveate.cache.store import Store
+
+
+class Away(NamedTuple):
+    """Keys that lie on the host.
+
+    Args:
+        k: [B, Hs, A, Dk], there.
+        counts: how many of the A are real, int64 [B, Hs], there.
+        first: they stand in slots first..first + count - 1.
+    """
+
+    k: Tensor
+    counts: Tensor
+    first: int
 
 
 class View:
@@ -70,6 +87,19 @@ class View:
     def v(self) -> Tensor:
         """Values, decoded: [B, Hs, C, Dv]."""
         return self._store.grid([band.values() for band in self._store.bands], fill=0.0)
+
+    @property
+    def away(self) -> Away | None:
+        """Keys that lie on the host, without a copy when all heads have equally many there; None: there are none."""
+        store, place = self._store, self._store.spec.place
+        if place is None or not any(band.away.any() for band in store.bands):
+            return None
+        keys = []
+        for band in store.bands:
+            far = band.k.far.data if isinstance(band.k, PlacedColumn) else band.k.read(0).to(place.device)
+            keys.append(far[:, : int(band.away.max(initial=0))])
+        counts = torch.from_numpy(store.away).to(place.device)
+        return Away(store.grid(keys, fill=0.0), counts, place.sink)
 
     def tag(self, name: str) -> Tensor:
         """A value per slot, [B, Hs, C, width]; `write` puts a changed one back."""

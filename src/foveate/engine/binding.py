@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate import compat
 from foveate.cache import FoveateCache, Store, StoreSpec
 from foveate.cache.cache import CourierLayer
+from foveate.engine import samples
 from foveate.engine import seal as sealing
 from foveate.engine.context import LayerContext
 from foveate.engine.plan import LayerPlan, plan_layers, scoring
@@ -52,6 +53,7 @@ class Binding:
         self.choosers = {"prompt": composition.filling("prefill"), "decode": composition.filling("decode")}
         """Who selects, by phase."""
         self.observers = [m for m in composition.methods if type(m).attended is not Method.attended]
+        self.preparers = [m for m in composition.methods if type(m).prepare is not Method.prepare]
         self._plans: dict[int, dict[int, LayerPlan]] = {}
         self._rotary: compat.Rotary | None = None
         for method in composition.methods:
@@ -73,7 +75,7 @@ class Binding:
         """Whether a decode step of these methods is device work alone, which a GPU can record and replay."""
         chooser = self.choosers["decode"]
         hooks = [*self.observers, *([] if chooser is None else [chooser])]
-        return all(m.graph for m in hooks) and not any(m.every_step for m in self.composition.methods)
+        return all(m.graph for m in hooks) and not any(m.every_step or m.offloads for m in self.composition.methods)
 
     @property
     def active(self) -> bool:
@@ -157,11 +159,19 @@ class Binding:
         for index, plan in self._plan(length).items():
             source, target = old_layers[index], new.layers[index]
             target.__dict__.update(source.fork(plan.store_spec() if plan.shape.kind == "full" else None).__dict__)
-            target.owner, target.length, target.mine = self, length, {}
+            target.owner, target.length, target.mine, target.prepared = self, length, {}, {}
             if plan.needs.window and source.window is not None:
                 target.window = source.window[:, :, -plan.needs.window :].clone()
                 target.window_seen = source.window_seen.clamp_max(plan.needs.window)  # type: ignore[union-attr]
-            sealing.seal(target, plan, self.shape, self.keeper, lambda m, t=target, p=plan: self.context(t, p, m))
+            target.samples, target.sample_order = samples.first(source, plan.needs.queries)
+            sealing.seal(
+                target,
+                plan,
+                self.shape,
+                self.keeper,
+                lambda m, t=target, p=plan: self.context(t, p, m),
+                self.preparers,
+            )
             new.touch(index)
         return new
 
@@ -179,6 +189,7 @@ class Binding:
         return Needs(
             window=max((p.needs.window for p in plans), default=0),
             columns=next((p.needs.columns for p in plans if p.needs.columns), ""),
+            queries=max((p.needs.queries for p in plans), default=0),
         )
 
     # -- steady state -------------------------------------------------------------------------------------------------
@@ -201,6 +212,9 @@ class Binding:
             window=layer.window,
             window_seen=layer.window_seen,
             granted=layer.limit,
+            samples=layer.samples,
+            sample_order=layer.sample_order,
+            ready=layer.prepared,
         )
 
     def settle(self, layer: CourierLayer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from foveate.attention import ALL, Parts
 from foveate.cache import Store, View
 from foveate.cache.cache import State
 from foveate.engine.read import Reading, head_columns, read
+from foveate.engine.samples import NEVER
 from foveate.methods.base import Result, Role
 from foveate.methods.context import Rope
 from foveate.models.shape import LayerShape
@@ -36,6 +37,9 @@ class LayerContext:
     window: Tensor | None = None
     window_seen: Tensor | None = None
     granted: np.ndarray | None = None
+    samples: Tensor | None = None
+    sample_order: Tensor | None = None
+    ready: State = field(default_factory=dict)
 
     @property
     def scale(self) -> float:
@@ -52,6 +56,15 @@ class LayerContext:
             return None
         width = self.window.shape[2]
         return torch.arange(width, device=self.window.device) >= width - self.window_seen[:, None]
+
+    @property
+    def samples_valid(self) -> Tensor | None:
+        """Which of the samples are queries, bool [B, n]: prompts may be shorter than that."""
+        return None if self.sample_order is None else self.sample_order < NEVER
+
+    @property
+    def prepared(self) -> dict[str, Tensor]:
+        return self.ready.get(self.id, {})
 
     @property
     def limit(self) -> Tensor | None:

@@ -14,6 +14,7 @@ from foveate import compat
 from foveate.attention import ALL, Span
 from foveate.cache import Column, FoveateCache, Store, View
 from foveate.cache.cache import CourierLayer, State
+from foveate.engine import samples
 from foveate.engine import seal as sealing
 from foveate.engine.context import LayerContext
 from foveate.engine.plan import COLUMNS, LayerPlan
@@ -41,6 +42,8 @@ class Call:
         self.common: State = {}
         self.rows: Rows | None = None
         self.complete = False
+        self.admitted = False
+        """There is room for its tokens."""
         self.pieces: tuple[Call, ...] = ()
         """The prompt and what follows it, where one forward brings both (candidates of assisted decoding)."""
         if cache is None:
@@ -64,7 +67,7 @@ class Call:
 
     def _piece(self, phase: str, queries: int) -> Call:
         piece = copy.copy(self)
-        piece.phase, piece.queries, piece.scratch = phase, queries, {}
+        piece.phase, piece.queries, piece.scratch, piece.admitted = phase, queries, {}, True
         return piece
 
     def manages(self, module: nn.Module) -> bool:
@@ -93,6 +96,8 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.ndim == 4:
         return _masked(call, module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
+    if call.cache is not None and call.rows is None and not call.admitted:
+        _admit(call, call.cache, attention_mask, query.shape[0])
     if call.pieces:
         return _in_pieces(
             call, module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux
@@ -133,6 +138,24 @@ def attention(
         out, _ = _attend(call, plan, layer, layer.store, q, how)
     _finish(call, plan, layer, index, how)
     return rows.unroll(out).transpose(1, 2).contiguous(), None
+
+
+def _admit(call: Call, cache: FoveateCache, mask: Tensor | None, batch: int) -> None:
+    """Refuse tokens for which some layer has no place, before any layer has taken one of them."""
+    call.admitted = True
+    places = [(layer.store, layer.store.spec.place) for layer in cache.couriers()]
+    bounded = [(store, place.limit) for store, place in places if place is not None and place.limit is not None]
+    fresh = Rows.of(mask, batch, call.queries).fresh if bounded else np.zeros(batch, dtype=np.int64)
+    for store, limit in bounded:
+        held = store.lengths.max(axis=1, initial=0) if store.bands else 0
+        most = int((held + fresh).max())
+        if most > limit:
+            for courier in cache.couriers():
+                courier.staged = None
+            raise Refused(
+                f"{cache.owner.id}: a row would have {most} tokens, but device and host together take {limit}; "
+                "free rows, or give it more room"
+            )
 
 
 def _in_pieces(
@@ -243,10 +266,13 @@ def _attend(
     probs = plan.needs.probs and call.phase == "decode" and managed
     result = read(store, q, parts, how, lse=columns or (plan.needs.lse and managed), probs=probs)
     window = plan.needs.window if call.phase == "prompt" and call.cache is not None and not layer.sealed else 0
-    if managed and (window or columns):
+    queries = plan.needs.queries if call.phase == "prompt" and call.cache is not None and not layer.sealed else 0
+    if managed and (window or columns or queries):
         captured = q if absorbed is None else absorbed(q)
         if window:
             _capture_window(layer, captured, how.fresh, window)
+        if queries:
+            samples.capture(layer, captured, store.seen - how.fresh, how.fresh, queries)
         if columns:
             assert result.lse is not None
             over = parts if absorbed is None else ALL
@@ -280,6 +306,9 @@ def _context(
         window=None if layer.window is None else layer.window[:, :, -plan.own[method.id].window :],
         window_seen=layer.window_seen,
         granted=layer.limit,
+        samples=layer.samples,
+        sample_order=layer.sample_order,
+        ready=layer.prepared,
     )
 
 
@@ -308,7 +337,12 @@ def _finish(call: Call, plan: LayerPlan, layer: CourierLayer, index: int, how: R
             return
         if call.complete and not layer.sealed:
             sealing.seal(
-                layer, plan, owner.shape, owner.keeper, lambda m: _context(call, plan, layer, layer.store, m, how)
+                layer,
+                plan,
+                owner.shape,
+                owner.keeper,
+                lambda m: _context(call, plan, layer, layer.store, m, how),
+                owner.preparers,
             )
         elif (layer.sealed or plan.settles_in_prompt) and not layer.record_past:
             owner.settle(layer)

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import TypeVar
 
 from foveate.attention import Span
-from foveate.cache import Blocks, StoreSpec, Tag
+from foveate.cache import Blocks, Place, StoreSpec, Tag
 from foveate.errors import Infeasible, Refused
 from foveate.methods.base import Codec, Composition, Method, Needs, Profile, Role
 from foveate.models.shape import LayerShape, ModelShape
@@ -33,6 +33,7 @@ class LayerPlan:
         spans: visibility promises that hold once the prompt is over; prompt_spans: those that hold inside it.
         codec: how kept tokens are held, or None.
         value_dim: rank of the latent under MLA.
+        place: which tokens leave the device, or None.
     """
 
     shape: LayerShape
@@ -42,6 +43,7 @@ class LayerPlan:
     prompt_spans: tuple[Span, ...] = ()
     codec: Codec | None = None
     value_dim: int | None = None
+    place: Place | None = None
     own: Mapping[str, Needs] = field(default_factory=dict)
 
     @property
@@ -57,6 +59,7 @@ class LayerPlan:
             tags=self.needs.tags,
             blocks=self.needs.blocks,
             value_dim=self.value_dim if latent else None,
+            place=self.place if heads is None else None,
         )
 
 
@@ -90,6 +93,7 @@ def plan_layers(
             spans.append(Span(window=layer.window))
             prompt.append(spans[0])
         codecs: list[Codec] = []
+        place: Place | None = None
         for method in sorted(composition.methods, key=lambda m: not m.hands_on):
             role = roles[method.id][layer.index]
             if layer.kind == "sliding":
@@ -100,6 +104,7 @@ def plan_layers(
                 spans.append(role.visible)
                 if role.in_prompt:
                     prompt.append(role.visible)
+            place = place or role.place
             codec = None if role is MODEL_WINDOW else method.codec(role, shape, length)
             if codec is not None:
                 codecs.append(codec)
@@ -112,6 +117,7 @@ def plan_layers(
             prompt_spans=tuple(prompt),
             codec=reduce(Codec.then, codecs) if codecs else None,
             value_dim=ranks.get(layer.index),
+            place=place,
             own=own,
         )
     return plans
@@ -140,6 +146,7 @@ def unite(needs: list[Needs]) -> Needs:
         columns=next((n.columns for n in needs if n.columns), ""),
         probs=any(n.probs for n in needs),
         lse=any(n.lse for n in needs),
+        queries=max((n.queries for n in needs), default=0),
         tags=tags,
         blocks=blocks,
     )

@@ -13,6 +13,7 @@ from foveate.attention import ALL, Geometry, Partial, Parts, Selection, Span, at
 from foveate.attention.columns import columns
 from foveate.cache import Band, Store
 from foveate.cache.fixed import FixedBand
+from foveate.engine.apart import attend_apart, is_apart
 from foveate.engine.rows import Rows
 from foveate.methods.base import Result
 
@@ -67,9 +68,8 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
     outs: list[tuple[Band, Partial]] = []
     weights: list[Tensor] = []
     for band in store.bands:
-        keys = band.keys()
-        values = band.values(keys).unsqueeze(1)
-        keys = keys.unsqueeze(1)
+        apart = is_apart(band)
+        keys, values = (None, None) if apart else _held(band)
         geometry = band.geometry(placed) if isinstance(band, FixedBand) else _geometry(band, how, queries)
         visible = how.spans if how.spans is not None else band.spans
         got: list[Partial] = []
@@ -80,6 +80,13 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
                 continue
             selection = _local(part, band, group, store)
             rows = _rows(turned, band, group, store)
+            if apart and selection.frame.keys is None:
+                got += attend_apart(band, rows, selection, geometry, visible, scale=how.scale, softcap=how.softcap)
+                chosen.append((rows, selection))
+                _note(band, selection, geometry, visible, group, store, how)
+                continue
+            if keys is None or values is None:  # keys that are turned are brought together
+                keys, values = _held(band)
             if selection.frame.keys is not None:
                 got.append(framed.attend(rows, values, _pieces(rows, keys, selection, geometry, visible, how)))
             else:
@@ -97,21 +104,40 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
                     )
                 )
             chosen.append((rows, selection))
-            if how.meter is not None:
-                how.meter(float(_real_pairs(selection, geometry, group, visible, band, how, store)))
-            if how.trace is not None:
-                how.trace(band, selection, geometry, visible, group)
+            _note(band, selection, geometry, visible, group, store, how)
         if how.sinks is not None:
             mass = _rows(how.sinks.view(1, heads, 1).expand(batch, heads, queries).float(), band, group, store)
             got.append(Partial(torch.zeros_like(got[0].out), mass))
         part = got[0] if len(got) == 1 else merge(got)
         outs.append((band, part))
         if probs:
-            weights.append(_probs(chosen, keys, part.lse, geometry, visible, how))
+            weights.append(_probs(chosen, _held(band)[0] if keys is None else keys, part.lse, geometry, visible, how))
     out = _assemble([(b, p.out) for b, p in outs], store, heads)
     total = _assemble([(b, p.lse) for b, p in outs], store, heads) if lse else None
     rows = _assemble_probs(weights, store, heads) if probs else None
     return Result(out, total, rows)
+
+
+def _held(band: Band) -> tuple[Tensor, Tensor]:
+    """Keys and values of a band [P, 1, used, D], on the device."""
+    keys = band.keys()
+    return keys.unsqueeze(1), band.values(keys).unsqueeze(1)
+
+
+def _note(
+    band: Band,
+    selection: Selection,
+    geometry: Geometry,
+    visible: Sequence[Span],
+    group: int,
+    store: Store,
+    how: Reading,
+) -> None:
+    """Tell those who count or look what was read."""
+    if how.meter is not None:
+        how.meter(float(_real_pairs(selection, geometry, group, visible, band, how, store)))
+    if how.trace is not None:
+        how.trace(band, selection, geometry, visible, group)
 
 
 def _all_visible(store: Store, q: Tensor, how: Reading) -> bool:
@@ -120,6 +146,8 @@ def _all_visible(store: Store, q: Tensor, how: Reading) -> bool:
         return False
     for band in store.bands:
         if not band.even or (band.spans if how.spans is None else how.spans) or not sdpa.is_best(q, band.used):
+            return False
+        if is_apart(band):
             return False
     return how.rows.whole
 

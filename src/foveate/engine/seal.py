@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,11 +27,13 @@ def seal(
     shape: ModelShape,
     keeper: Method | None,
     make: MakeContext,
+    preparers: Sequence[Method] = (),
 ) -> None:
-    """Evict, free what no span can see, pack: once, when the prompt is complete.
+    """Evict, free what no span can see, pack, put into its place: once, when the prompt is complete.
 
     Args:
         keeper: the method that evicts by score, or None.
+        preparers: methods that make something of the prompt.
     """
     if keeper is not None and plan.shape.kind == "full":
         grants = [_granted(keeper, plan, shape, int(n)) for n in layer.store.seen]
@@ -41,8 +43,15 @@ def seal(
     layer.sealed = True
     if plan.codec is not None:
         layer.store.pack(plan.codec.keys, plan.codec.values, layer.window, layer.window_valid)
-    layer.window = layer.window_seen = None
+    for method in preparers if plan.shape.kind == "full" else ():
+        view = View(layer.store, np.zeros(layer.store.rows, dtype=np.int64))
+        made = method.prepare(view, make(method))
+        where = None if plan.place is None else plan.place.device
+        layer.prepared[method.id] = {name: x if where is None else x.to(where) for name, x in made.items()}
+    layer.window = layer.window_seen = layer.samples = layer.sample_order = None
+    layer.sealed_at = layer.columns
     layer.store.settle(layer.store.seen)
+    layer.store.depart()
     layer.dirty = False
 
 

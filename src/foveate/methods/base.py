@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Parts, Span
-from foveate.cache import Blocks, Side, Tag, View, chained
+from foveate.cache import Blocks, Place, Side, Tag, View, chained
 from foveate.errors import BadArgument
 from foveate.methods.budget import Budget
 from foveate.methods.context import Context, Probe
@@ -30,12 +30,14 @@ class Role:
         name: the method's own word for it; `select` and `attended` read it.
         visible: what this layer's heads may ever see (per-head sinks and windows); intersected with everything.
         in_prompt: False leaves the prompt's own attention dense and applies `visible` from its end on.
+        place: which tokens leave the model's device for the host's memory; None: none do.
         extra: small per-layer tables (thresholds, voters, budgets) for the method's hooks.
     """
 
     name: str = "dense"
     visible: Span = field(default_factory=Span)
     in_prompt: bool = True
+    place: Place | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -49,6 +51,7 @@ class Needs:
             group added up (float32).
         probs: `result.probs` at decode.
         lse: `result.lse` always.
+        queries: `ctx.samples`, at most this many of each row's prompt queries, by chance, for `prepare`.
         tags, blocks: values per slot and per block that the method keeps.
     """
 
@@ -56,6 +59,7 @@ class Needs:
     columns: str = ""
     probs: bool = False
     lse: bool = False
+    queries: int = 0
     tags: Mapping[str, Tag] = field(default_factory=dict)
     blocks: Mapping[str, Blocks] = field(default_factory=dict)
 
@@ -164,6 +168,8 @@ class Method:
         budgeted: False if nothing in it can be set by a budget (dense; methods whose reads follow from a threshold).
         graph: True if its hooks of a decode step use device values alone, so that a GPU can record and replay the step.
         nested: False if a larger budget may choose other tokens, not only more of them (approximate searches).
+        offloads: True if its roles have a place: they put tokens into the host's memory.
+        lossless: True if it changes only where and how tokens are held: outputs are those of dense attention.
         search: by field, the values that a search of settings tries, numbers in rising order. Fields that are a choice
             (Literal, bool) and the budget need no entry; an entry of one value fixes them.
     """
@@ -184,6 +190,8 @@ class Method:
     budgeted: ClassVar[bool] = True
     nested: ClassVar[bool] = True
     graph: ClassVar[bool] = False
+    offloads: ClassVar[bool] = False
+    lossless: ClassVar[bool] = False
     search: ClassVar[Mapping[str, Sequence[Any]]] = tries()
 
     budget: Budget | float | int | None = None
@@ -225,6 +233,11 @@ class Method:
         """After attention: observe, publish to later layers; only the weights slot may return a tensor, which replaces
         the output."""
         return None
+
+    def prepare(self, view: View, ctx: Context) -> Mapping[str, Tensor]:
+        """Once the prompt is complete and what is evicted gone: tensors to look things up in later, rows first. They
+        are `ctx.prepared` until tokens of the prompt are taken back, and lie where the layer's place is."""
+        return {}
 
     # -- what is held -------------------------------------------------------------------------------------------------
 
@@ -348,6 +361,10 @@ def _clash(method: Method, other: Method) -> str | None:
         return "both fill the slot 'format', and one of two must hand on vectors that the other can pack; drop one"
     if method.whole_rows and other.fills & {"prefill", "decode"}:
         return f"{method.id} edits whole rows of attention, but {other.id} leaves parts of them unread"
+    if method.offloads and (other.offloads or "format" in other.fills):
+        return f"{method.id} puts exact tokens into the host's memory, but {other.id} holds them in a way of its own"
+    if method.offloads and other.every_step:
+        return f"{other.id} frees single tokens at every step, but {method.id} has put them into the host's memory"
     if method.every_step and "format" in other.slots:
         return f"{method.id} frees single tokens at every step, but {other.id} packs tokens in groups"
     return None

@@ -30,6 +30,8 @@ class Context(Protocol):
         phase: "prompt" (announced tokens, or a whole bare forward) or "decode".
         layer: index in the model; shape: its LayerShape; role: this method's role in it.
         window: [B, H, W, D] last prompt queries, right-aligned, and `window_valid` [B, W], if needed.
+        samples: [B, H, n, D] prompt queries by chance, and `samples_valid` [B, n], in `prepare` if needed.
+        prepared: what `prepare` made of this layer's prompt; empty before.
         scale: the softmax scale of the logits.
         limit: tokens per head this layer may hold, [B] on the host (keep methods with a budget).
         mine, shared: tensors of this method per layer / per cache, rows first; cleared by crop.
@@ -52,6 +54,12 @@ class Context(Protocol):
     def window(self) -> Tensor | None: ...
     @property
     def window_valid(self) -> Tensor | None: ...
+    @property
+    def samples(self) -> Tensor | None: ...
+    @property
+    def samples_valid(self) -> Tensor | None: ...
+    @property
+    def prepared(self) -> dict[str, Tensor]: ...
     @property
     def limit(self) -> Tensor | None: ...
     @property
