@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import triton
 import triton.language as tl
+from triton import knobs
 
 
 def mend() -> None:
@@ -15,7 +15,7 @@ def mend() -> None:
     Loop bounds are kept in arrays of one number, which NumPy 2.4 takes for no integers any more. Bfloat16 is kept as
     its bits, which a matrix product takes for whole numbers, and is cut off instead of rounded.
     """
-    if not triton.knobs.runtime.interpret:
+    if not knobs.runtime.interpret:
         return
     from triton.runtime import interpreter
 

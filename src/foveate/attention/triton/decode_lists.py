@@ -1,0 +1,281 @@
+"""Decode over listed pages or tokens of a store, read where they lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from foveate.attention.triton.workers import (
+    LOG2E,
+    Tuning,
+    absorb,
+    check_heads,
+    deliver,
+    gather_parts,
+    jit,
+    leave,
+    logits,
+    multiprocessors,
+    partials,
+    power_of_two,
+    precision_of,
+    rows_of_q,
+    shapes,
+    share_of,
+    tile_of,
+)
+from foveate.errors import BadArgument
+
+PAGES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@jit
+def _tokens(
+    number, valid, lengths, counts, sink, window, HEADS: tl.constexpr, STORES: tl.constexpr, LISTS: tl.constexpr,
+    WIDTH: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """What units `number` hold and read: their length, first tokens, newest tokens, and listed tokens.
+
+    A unit is one row and one of HEADS heads, the finer ones of the store heads and of those that have lists.
+    """
+    row, head = number // HEADS, number % HEADS
+    length = tl.load(lengths + row * STORES + head // (HEADS // STORES), mask=valid, other=0)
+    count = tl.load(counts + row * LISTS + head // (HEADS // LISTS), mask=valid, other=0)
+    first = tl.minimum(length, sink)
+    # A window that reaches back to the first tokens begins behind them.
+    last = length - tl.maximum(length - window, first)
+    return length, first, last, tl.minimum(tl.maximum(count, 0), WIDTH) * PAGE
+
+
+@jit
+def _blocks(
+    lengths, counts, units, sink, window, HEADS: tl.constexpr, STORES: tl.constexpr, LISTS: tl.constexpr,
+    WIDTH: tl.constexpr, PAGE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Blocks of every unit [UNITS]."""
+    number = tl.arange(0, UNITS)
+    _, first, last, listed = _tokens(
+        number, number < units, lengths, counts, sink, window, HEADS, STORES, LISTS, WIDTH, PAGE
+    )
+    return (first + last + listed + BLOCK - 1) // BLOCK
+
+
+@jit(do_not_specialize=["units", "workers", "sink", "window"])
+def _decode(
+    q, k, v, lists, counts, lengths, part, weight, factor, softcap, units, workers, sink, window,
+    stride_k, stride_kt, stride_v, stride_vt,
+    R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, HEADS: tl.constexpr,
+    STORES: tl.constexpr, LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    NEAR: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    worker = tl.program_id(0)
+    row = tl.arange(0, M)
+    valid = row < R
+    every = _blocks(lengths, counts, units, sink, window, HEADS, STORES, LISTS, WIDTH, PAGE, UNITS, BLOCK)
+    at, end, unit, before = share_of(worker, workers, every)
+    n = tl.arange(0, BLOCK)
+    while at < end:
+        length, first, last, listed = _tokens(
+            unit, unit >= 0, lengths, counts, sink, window, HEADS, STORES, LISTS, WIDTH, PAGE
+        )
+        near = first + last
+        blocks = (near + listed + BLOCK - 1) // BLOCK
+        stop = tl.minimum(end, before + blocks)
+        if stop > at:
+            q0, q1 = rows_of_q(q, unit.to(tl.int64) * R + row, valid, DK, K0, K1)
+            head = unit % HEADS
+            pair = (unit // HEADS * STORES + head // (HEADS // STORES)).to(tl.int64)
+            kp, vp = k + pair * stride_k, v + pair * stride_v
+            entries = lists + (unit // HEADS * LISTS + head // (HEADS // LISTS)).to(tl.int64) * WIDTH
+            top = tl.full([M], float("-inf"), tl.float32)
+            mass = tl.zeros([M], tl.float32)
+            acc0 = tl.zeros([M, V0], tl.float32)
+            acc1 = tl.zeros([M, V1 if V1 else 16], tl.float32)
+            for j in tl.range(at - before, stop - before):
+                # Tokens in the order first, newest, listed.
+                t = j * BLOCK + n - near
+                page = tl.load(entries + t // PAGE, mask=(t >= 0) & (t < listed), other=-1)
+                slot = page * PAGE + t % PAGE
+                keep = (page >= 0) & (slot < length)
+                if NEAR:
+                    # What is read as near is not read again.
+                    keep = keep & (slot >= first) & (slot < length - last)
+                    t += near
+                    slot = tl.where(t < first, t, tl.where(t < near, length - near + t, slot))
+                    keep = keep | (t < near)
+                far = tl.where(keep, slot, 0).to(tl.int64)
+                k0 = tile_of(kp, far * stride_kt, keep, 0, K0, DK, True)
+                k1 = k0
+                if K1:
+                    k1 = tile_of(kp, far * stride_kt, keep, K0, K1, DK, True)
+                s = logits(q0, q1, k0, k1, factor, softcap, K1, CAPPED, PRECISION)
+                s = tl.where(keep[None, :], s, float("-inf"))
+                v0 = tile_of(vp, far * stride_vt, keep, 0, V0, DV, True)
+                v1 = v0
+                if V1:
+                    v1 = tile_of(vp, far * stride_vt, keep, V0, V1, DV, True)
+                acc0, acc1, top, mass = absorb(s, v0, v1, acc0, acc1, top, mass, V1, PRECISION)
+            leave(part, weight, worker + unit, row, valid, acc0, acc1, top, mass, R, DV, V0, V1)
+        at = stop
+        before += blocks
+        unit += 1
+
+
+@jit(do_not_specialize=["units", "workers", "sink", "window"])
+def _merge(
+    part, weight, counts, lengths, out, lse, units, workers, sink, window,
+    R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, HEADS: tl.constexpr, STORES: tl.constexpr,
+    LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, DV: tl.constexpr, D: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    blocks = _blocks(lengths, counts, units, sink, window, HEADS, STORES, LISTS, WIDTH, PAGE, UNITS, BLOCK)
+    unit = (place // R).to(tl.int32)
+    value, total = gather_parts(
+        part, weight, unit, place % R, blocks, workers, float("-inf"), 0.0, R, DV, D, UNITS, WIDE
+    )
+    deliver(out, lse, place, value, total, DV, D)
+
+
+def tuning(q: Tensor, k_dim: int) -> Tuning:
+    """The layout that is used unless a caller names another."""
+    row_bytes = k_dim * q.element_size()
+    if row_bytes <= 128:
+        return Tuning(128, 4, 3, 2)
+    return Tuning(64, 4, 5, 2) if row_bytes <= 256 else Tuning(32, 4, 3, 2) if row_bytes <= 512 else Tuning(16, 4, 2, 1)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    page: int,
+    near: tuple[int, int] | None,
+    scale: float,
+    softcap: float | None,
+    layout: Tuning | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`decode_lists` in a layout of one's own (for measurements)."""
+    batch, heads, _, k_dim = q.shape
+    v_dim, stores, listed = v.shape[2], k.shape[0] // batch, lists.shape[1]
+    finer = max(stores, listed)
+    units, rows = batch * finer, heads // finer
+    layout = layout or tuning(q, k_dim)
+    workers = multiprocessors(q.device) * layout.per_sm
+    part, weight = partials(workers + units, rows, v_dim, q.device)
+    out, lse = _empty(q, v_dim)
+    sink, window = near or (0, 0)
+    same: dict[str, Any] = {
+        "R": rows, "BLOCK": layout.block, "UNITS": power_of_two(units), "HEADS": finer, "STORES": stores,
+        "LISTS": listed, "WIDTH": lists.shape[2], "PAGE": page,
+    }  # fmt: skip
+    _decode[(workers,)](
+        q, k, v, lists, counts, lengths, part, weight,
+        scale / softcap if softcap is not None else scale * LOG2E.value,
+        softcap * LOG2E.value if softcap is not None else 0.0,
+        units, workers, sink, window, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        M=max(16, power_of_two(rows)), NEAR=near is not None, CAPPED=softcap is not None,
+        PRECISION=precision_of(q.dtype), **same, **shapes(k_dim, v_dim),
+        num_warps=layout.warps, num_stages=layout.stages,
+    )  # fmt: skip
+    _merge[(units * rows,)](
+        part, weight, counts, lengths, out, lse, units, workers, sink, window, DV=v_dim,
+        D=power_of_two(v_dim), WIDE=16 if v_dim <= 128 else 8, **same,
+    )  # fmt: skip
+    return out, lse
+
+
+def _empty(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
+    out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def decode_lists(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    *,
+    page: int = 1,
+    near: tuple[int, int] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one query per row over the listed pages of a store, and over its first and newest slots.
+
+    Slots that are not read are never touched and may hold anything. Shapes depend on shapes alone, nothing waits for
+    the device, every output is written.
+
+    Args:
+        q: [B, H, 1, Dk].
+        k, v: [B * Hs, C, Dk] and [B * Hs, C, Dv], a band that holds every pair.
+        lists: int32 [B, h, K], pages per row and head, unique; h is 1, Hs or H.
+        counts: int32 [B, h], how many of the K are meant; a page of -1 is none.
+        lengths: int32 [B, Hs], slots in use. Of the last page only these are read.
+        page: slots per page, a power of two up to 128.
+        near: (sink, window): slots [0, sink) and [length - window, length) are read as well, and counted once.
+        scale: factor of the scores; None: Dk ** -0.5.
+        softcap: scores become softcap * tanh(scores / softcap).
+
+    Returns:
+        out [B, H, 1, Dv] in the dtype of q, lse [B, H, 1] float32; 0 and -inf where nothing is read.
+    """
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 3 or x.stride(2) != 1:
+            raise BadArgument(name, (tuple(x.shape), x.stride()), "give [pairs, tokens, head size], channels adjacent")
+    batch, heads, queries, _ = check_heads(q, k.shape[2], k.shape[0] // max(1, q.shape[0]))
+    stores = k.shape[0] // batch
+    if queries != 1 or k.shape[0] % batch:
+        raise BadArgument("q", tuple(q.shape), f"lists are read by one query per row; the store has {k.shape[0]} pairs")
+    if lists.dim() != 3 or lists.shape[0] != batch or lists.shape[1] not in (1, stores, heads):
+        raise BadArgument("lists", tuple(lists.shape), f"give [{batch}, 1, {stores} or {heads}, K]")
+    if counts.shape != lists.shape[:2] or lengths.numel() != k.shape[0]:
+        given = f"{tuple(counts.shape)}, lengths {tuple(lengths.shape)}"
+        raise BadArgument("counts", given, f"give counts {tuple(lists.shape[:2])}, lengths [{batch}, {stores}]")
+    for name, x in (("lists", lists), ("counts", counts), ("lengths", lengths)):
+        if x.dtype != torch.int32:
+            raise BadArgument(name, str(x.dtype), "it is int32")
+    if page not in PAGES:
+        raise BadArgument("page", page, "give a power of two up to 128")
+    if near is not None and min(near) < 0:
+        raise BadArgument("near", near, "give a sink and a window of 0 or more slots")
+    factor = k.shape[2] ** -0.5 if scale is None else float(scale)
+    tensors = (x.contiguous() for x in (lists, counts, lengths))
+    return _op(q.contiguous(), k, v, *tensors, page, near, factor, softcap)
+
+
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor lists, Tensor counts, Tensor lengths, SymInt page, SymInt[]? near, "
+    "float scale, float? softcap) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("foveate::decode_lists", mutates_args=(), schema=_SCHEMA)
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    page: int,
+    near: list[int] | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    ends = None if near is None else (near[0], near[1])
+    return run(q, k, v, lists, counts, lengths, page, ends, scale, softcap)
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _empty(q, v.shape[2])
