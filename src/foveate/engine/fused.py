@@ -90,7 +90,11 @@ def _gated(module: Any, x: Tensor) -> Tensor:
 def _rotated(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    return _liger("rope", "LigerRopeFunction")(q, k, cos, sin)
+    # Rows of one token each are given as the tokens of one row: the kernel takes the stride of an axis of size 1 for
+    # that of a row.
+    cos, sin = (x.expand(len(q), -1, -1).transpose(0, 1).contiguous() for x in (cos, sin))
+    turned = _liger("rope", "LigerRopeFunction")(q.permute(2, 1, 0, 3), k.permute(2, 1, 0, 3), cos, sin)
+    return turned[0].permute(2, 1, 0, 3), turned[1].permute(2, 1, 0, 3)
 
 
 def _liger(module: str, name: str) -> Callable[..., Any]:
