@@ -67,4 +67,10 @@ class Brief:
 
     def generate(self, *args: Any, **options: Any) -> list[Sample]:
         made = self.task.generate(*args, **options)
-        return [replace(each, max_new_tokens=min(self.tokens, each.max_new_tokens)) for each in made]
+        return [_shorter(each, self.tokens) for each in made]
+
+
+def _shorter(sample: Sample, tokens: int) -> Sample:
+    """The sample with answers of at most so many tokens, in each of its turns."""
+    turns = tuple(replace(turn, max_new_tokens=min(tokens, turn.max_new_tokens)) for turn in sample.turns)
+    return replace(sample, max_new_tokens=min(tokens, sample.max_new_tokens), turns=turns)

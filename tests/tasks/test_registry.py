@@ -20,8 +20,9 @@ NEEDLES = [
 
 RULER = [*NEEDLES, "vt", "cwe", "fwe", "qa_1", "qa_2"]
 BABILONG = [f"babilong_qa{number}" for number in range(1, 6)]
+TURNS = ["ask_many_needles", "ask_many_pairs", "turns_needles", "turns_pairs"]
 STATE = ["state_parity", "state_s3", "state_s5", "state_a5"]
-LISTED = "needles, ruler, babilong, state, all, niah_single_1"
+LISTED = "needles, ruler, turns, babilong, state, all, niah_single_1"
 
 
 def names(tasks) -> list[str]:
@@ -29,7 +30,7 @@ def names(tasks) -> list[str]:
 
 
 def test_every_task_is_there_by_its_name_and_says_what_it_is():
-    assert list(TASKS) == [*RULER, "niah_grid", "mqar", *BABILONG, *STATE, "perplexity", "perplexity_positions"]
+    assert list(TASKS) == [*RULER, "niah_grid", "mqar", *TURNS, *BABILONG, *STATE, "perplexity", "perplexity_positions"]
     for name, each in TASKS.items():
         assert task(name) is each
         assert each.name == name
@@ -47,6 +48,7 @@ def test_groups_and_names_mix_and_repeat_nothing():
     assert names(expand_tasks("needles")) == NEEDLES
     assert names(expand_tasks("ruler")) == RULER
     assert len(RULER) == 13
+    assert names(expand_tasks("turns")) == TURNS
     assert names(expand_tasks("babilong,state")) == [*BABILONG, *STATE]
     assert names(expand_tasks("all")) == list(TASKS)
     assert names(expand_tasks(" vt, needles ,niah_single_2,vt")) == ["vt", *NEEDLES]
@@ -57,7 +59,7 @@ def test_groups_and_names_mix_and_repeat_nothing():
 @pytest.mark.parametrize("wanted", ["", " , ", []])
 def test_no_task_at_all_is_refused(wanted):
     with pytest.raises(
-        BadArgument, match=r"tasks=.*give at least one of needles, ruler, babilong, state, all, niah_single_1"
+        BadArgument, match=r"tasks=.*give at least one of needles, ruler, turns, babilong, state, all, niah_single_1"
     ):
         expand_tasks(wanted)
 

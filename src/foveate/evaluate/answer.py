@@ -1,9 +1,14 @@
-"""What a model says behind a prompt that a method holds: greedy answers, or the log-probabilities of a continuation."""
+"""What a model says behind a prompt that a method holds: greedy answers, or the log-probabilities of a continuation.
+
+A sample with several questions is asked them in one of two ways. Each of a copy of the cache that holds the context, so
+that no answer sees another; or, as a conversation, one after the other on one cache, behind the model's own answers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,9 +31,12 @@ class Answer:
         kv_bytes_prompt, kv_bytes_end: held per row right after the prompt, and when the row ended.
         evidence_held: share of the tokens with the evidence that layers and heads still hold when the answer begins.
         evidence_read: share of them that the query heads read in the first decode step; None where nobody can say.
+        turns: of a sample with several questions, the outcome of each; `prediction` is then one text per turn, score
+            and evidence are means over turns, tokens the sum, the bytes those of the first turn and at the end the most
+            of any.
     """
 
-    prediction: str | list[float] = ""
+    prediction: str | list[float] | list[str] = ""
     score: float = 0.0
     tokens: int = 0
     kv_bytes: int = 0
@@ -36,6 +44,7 @@ class Answer:
     kv_bytes_end: int = 0
     evidence_held: float | None = None
     evidence_read: float | None = None
+    turns: tuple[Answer, ...] = ()
 
 
 def read_prompts(batch: Batch, samples: Sequence[Sample], question_seen: bool, *, part: str = "all") -> Tensor | None:
@@ -71,12 +80,105 @@ def answer(
     task: Task,
     tokenizer: Any,
     read: Sequence[Sample] | None = None,
+    unread: bool = False,
 ) -> list[Answer]:
-    """Decode every row to its end and score it. Rows that are done leave the batch.
+    """Answer and score every question of every sample.
 
     Args:
+        batch: holds the contexts; its rows are of no further use afterwards.
+        logits: [B, V] behind what was read.
         read: what was read of the samples, if that is not all of them.
+        unread: whether the (first) question of each sample is still to be read.
     """
+    read = samples if read is None else read
+    if samples[0].turns and not samples[0].conversation:
+        return _ask_copies(batch, logits, samples, task, tokenizer, read, unread)
+    if unread:
+        rest = read_prompts(batch, read, False, part="rest")
+        logits = logits if rest is None else rest
+    if samples[0].turns:
+        return _converse(batch, logits, samples, task, tokenizer, read)
+    return _decode(batch, logits, samples, task, tokenizer, read)[0]
+
+
+def _ask_copies(
+    batch: Batch,
+    logits: Tensor,
+    samples: Sequence[Sample],
+    task: Task,
+    tokenizer: Any,
+    read: Sequence[Sample],
+    unread: bool,
+) -> list[Answer]:
+    """Ask each question of a copy of the cache.
+
+    If the first one has been read, it stays in all copies, and the others are asked as the next turn of the chat behind
+    it and its right answer.
+    """
+    turns: list[list[Answer]] = []
+    for turn in range(len(samples[0].turns)):
+        copy, behind = batch.fork(), logits
+        if unread:
+            behind = copy.prompt([sample.turns[turn].question_ids for sample in samples])
+        elif turn:
+            behind = copy.prompt([sample.turns[turn].later_ids for sample in samples])
+        asked = [sample.at(turn) for sample in samples]
+        turns.append(_decode(copy, behind, asked, task, tokenizer, [each.at(turn) for each in read])[0])
+        batch.add(copy)
+    return [_together(one) for one in zip(*turns, strict=True)]
+
+
+def _converse(
+    batch: Batch, logits: Tensor, samples: Sequence[Sample], task: Task, tokenizer: Any, read: Sequence[Sample]
+) -> list[Answer]:
+    """Ask the questions one after the other, each behind the answer to the one before.
+
+    Every row goes on alone: answers end at different tokens, and what a row waits for the others with would be read by
+    methods that act at each step.
+    """
+    answers = []
+    for row, (sample, held) in enumerate(zip(samples, read, strict=True)):
+        alone = batch.fork()
+        alone.keep([row])
+        behind = logits[row : row + 1]
+        turns, said = [], ()
+        for number, turn in enumerate(sample.turns):
+            if number:
+                behind = alone.prompt([[*said, *turn.question_ids]])
+            (one,), (ids,) = _decode(alone, behind, [sample.at(number)], task, tokenizer, [held.at(number)])
+            # The last token was chosen and not read; one that ends answers stands in the next question, if it is to.
+            said = [token for token in ids[-1:] if token not in stop_tokens(batch.model, tokenizer)]
+            turns.append(one)
+        batch.add(alone)
+        answers.append(_together(turns))
+    return answers
+
+
+def _together(turns: Sequence[Answer]) -> Answer:
+    """The outcome of a sample from those of its turns."""
+    return Answer(
+        prediction=[str(one.prediction) for one in turns],
+        score=fmean(one.score for one in turns),
+        tokens=sum(one.tokens for one in turns),
+        kv_bytes=turns[0].kv_bytes,
+        kv_bytes_prompt=turns[0].kv_bytes_prompt,
+        kv_bytes_end=max(one.kv_bytes_end for one in turns),
+        evidence_held=_mean([one.evidence_held for one in turns]),
+        evidence_read=_mean([one.evidence_read for one in turns]),
+        turns=tuple(turns),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(fmean(known), 6) if known else None
+
+
+def _decode(
+    batch: Batch, logits: Tensor, samples: Sequence[Sample], task: Task, tokenizer: Any, read: Sequence[Sample]
+) -> tuple[list[Answer], list[list[int]]]:
+    """Decode every row to its end and score it; the tokens chosen come with the answers. Rows that are done leave the
+    batch, all but the last ones."""
     answers = [Answer() for _ in samples]
     rows = list(range(len(samples)))
     settled = False
@@ -116,7 +218,7 @@ def answer(
     for row, one in enumerate(answers):
         one.prediction = writer.prediction(row)
         one.score = task.score(one.prediction, samples[row])
-    return answers
+    return answers, writer.ids
 
 
 class _Writer:

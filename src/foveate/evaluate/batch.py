@@ -51,11 +51,21 @@ class Batch:
         """Decode one token of every row. Returns the logits [B, V] of the next."""
         return self._read([[token] for token in tokens], "decode")
 
-    def fork(self, binding: Binding) -> Batch:
-        """The same rows under other methods; their prompt must have been read densely."""
+    def fork(self, binding: Binding | None = None) -> Batch:
+        """A copy of the rows: under the same methods, or under others if the prompt was read densely. What it reads is
+        counted from here on."""
         new = Batch(self.model, self.cache.fork(binding), len(self.seen), self.shape)
         new.seen, new.skipped, new._mask = list(self.seen), list(self.skipped), self._mask
+        if self.cache.meter is not None:
+            new.cache.meter = {}
         return new
+
+    def add(self, fork: Batch) -> None:
+        """Count the pairs that a fork read, too."""
+        self.dense.update(fork.dense)
+        if self.cache.meter is not None:
+            for phase, pairs in (fork.cache.meter or {}).items():
+                self.cache.meter[phase] = self.cache.meter.get(phase, 0.0) + pairs
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""

@@ -200,9 +200,10 @@ class Runner:
         return shared + own * length * self.request.samples + len(running) * self._answer_work(length, task)
 
     def _answer_work(self, length: int, task: Task) -> float:
-        rows = rows_at_once(length)
-        steps = len(self.samples[length, task.name][0].target_ids) or 32
-        return self.request.samples * (64 + steps * (6 + 18 / rows) + 0.05 * length)
+        sample = self.samples[length, task.name][0]
+        rows = 1 if sample.conversation else rows_at_once(length)
+        turns, steps = max(1, len(sample.turns)), len(sample.target_ids) or 32
+        return self.request.samples * turns * (64 + steps * (6 + 18 / rows) + 0.05 * length)
 
     def _timing_work(self, length: int, todo: Sequence[Bound]) -> float:
         return self.request.repeats * self._timed_prompts(todo) * (length + 24 * 2 * costing.STEPS)
@@ -300,16 +301,15 @@ class Runner:
                             self._advance(length * len(some), what)
                         batch, logits = shared[0].fork(bound.binding), shared[1]
                         batch.cache.meter = {}
-                        rest = read_prompts(batch, read, self.request.question_seen, part="rest")
-                        logits = logits if rest is None else rest
                     else:
                         skipped = [len(a.context_ids) - len(b.context_ids) for a, b in zip(some, read, strict=True)]
                         batch = Batch(self.model, bound.binding.cache(), len(some), self.shape, skipped)
                         batch.cache.meter = {}
-                        logits = read_prompts(batch, read, self.request.question_seen)
+                        logits = read_prompts(batch, read, self.request.question_seen, part="context")
                         self._advance(length * len(some), what)
                     assert logits is not None
-                    tallies[key].answers += answer(batch, logits, some, task, self.tokenizer, read)
+                    unread = not self.request.question_seen
+                    tallies[key].answers += answer(batch, logits, some, task, self.tokenizer, read, unread)
                     tallies[key].add(batch, shared[0] if bound.shares_prefill and shared else None)
                 except FoveateError as error:
                     state[key] = bound.refuse(error)
@@ -373,7 +373,12 @@ class Runner:
 
 def _outcome(sample: Sample, one: Answer) -> dict[str, Any]:
     """One sample of a record, as JSON values."""
-    values = {f.name: getattr(one, f.name) for f in fields(one)}
+    values = {f.name: getattr(one, f.name) for f in fields(one) if f.name != "turns"}
+    if one.turns:
+        values["turns"] = [float(turn.score) for turn in one.turns]
+        values["turns_held"] = [turn.evidence_held for turn in one.turns]
+        values["turns_read"] = [turn.evidence_read for turn in one.turns]
+        values["turns_kv_bytes"] = [turn.kv_bytes for turn in one.turns]
     return {
         "index": sample.index,
         "depths": list(sample.depths),

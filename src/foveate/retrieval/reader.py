@@ -156,11 +156,22 @@ class Retrieval:
 def cut_down(sample: Sample, spans: Sequence[tuple[int, int]]) -> Sample:
     """The sample with these spans of its context alone, in order; evidence outside them is gone."""
     ids: list[int] = []
-    evidence: list[tuple[int, int]] = []
+    starts: list[int] = []
     for start, stop in spans:
-        for a, b in sample.evidence:
-            a, b = max(a, start), min(b, stop)
-            if a < b:
-                evidence.append((len(ids) + a - start, len(ids) + b - start))
+        starts.append(len(ids))
         ids += sample.context_ids[start:stop]
-    return replace(sample, context_ids=tuple(ids), evidence=tuple(evidence))
+
+    def left(evidence: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        cut = [
+            (max(a, start) - start + new, min(b, stop) - start + new)
+            for (start, stop), new in zip(spans, starts, strict=True)
+            for a, b in evidence
+        ]
+        return tuple((a, b) for a, b in cut if a < b)
+
+    return replace(
+        sample,
+        context_ids=tuple(ids),
+        evidence=left(sample.evidence),
+        turns=tuple(replace(turn, evidence=left(turn.evidence)) for turn in sample.turns),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from foveate.errors import BadArgument
@@ -20,6 +20,26 @@ Family = Literal["needle", "tracing", "aggregation", "qa", "recall", "reasoning"
 """What a task probes. needle: a planted sentence is found again; tracing: a chain of references; aggregation: counts
 over the whole text; qa: a question on passages; recall: many pairs held at once; reasoning: facts are combined;
 state: a state is kept up to date; document: real text."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One of several questions about one context.
+
+    Attributes:
+        question_ids: what is read before its answer begins: behind the context; or, from the second turn of a
+            conversation on, behind the answer before, its first tokens ending that answer's turn of the chat.
+        references, depths, evidence, max_new_tokens: as in `Sample`, of this question alone.
+        later_ids: the same question for a cache that has read the first one with the context: the first question's
+            right answer, then this one as the next turn of the chat. Empty in the first turn and in conversations.
+    """
+
+    question_ids: tuple[int, ...]
+    references: tuple[str, ...]
+    depths: tuple[float, ...]
+    evidence: tuple[tuple[int, int], ...]
+    max_new_tokens: int
+    later_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,11 @@ class Sample:
         choices: what a closed question can be answered with; empty for open ones.
         bucket: the part of the task that the sample belongs to, for reports that split scores; may be empty.
         intro: tokens of `context_ids` before the haystack: head of the chat template and instruction.
+        turns: the questions, where there are several; equally many in all samples of a task. `question_ids` is then the
+            first one's, `max_new_tokens` what the length reserves behind it for all answers and the later questions,
+            and `references`, `depths` and `evidence` are those of all turns, one after the other.
+        conversation: True: each turn follows the answer of the turn before, in one chat; False: each question is asked
+            of the context alone.
     """
 
     task: str
@@ -62,6 +87,22 @@ class Sample:
     choices: tuple[str, ...] = ()
     bucket: str = ""
     intro: int = 0
+    turns: tuple[Turn, ...] = ()
+    conversation: bool = False
+
+    def at(self, turn: int) -> Sample:
+        """The sample as if its turn of this number, from 0, were its only question: what a turn is scored as."""
+        one = self.turns[turn]
+        return replace(
+            self,
+            question_ids=one.question_ids,
+            references=one.references,
+            depths=one.depths,
+            evidence=one.evidence,
+            max_new_tokens=one.max_new_tokens,
+            turns=(),
+            conversation=False,
+        )
 
 
 class Task(Protocol):

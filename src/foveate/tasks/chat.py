@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONTENT = "<<the content of the turn>>"
+_ANSWER = "<<the answer to it>>"
+_NEXT = "<<the content of the next turn>>"
 
 
 @dataclass(frozen=True)
-class Turn:
+class Frame:
     """What stands around the text of a user's turn: `ids` that no text gives (a plain tokenizer's BOS), head, tail."""
 
     ids: tuple[int, ...]
@@ -77,7 +79,7 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(itertools.takewhile(lambda token: token != plain[0], whole))
 
 
-def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
+def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Frame:
     """What the tokenizer's chat template puts around one user turn, or a plain frame when it has none.
 
     Templates that can think are told not to, and those that show the date are given a fixed one: equal seeds give
@@ -87,23 +89,57 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
         BadArgument: the template cannot show a single user turn.
     """
     if not tokenizer.chat_template:
-        return Turn(leading_ids(tokenizer), "", " ")
+        return Frame(leading_ids(tokenizer), "", " ")
     mend = "its chat template must show the text of a single user turn once; mend it, or set chat_template to None"
-    name = tokenizer.name_or_path or type(tokenizer).__name__
+    shown = _shown(tokenizer, [_CONTENT], mend)
+    head, found, tail = shown.partition(_CONTENT)
+    if not found or _CONTENT in tail:
+        raise BadArgument("tokenizer", _name(tokenizer), mend)
+    return Frame((), head, tail)
+
+
+def next_turn(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What the tokenizer's chat template puts around a user turn behind an answer: the end of the answer's turn in
+    front, or a paragraph's end where there is no template.
+
+    Templates that show past answers otherwise than they were asked for (Qwen3 takes the empty thinking out of them) are
+    continued as they were asked for, since what a cache has read stays read.
+
+    Raises:
+        BadArgument: the template cannot show a conversation.
+    """
+    if not tokenizer.chat_template:
+        return Frame((), "\n\n", " ")
+    mend = "its chat template must show question, answer and next question once each; mend it, or ask single questions"
+    shown = _shown(tokenizer, [_CONTENT, _ANSWER, _NEXT], mend)
+    head, found, tail = shown.partition(_ANSWER)[2].partition(_NEXT)
+    if not found or [shown.count(text) for text in (_CONTENT, _ANSWER, _NEXT)] != [1, 1, 1]:
+        raise BadArgument("tokenizer", _name(tokenizer), mend)
+    return Frame((), head, tail)
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, contents: list[str], mend: str) -> str:
+    """The chat of user and assistant in turn, and the head of the next answer.
+
+    Raises:
+        BadArgument: the template refuses it.
+    """
+    roles = itertools.cycle(["user", "assistant"])
     try:
         shown = tokenizer.apply_chat_template(
-            [{"role": "user", "content": _CONTENT}],
+            [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)],
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
             date_string="01 Jan 2025",
         )
     except (jinja2.TemplateError, ValueError) as error:
-        raise BadArgument("tokenizer", name, f"{mend} ({error})") from None
-    head, found, tail = str(shown).partition(_CONTENT)
-    if not found or _CONTENT in tail:
-        raise BadArgument("tokenizer", name, mend)
-    return Turn((), head, tail)
+        raise BadArgument("tokenizer", _name(tokenizer), f"{mend} ({error})") from None
+    return str(shown)
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__
 
 
 def without_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

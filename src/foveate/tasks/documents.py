@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from foveate.errors import BadArgument
 from foveate.tasks.base import Family, Kind, Sample, check_request, sample_random
-from foveate.tasks.chat import Turn, chat_turn, count_each, encode, leading_ids, without_special
+from foveate.tasks.chat import Frame, chat_turn, count_each, encode, leading_ids, without_special
 from foveate.tasks.corpora import Corpus
 from foveate.tasks.files import clean, read_lines, text_of
 from foveate.tasks.metrics import one_class
@@ -129,10 +129,10 @@ class Documents:
         """True once the line that counts is over; other answers are read to their end."""
         return self.data.first_line and "\n" in text.lstrip("\n")
 
-    def _turn(self, tokenizer: PreTrainedTokenizerBase) -> Turn:
-        return chat_turn(tokenizer) if self.data.chat else Turn(leading_ids(tokenizer), "", "")
+    def _turn(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        return chat_turn(tokenizer) if self.data.chat else Frame(leading_ids(tokenizer), "", "")
 
-    def _tail(self, entry: Entry, turn: Turn) -> str:
+    def _tail(self, entry: Entry, turn: Frame) -> str:
         return f"\n\n{self.data.ask.format(question=entry.question)}{turn.tail}"
 
 

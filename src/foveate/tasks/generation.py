@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,13 +103,15 @@ class GenerationTask:
                     seed=seed,
                     context_ids=prompt.context_ids,
                     question_ids=prompt.question_ids,
-                    references=draft.references,
+                    references=tuple(itertools.chain(*(ask.references for ask in draft.asks))),
                     depths=prompt.depths,
                     evidence=prompt.evidence,
                     max_new_tokens=prompt.max_new_tokens,
                     choices=draft.choices,
                     bucket=draft.bucket,
                     intro=prompt.intro,
+                    turns=prompt.turns,
+                    conversation=draft.conversation,
                 )
             )
         return made

@@ -57,9 +57,9 @@ class Needles:
         asked = keys[: self.queries]
         references = tuple(value for key, value in needles if key in asked)
         places = self._places(request, len(needles))
-        question, prefix = _ask(self.value, asked, len(references) > 1)
+        question, prefix = ask(self.value, asked, len(references) > 1)
         return Draft(
-            intro=_INTRO.format(kind=self.value),
+            intro=INTRO.format(kind=self.value),
             inserts=tuple(
                 Insert(needle_sentence(self.value, key, value), place, key in asked)
                 for (key, value), place in zip(needles, places, strict=True)
@@ -103,13 +103,13 @@ def needle_sentence(kind: Item, key: str, value: str) -> str:
     return f"One of the special magic {kind} for {key} is: {value}."
 
 
-_INTRO = (
+INTRO = (
     "Several special magic {kind} are hidden in the following text. Memorize them: "
     "afterwards you will be quizzed about these {kind}."
 )
 
 
-def _ask(kind: Item, keys: Sequence[str], several: bool) -> tuple[str, str]:
+def ask(kind: Item, keys: Sequence[str], several: bool) -> tuple[str, str]:
     """The question and the first words of its answer."""
     names = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
     if several:

@@ -6,11 +6,12 @@ import bisect
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from foveate.errors import BadArgument
-from foveate.tasks.chat import Turn, chat_turn, count_each, count_tokens, encode
+from foveate.tasks.base import Turn
+from foveate.tasks.chat import Frame, chat_turn, count_each, count_tokens, encode, next_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,12 +36,24 @@ class Insert:
     Attributes:
         evidence: whether the text holds evidence.
         marks: the characters [start, stop) of the pieces of evidence in it; empty: the whole text is one.
+        turn: the question, from 0, whose evidence it is.
     """
 
     text: str
     place: float
     evidence: bool
     marks: tuple[tuple[int, int], ...] = ()
+    turn: int = 0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question and the first words of its answer; as the fields of `Draft`."""
+
+    question: str
+    prefix: str
+    references: tuple[str, ...]
+    reserve: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class Draft:
         references: the answers.
         reserve: tokens kept free for the answer; raised where the answer itself needs more.
         choices, bucket: as in `Sample`.
+        later: further questions about the haystack.
+        conversation: whether they follow the first one's answer in one chat.
     """
 
     intro: str
@@ -65,6 +80,13 @@ class Draft:
     reserve: int
     choices: tuple[str, ...] = ()
     bucket: str = ""
+    later: tuple[Ask, ...] = ()
+    conversation: bool = False
+
+    @property
+    def asks(self) -> tuple[Ask, ...]:
+        """All questions."""
+        return (Ask(self.question, self.prefix, self.references, self.reserve), *self.later)
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,7 @@ class Prompt:
     evidence: tuple[tuple[int, int], ...]
     max_new_tokens: int
     intro: int
+    turns: tuple[Turn, ...] = ()
 
 
 def least_length(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -> int:
@@ -115,7 +138,7 @@ def fit(tokenizer: PreTrainedTokenizerBase, draft: Draft, haystack: Haystack, le
     shift, split = len(turn.ids), encoded.token_at(composed.question)
     evidence = [encoded.span(*span) for span in composed.evidence]
     first, last = encoded.span(*composed.haystack)
-    return Prompt(
+    prompt = Prompt(
         context_ids=(*turn.ids, *encoded.ids[:split]),
         question_ids=tuple(encoded.ids[split:]),
         depths=tuple(
@@ -126,6 +149,7 @@ def fit(tokenizer: PreTrainedTokenizerBase, draft: Draft, haystack: Haystack, le
         max_new_tokens=reserve,
         intro=shift + first,
     )
+    return replace(prompt, turns=_turns(tokenizer, draft, prompt, composed)) if draft.later else prompt
 
 
 @dataclass(frozen=True)
@@ -144,7 +168,7 @@ class _Fill:
 
 
 def _fill(
-    tokenizer: PreTrainedTokenizerBase, turn: Turn, draft: Draft, haystack: Haystack, length: int, reserve: int
+    tokenizer: PreTrainedTokenizerBase, turn: Frame, draft: Draft, haystack: Haystack, length: int, reserve: int
 ) -> _Fill:
     """Units for which prompt and reserve together are `length` tokens."""
 
@@ -200,10 +224,11 @@ class _Composed:
     text: str
     haystack: tuple[int, int]
     evidence: list[tuple[int, int]]
+    owners: list[int]
     question: int
 
 
-def _compose(turn: Turn, draft: Draft, fill: _Fill, separator: str) -> _Composed:
+def _compose(turn: Frame, draft: Draft, fill: _Fill, separator: str) -> _Composed:
     inserts: dict[int, list[Insert]] = {}
     for insert in draft.inserts:
         inserts.setdefault(fill.border(insert.place), []).append(insert)
@@ -234,13 +259,65 @@ def _compose(turn: Turn, draft: Draft, fill: _Fill, separator: str) -> _Composed
             if insert.evidence
             for start, stop in insert.marks or [(0, len(insert.text))]
         ],
+        owners=[insert.turn for insert in draft.inserts if insert.evidence for _ in insert.marks or [()]],
         question=stop + 2,
     )
 
 
+def _turns(tokenizer: PreTrainedTokenizerBase, draft: Draft, prompt: Prompt, composed: _Composed) -> tuple[Turn, ...]:
+    """The questions of a draft with several, each with its own part of the prompt's evidence."""
+    frame, context = chat_turn(tokenizer), composed.text[: composed.question]
+    first, following = draft.asks[0], _following(tokenizer, draft)
+    turns = []
+    for number, ask in enumerate(draft.asks):
+        mine = [piece for piece, owner in enumerate(composed.owners) if owner == number]
+        question, later = prompt.question_ids, ()
+        if number and draft.conversation:
+            question = following[number - 1]
+        elif number:
+            question = ids_behind(tokenizer, context, f"{ask.question}{frame.tail}{ask.prefix}")
+            answer = ids_behind(tokenizer, first.prefix, f" {', '.join(first.references)}")
+            later = (*answer, *following[number - 1])
+        turns.append(
+            Turn(
+                question_ids=question,
+                references=ask.references,
+                depths=tuple(prompt.depths[piece] for piece in mine) if prompt.depths else (),
+                evidence=tuple(prompt.evidence[piece] for piece in mine),
+                max_new_tokens=_answer_room(tokenizer, ask),
+                later_ids=later,
+            )
+        )
+    return tuple(turns)
+
+
+def _following(tokenizer: PreTrainedTokenizerBase, draft: Draft) -> list[tuple[int, ...]]:
+    """Each later question as the next turn of the chat, from the end of the answer before on."""
+    if not draft.later:
+        return []
+    frame, found = next_turn(tokenizer), []
+    for before, ask in itertools.pairwise(draft.asks):
+        answered = f"{before.prefix} {', '.join(before.references)}"
+        found.append(ids_behind(tokenizer, answered, f"{frame.head}{ask.question}{frame.tail}{ask.prefix}"))
+    return found
+
+
+def ids_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tuple[int, ...]:
+    """The tokens of `text` as they are behind `before`; one that reaches into both is counted to `text`."""
+    before = before[-_NEIGHBOURHOOD:]
+    encoded = encode(tokenizer, before + text)
+    return tuple(encoded.ids[encoded.token_at(len(before)) :])
+
+
 def _reserve(tokenizer: PreTrainedTokenizerBase, draft: Draft) -> int:
-    """The draft's reserve, or what the answer needs where the tokenizer cuts it finer than that."""
-    return max(draft.reserve, count_tokens(tokenizer, ", ".join(draft.references)) + 8)
+    """Tokens kept free behind the first question: for all answers and the later questions."""
+    answers = sum(_answer_room(tokenizer, ask) for ask in draft.asks)
+    return answers + sum(map(len, _following(tokenizer, draft)))
+
+
+def _answer_room(tokenizer: PreTrainedTokenizerBase, ask: Ask) -> int:
+    """The question's reserve, or what its answer needs where the tokenizer cuts it finer than that."""
+    return max(ask.reserve, count_tokens(tokenizer, ", ".join(ask.references)) + 8)
 
 
 def _take(tokenizer: PreTrainedTokenizerBase, haystack: Haystack, budget: int) -> tuple[list[str], list[int]]:

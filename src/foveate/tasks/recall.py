@@ -6,7 +6,7 @@ and a value stands in the prompt. `association` makes the token-level original, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from foveate.tasks.generation import GenerationTask, Request
@@ -33,9 +33,9 @@ class Pairs:
         values = [str(value) for value in rng.sample(range(100_000, 1_000_000), self.queries)]
         names = f"{', '.join(keys[:-1])}, and {keys[-1]}"
         return Draft(
-            intro=_INTRO,
+            intro=INTRO,
             inserts=tuple(
-                Insert(_line(key, value), rng.random(), True) for key, value in zip(keys, values, strict=True)
+                Insert(pair_line(key, value), rng.random(), True) for key, value in zip(keys, values, strict=True)
             ),
             question=f"Question: Which numbers stand behind {names}, in this order?",
             prefix=f"Answer: The numbers behind {names} are:",
@@ -46,26 +46,28 @@ class Pairs:
     def haystack(self, request: Request, draft: Draft) -> Haystack:
         """All the other pairs."""
         rng, number = request.rng, self._number(request)
-        asked = [insert.text.split(": ") for insert in draft.inserts]
-        keys = _others(draw_keys(rng, number), [key for key, _ in asked])
+        asked = dict(insert.text.split(": ") for insert in draft.inserts)
+        keys = _others(draw_keys(rng, number), asked)
         values = rng.sample(range(100_000, 1_000_000), number)
-        kept = _others([str(value) for value in values], draft.references)
-        return lines(_line(key, value) for key, value in zip(keys, kept, strict=False))
+        kept = _others([str(value) for value in values], asked.values())
+        return lines(pair_line(key, value) for key, value in zip(keys, kept, strict=False))
 
     def _number(self, request: Request) -> int:
         """At least as many pairs as one prompt can hold."""
         return request.length // _TOKENS_PER_PAIR + 64
 
 
-_INTRO = "Each line of the following list holds a key and its number. Memorize them: you will be asked for some."
+INTRO = "Each line of the following list holds a key and its number. Memorize them: you will be asked for some."
 
 
-def _line(key: str, value: str) -> str:
+def pair_line(key: str, value: str) -> str:
+    """One line of the list."""
     return f"{key}: {value}"
 
 
-def _others(drawn: Sequence[str], asked: Sequence[str]) -> list[str]:
-    return [each for each in drawn if each not in set(asked)]
+def _others(drawn: Sequence[str], asked: Iterable[str]) -> list[str]:
+    taken = set(asked)
+    return [each for each in drawn if each not in taken]
 
 
 PAIR_RECALL = GenerationTask(

@@ -18,17 +18,28 @@ from foveate.tasks.recall import PAIR_RECALL
 from foveate.tasks.squad import hotpotqa_task, squad_task
 from foveate.tasks.states import STATE_TASKS
 from foveate.tasks.tracking import VARIABLE_TRACKING
+from foveate.tasks.turns import TURN_TASKS
 
 _RULER = (*NEEDLE_TASKS, VARIABLE_TRACKING, *AGGREGATION_TASKS, *QUESTION_TASKS)
 
 TASKS: dict[str, Task] = {
     each.name: each
-    for each in (*_RULER, NEEDLE_GRID, PAIR_RECALL, *BABILONG_TASKS, *STATE_TASKS, Perplexity(), PERPLEXITY_BY_POSITION)
+    for each in (
+        *_RULER,
+        NEEDLE_GRID,
+        PAIR_RECALL,
+        *TURN_TASKS,
+        *BABILONG_TASKS,
+        *STATE_TASKS,
+        Perplexity(),
+        PERPLEXITY_BY_POSITION,
+    )
 }
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "needles": tuple(each.name for each in NEEDLE_TASKS),
     "ruler": tuple(each.name for each in _RULER),
+    "turns": tuple(each.name for each in TURN_TASKS),
     "babilong": tuple(each.name for each in BABILONG_TASKS),
     "state": tuple(each.name for each in STATE_TASKS),
     "all": tuple(TASKS),
