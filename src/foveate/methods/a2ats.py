@@ -1,0 +1,200 @@
+"""A2ATS: which tokens a decode step reads is looked up by the codes of their keys."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.attention import ALL, Parts, Selection
+from foveate.cache import UNBOUNDED, Tag, View
+from foveate.errors import BadArgument, Refused
+from foveate.heads.codebooks import Codebook, collect, fit, random_texts
+from foveate.heads.gates import made_with
+from foveate.heads.passkeys import Example, running_examples
+from foveate.methods.base import Context, Method, Needs, Probe, Profile, Role, register, tries
+from foveate.methods.budget import Budget
+from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.positions import at_position, refuse_fixed_positions
+from foveate.methods.profile import fingerprint
+from foveate.models.shape import LayerShape, ModelShape
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class A2ATS(Method):
+    """Every key is known by a code: the nearest of a few centroids that were fitted to the model's keys before their
+    rotation, in the metric of its queries. At a decode step a query scores the centroids as if all stood `distance`
+    tokens back, and each key takes the score of its code; no key is touched for that. The best keys of the query heads
+    of a kv head together are read, with the first and the newest ones, exactly and where they stand. Prompt and what is
+    held are left whole.
+
+    The paper keeps keys and values on the CPU and reads chosen ones there; here they stay on the device. Codes take 16
+    bits, where 12 would do for 4096 centroids.
+
+    Args:
+        ratio: of all tokens, how many each query head chooses between the first and the newest (rounded down). A budget
+            replaces it by as many tokens as meet the budget even if the query heads of a group agree on none.
+        sink, window: first and newest tokens that are always read, the query's own included.
+        distance: b, where centroids stand when they are scored; must be that of the calibration.
+
+    Source: 2502.12665, section 3; defaults of the released code.
+    """
+
+    id = "a2ats"
+    name = "A2ATS"
+    paper = "2502.12665"
+    slots = frozenset({"decode"})
+    calibrated = True
+    search = tries(sink=(8,), window=(32, 64, 128))
+
+    ratio: float = 0.03
+    sink: int = 8
+    window: int = 64
+    distance: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.ratio <= 1:
+            raise BadArgument("ratio", self.ratio, "give a share of the tokens from 0 to 1")
+        for name, least in (("sink", 0), ("window", 1), ("distance", 0)):
+            if getattr(self, name) < least:
+                raise BadArgument(name, getattr(self, name), f"give at least {least}")
+
+    def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
+        self._refuse(shape)
+        full = [layer for layer in shape.layers if layer.kind == "full"]
+        books = self._books(profile, full)
+        budget, most = Budget.of(self.budget), None
+        if budget is not None:
+            group = max((layer.num_heads // layer.num_kv_heads for layer in full), default=1)
+            fixed = self.sink + self.window
+            read = budget.read_tokens(shape, length, 0, name=self.id, floor=fixed + group)
+            most = UNBOUNDED if budget.whole else max(1, (read - fixed) // group)
+        most = UNBOUNDED if self.ratio == 1 and budget is None else most
+        roles = {index: Role("look up", extra={"most": most, "book": book}) for index, book in books.items()}
+        return [roles.get(layer.index, Role()) for layer in shape.layers]
+
+    def _refuse(self, shape: ModelShape) -> None:
+        refuse_fixed_positions(shape, self.id)
+        if any(layer.latent for layer in shape.layers):
+            raise Refused(f"{self.id}: {shape.name} caches a latent for all heads (MLA); codebooks are made for keys")
+
+    def _books(self, profile: Profile | None, layers: Sequence[LayerShape]) -> dict[int, Codebook]:
+        """The codebook of each layer."""
+        try:
+            found = {x.index: Codebook.of({} if profile is None else profile.tensors, str(x.index)) for x in layers}
+            if any(found[x.index].lower.shape[:2] != (x.num_kv_heads, x.head_dim) for x in layers):
+                raise KeyError
+        except (KeyError, RuntimeError):
+            mend = f"{self.id} needs codebooks of this model's keys: run `foveate calibrate` first"
+            raise BadArgument("profile", None if profile is None else profile.model, mend) from None
+        if profile is not None and profile.data.get("distance") != self.distance:
+            made = profile.data.get("distance")
+            raise BadArgument("distance", self.distance, f"the codebooks were made for {made}; give that, or calibrate")
+        return found
+
+    def needs(self, role: Role) -> Needs:
+        if role.name != "look up" or role.extra["most"] == UNBOUNDED:
+            return Needs()
+        return Needs(tags={self.id: Tag(dtype=torch.int16, fill=-1)})
+
+    def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
+        most = ctx.role.extra["most"]
+        if most == UNBOUNDED or view.longest <= self.sink + self.window:
+            return ALL
+        codes = self._codes(view, ctx)
+        own = (view.seen - view.fresh).view(-1, 1, 1) + torch.arange(q.shape[2], device=q.device)[:, None]
+        positions, stores = view.positions.unsqueeze(2), view.lengths.shape[1]
+        last = (view.lengths - view.fresh[:, None])[..., None, None] + torch.arange(q.shape[2], device=q.device)[
+            :, None
+        ]
+        slot = torch.arange(view.capacity, device=q.device)
+        seen = (slot <= last) & view.valid().unsqueeze(2)  # [B, Hs, N, C]
+        forced = (positions < self.sink) | (positions > own.unsqueeze(1) - self.window)
+        turned = at_position(q, own[:, :, 0], self.distance, ctx.rope).float().unflatten(1, (stores, -1))
+        table = turned @ ctx.role.extra["book"].on(q.device).centroids.mT.unsqueeze(1)
+        scores = table.gather(-1, codes.long().clamp_min(0)[:, :, None, None].expand(*table.shape[:-1], -1))
+        scores = scores.masked_fill(~(seen & ~forced).unsqueeze(2), -torch.inf)
+        if most is None:
+            count = ((last + 1).double() * self.ratio + 1e-9).long()
+            width = int(view.capacity * self.ratio + 1e-9)
+        else:
+            count, width = torch.full_like(last, most), most
+        order = scores.argsort(dim=-1, descending=True, stable=True)[..., :width]
+        chosen = torch.arange(order.shape[-1], device=q.device) < count.unsqueeze(2)
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, chosen.expand_as(order))
+        read = (chosen & (scores > -torch.inf)).any(2) | (forced & seen)
+        widest = self.sink + self.window + q.shape[1] // stores * width
+        return Selection(lists=top_lists(torch.where(read, 0.0, -torch.inf), widest), q_block=1)
+
+    def _codes(self, view: View, ctx: Context) -> Tensor:
+        """Codes of all slots [B, Hs, C]; tokens that came since the last look get theirs."""
+        codes = view.tag(self.id)[..., 0]
+        missing = ((codes < 0) & view.valid()).any(0).any(0)
+        if missing.any():
+            slots = slice(int(missing.nonzero()[0]), view.capacity)
+            raw = at_position(view.k()[:, :, slots], view.positions[:, :, slots], 0, ctx.rope).float()
+            new = ctx.role.extra["book"].on(raw.device).codes(raw).to(codes.dtype)
+            codes = torch.cat([codes[:, :, : slots.start], new], dim=-1).masked_fill(~view.valid(), -1)
+            view.write(self.id, codes.unsqueeze(-1))
+        return codes
+
+    def calibrate(
+        self,
+        probe: Probe,
+        data: Iterable[Example] | None = None,
+        *,
+        centroids: int | None = None,
+        tokens: int | None = None,
+        length: int | None = None,
+    ) -> Profile:
+        """Fit a codebook to the keys of every kv head on plain text and, a fifth of it, random identifiers.
+
+        Args:
+            probe: the model, its tokenizer, a seed.
+            data: texts instead of both.
+            centroids: of each codebook (paper: 4096; 64 on a CPU).
+            tokens: how many in all (paper: 80 thousand; 8 thousand on a CPU).
+            length: of each text (2048; 512 on a CPU).
+
+        Raises:
+            Refused: MLA, or positions that cannot be turned.
+            BadArgument: a number that makes no sense.
+        """
+        shape = ModelShape.of(probe.model)
+        self._refuse(shape)
+        on_cpu = next(probe.model.parameters()).device.type == "cpu"
+        centroids, tokens = centroids or (64 if on_cpu else 4096), tokens or (8192 if on_cpu else 81920)
+        length = min(length or (512 if on_cpu else 2048), shape.max_positions, tokens)
+        for name, value, most in (("centroids", centroids, 2**15), ("length", length, tokens)):
+            if not 1 <= value <= most:
+                raise BadArgument(name, value, f"give 1 to {most}")
+        if data is None:
+            count = max(1, tokens // length)
+            plain = (x.ids for x in running_examples(probe.tokenizer, (length,), probe.seed))
+            names = random_texts(probe.tokenizer, length, probe.seed)
+            texts = [*islice(plain, count - count // 5), *islice(names, count // 5)]
+        else:
+            texts = [x.ids for x in data]
+        heads = sum(layer.num_kv_heads for layer in shape.layers if layer.kind == "full")
+        report = probe.progress(len(texts) + heads, self.id)
+        began = time.perf_counter()
+        found = collect(probe.model, texts, self.distance, report)
+        generator = torch.Generator().manual_seed(probe.seed)
+        tensors: dict[str, Tensor] = {}
+        for index, (keys, moment) in found.items():
+            books = []
+            for head in range(len(keys)):
+                books.append(fit(keys[head].to(moment.device).float(), moment[head], centroids, generator))
+                report(1, f"layer {index}")
+            tensors |= Codebook.stacked(books).tensors(str(index))
+        made: dict[str, Any] = {"tokens": sum(map(len, texts)), "texts": len(texts), "seed": probe.seed}
+        made |= {"centroids": centroids, "seconds": round(time.perf_counter() - began, 1)}
+        data_ = {"distance": self.distance, "centroids": centroids}
+        return Profile(self.id, fingerprint(shape), data_, made | made_with(probe.model), tensors)
