@@ -75,9 +75,7 @@ def run(request: Request) -> Partial:
     counts = (lists >= 0).sum(-1, dtype=torch.int32)
     listed = _kernels("decode_lists").decode_lists
     return Partial(
-        *listed(
-            r.q, k, v, lists, counts, lengths, page=r.k_block, near=_near(r), scale=r.scale, softcap=r.softcap
-        )
+        *listed(r.q, k, v, lists, counts, lengths, page=r.k_block, near=_near(r), scale=r.scale, softcap=r.softcap)
     )
 
 
