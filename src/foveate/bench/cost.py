@@ -25,8 +25,8 @@ class Attention:
 
     Args:
         kind: "dense"; "top-k": `budget` tokens whose choice costs nothing; "block-top-k": `budget` tokens in blocks of
-            `block`, chosen by one pooled key per block; "window": the newest `budget` tokens; "state": a recurrent state
-            of `budget` tokens' size; "quantized": all tokens, at `bits` per number.
+            `block`, chosen by one pooled key per block; "window": the newest `budget` tokens; "state": a recurrent
+            state of `budget` tokens' size; "quantized": all tokens, at `bits` per number.
         budget: tokens; 0 where the kind has none.
     """
 
