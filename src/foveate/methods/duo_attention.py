@@ -81,7 +81,7 @@ class DuoAttention(Method):
             window = torch.tensor([self.recent + 1 if flag else UNBOUNDED for flag in flags])
             visible = Span(self.sink, self.recent + 1 if all(flags) else window)
             extra = {"streaming": tuple(head for head, flag in enumerate(flags) if flag)}
-            roles.append(Role("streaming" if all(flags) else "mixed", visible, self.in_prompt, extra))
+            roles.append(Role("streaming" if all(flags) else "mixed", visible, self.in_prompt, extra=extra))
         return roles
 
     def total(self, shape: ModelShape, length: int) -> None:
