@@ -209,11 +209,12 @@ def test_the_backend_fits_the_read() -> None:
 
 def test_refusals_give_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.ones(1, 1, 3, 8)
-    with pytest.raises(BadArgument, match=r"backend='cudnn': choose one of flex, gather, sdpa"):
+    with pytest.raises(BadArgument, match=r"backend='cudnn': choose one of triton, decode, flex, gather, sdpa"):
         attend(q, q, q, backend="cudnn")
     for backend in BACKENDS:
         monkeypatch.setattr(backend, "can_run", lambda request, name=backend.name: (False, f"{name} is asleep"))
-    with pytest.raises(Refused, match="flex: flex is asleep; gather: gather is asleep; sdpa: sdpa is asleep"):
+    reasons = "; ".join(f"{backend.name}: {backend.name} is asleep" for backend in BACKENDS)
+    with pytest.raises(Refused, match=reasons):
         attend(q, q, q)
     with pytest.raises(Refused, match=r"\(gather: gather is asleep\)"):
         attend(q, q, q, backend="gather")

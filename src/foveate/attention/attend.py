@@ -53,7 +53,7 @@ def attend(
         bias: float, added to the scaled and capped scores, broadcastable to [B, H, N, M] (head axis 1, Hk or H).
         softcap: scores become softcap * tanh(scores / softcap).
         lse: False allows lse=None in the result, which saves work on some devices.
-        backend: force one by name ("sdpa", "gather", "flex"); None: the first that can run.
+        backend: force one by name ("triton", "decode", "flex", "gather", "sdpa"); None: the first that can run.
 
     Returns:
         out [B, H, N, Dv] in the dtype of q, lse [B, H, N] in float32 (float64 for float64). Where a query sees nothing,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from foveate.attention import flex, gather, sdpa
+from foveate.attention import decoding, flex, gather, sdpa, triton_prefill
 from foveate.attention.request import Request
 from foveate.attention.selection import Partial
 from foveate.errors import BadArgument, Refused
@@ -24,7 +24,7 @@ class Backend(Protocol):
     def run(self, request: Request) -> Partial: ...
 
 
-BACKENDS: list[Backend] = [flex, gather, sdpa]
+BACKENDS: list[Backend] = [triton_prefill, decoding, flex, gather, sdpa]
 """In order of priority: the first that can run serves."""
 
 
