@@ -120,7 +120,8 @@ class FixedBand:
             slot = self.lengths.long()
             self.lengths += 1
         else:
-            slot = self.ring[:, self.turn % self.ring.shape[1]]
+            # A tensor of no axes as an index would be waited for.
+            slot = self.ring.index_select(1, (self.turn % self.ring.shape[1]).view(1))[:, 0]
             self.turn += 1
             self.lengths.fill_(self.used)
         self.k[self.pair, slot] = k[:, 0]

@@ -226,8 +226,13 @@ def record(run: Callable[[], Tensor], counters: list[Tensor], device: torch.devi
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    try:
+        with torch.cuda.graph(graph):
+            result = run()
+    except RuntimeError as error:  # something waited for the device
+        torch.cuda.synchronize(device)
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Refused(f"the step could not be recorded: {reason[0]}") from error
 
     def replay() -> Tensor:
         graph.replay()

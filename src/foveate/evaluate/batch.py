@@ -13,14 +13,16 @@ from foveate.cache import FoveateCache
 from foveate.engine.binding import Binding
 from foveate.models.shape import ModelShape
 
-TOKENS_AT_ONCE = 8192
-"""Prompt tokens that are read side by side. Decoding several short rows at once is what makes a CPU run bearable."""
+AT_ONCE = {"cpu": (8, 8192), "cuda": (64, 131072)}
+"""By device: the most rows, and the most prompt tokens, that are read side by side. Decoding several short rows at once
+is what makes a CPU run bearable, and a GPU busy."""
 
 
-def rows_at_once(length: int) -> int:
-    """How many samples of this length share a batch. Only the length decides, so that a resumed run makes the same
-    batches: in bf16 the company of a row changes its last bits."""
-    return max(1, min(8, TOKENS_AT_ONCE // length))
+def rows_at_once(length: int, device: str = "cpu") -> int:
+    """How many samples of this length share a batch. Only the length and the kind of device decide, so that a resumed
+    run makes the same batches: in bf16 the company of a row changes its last bits."""
+    rows, tokens = AT_ONCE.get(device, AT_ONCE["cpu"])
+    return max(1, min(rows, tokens // length))
 
 
 class Batch:

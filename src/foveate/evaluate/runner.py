@@ -201,7 +201,7 @@ class Runner:
 
     def _answer_work(self, length: int, task: Task) -> float:
         sample = self.samples[length, task.name][0]
-        rows = 1 if sample.conversation else rows_at_once(length)
+        rows = 1 if sample.conversation else rows_at_once(length, self.model.device.type)
         turns, steps = max(1, len(sample.turns)), len(sample.target_ids) or 32
         return self.request.samples * turns * (64 + steps * (6 + 18 / rows) + 0.05 * length)
 
@@ -284,7 +284,7 @@ class Runner:
         samples = self.samples[length, task.name]
         tallies = {bound.setting.key: Tally() for bound in todo}
         state = {bound.setting.key: bound for bound in todo}
-        rows = rows_at_once(length)
+        rows = rows_at_once(length, self.model.device.type)
         for start in range(0, len(samples), rows):
             some = samples[start : start + rows]
             shared: tuple[Batch, torch.Tensor | None] | None = None
