@@ -27,6 +27,9 @@ class Character:
     settings: dict[str, object] = field(default_factory=dict)
 
 
+RETRIEVAL = Character("retrieval", 0.2, 0.6, 0.7, settings={"sees": "question"})
+
+
 METHODS = [
     Character("snapkv", 0.10, 0.8, 1.02, settings={"window": 32, "kernel": 5}),
     Character("h2o", 0.30, 0.85, 1.6, floor=0.29),
@@ -54,7 +57,11 @@ def make_records(
     loss_task: bool = True,
     dense: bool = True,
 ) -> list[Record]:
-    """Records of every method x budget x length x task, refused ones where the floor is above the budget."""
+    """Records of every method x budget x length x task, refused ones where the floor is above the budget.
+
+    Tasks named after what they hold have it: "needle" depths, "niah_multiquery" four needles of which some are found,
+    "turns" five questions to one context, and "perplexity_positions" passages measured at eight positions.
+    """
     rng = random.Random(seed)
     records = []
     tasks = TASKS if tasks is None else tasks
@@ -109,12 +116,24 @@ def _record(
             **common,
         )
     hit = 0.9 - who.fall * (1 - share) ** 0.7 - (0.0 if seen else who.fall * 0.8) - 0.03 * (length / 4096)
-    loss = task == "ppl"
+    loss = task in ("ppl", "perplexity_positions")
     scores, outcomes = [], []
     for i in range(len(luck)):
         depth = (i % 5) / 4
         dip = who.fall * 0.5 if 0.2 < depth < 0.8 else 0.0
-        if loss:
+        more: dict[str, object] = {}
+        if task == "niah_multiquery":
+            keys = [f"{i}00{j}" for j in range(4)]
+            found = [key for key in keys if rng.random() < hit]
+            more = {"depths": [0.1, 0.35, 0.6, 0.85], "references": keys, "prediction": " and ".join(found)}
+            score = len(found) / 4
+        elif task == "turns":
+            turns = [float(rng.random() < hit - 0.9 * who.fall * (1 - share) * turn / 4) for turn in range(5)]
+            more, score = {"turns": turns}, sum(turns) / 5
+        elif task == "perplexity_positions":
+            place = 8 - i % 8
+            score = round(2.2 + 0.6 / place + 0.2 * luck[i] + who.fall * (1 - share) * 0.1 * place, 6)
+        elif loss:
             score = round(2.4 + luck[i] + who.fall * (1 - share) * (0.5 + rng.random()), 6)
         else:
             score = 1.0 if luck[i] + rng.gauss(0, 0.03) < hit - dip else 0.0
@@ -127,6 +146,9 @@ def _record(
                 "references": [str(rng.randrange(10**6))],
                 "score": score,
                 "kv_bytes": whole,
+                "evidence_held": None if loss else round(share**0.5 * rng.uniform(0.9, 1.0), 4),
+                "evidence_read": None if loss or who.name == "kivi" else round(share**0.7 * rng.uniform(0.8, 1.0), 4),
+                **more,
             }
         )
     held = whole if who.name == DENSE else int(whole * (share * rng.uniform(0.97, 1.01) if who.held else 1.02))

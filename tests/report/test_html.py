@@ -116,14 +116,15 @@ def test_everything_of_the_run_is_on_the_page(page: Page):
 
 def test_each_length_and_use_has_its_plots_and_its_table(page: Page):
     panels = page.of("div", "panel")
-    assert [a["id"] for a in panels] == [f"use{u}-{n}" for u in (0, 1) for n in ("all", 1024, 2048, 4096)]
+    names = ["all", 1024, 2048, 4096, "family0", "family1", "family2", "family3"]
+    assert [a["id"] for a in panels] == [f"use{u}-{n}" for u in (0, 1) for n in names]
     scatter = page.of("svg", "scatter")
     assert len(scatter) == len(panels) * 2 * 2, "two costs, two page widths"
-    assert len(page.of("div", "table")) == len(panels)
+    assert len(page.of("div", "table")) == len(panels) + 2, "and one of every cell for each use"
 
 
 def test_points_and_fronts_are_those_of_the_summary():
-    records = make_records(52, lengths=(2048,))
+    records = make_records(52, lengths=(2048,), tasks=["needle"], loss_task=False)
     (view,) = overall(records)
     page = Page(render(records))
     points = page.of("g", "pt")

@@ -17,14 +17,20 @@ from foveate.evaluate.statistics import Paired, describe
 from foveate.report import quantities
 from foveate.report.answers import Losses, lost_answers
 from foveate.report.cards import FilledCard, MethodCard, fill
+from foveate.report.cells import Line, body, cell_lines, choices, heads
+from foveate.report.curves import Curves
+from foveate.report.curves import draw as draw_curve
+from foveate.report.curves import heading as curve_heading
 from foveate.report.heatmap import Grid, draw, grids, heading, scale
 from foveate.report.matrix import Matrix, matrix
+from foveate.report.positions import depth_curves, perplexity_curves
 from foveate.report.recommend import RULE, Recommendation, recommend_view
 from foveate.report.rows import Row, View
 from foveate.report.scatter import Cost, scatters
 from foveate.report.series import Mark, marks
-from foveate.report.summary import overall, per_length
+from foveate.report.summary import overall, per_family, per_length
 from foveate.report.terminal import refused_lines
+from foveate.report.turns import turn_curves
 
 _HERE = Path(__file__).parent
 PAGE = "report.html"
@@ -41,12 +47,30 @@ class Plot:
 
 @dataclass(frozen=True)
 class Panel:
-    """One length of one use (or all lengths): two plots and a table."""
+    """One length of one use (or all lengths), or one family of tasks over all lengths: two plots and a table."""
 
     id: str
     tab: str
     view: View
     plots: tuple[Plot, ...]
+
+
+@dataclass(frozen=True)
+class CurveSet:
+    """Curves on shared axes, ready to show: heading and picture of each."""
+
+    tab: str
+    pictures: tuple[tuple[Markup, Markup], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what it shows in a sentence or two, and one or more sets of curves of which one is shown."""
+
+    id: str
+    title: str
+    lead: str
+    sets: tuple[CurveSet, ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +83,10 @@ class Use:
     recommendation: Recommendation
     tiles: tuple[tuple[str, str, str], ...]
     panels: tuple[Panel, ...]
+    turns: Section | None
     maps: tuple[tuple[Markup, Markup], ...]
+    curves: tuple[Section, ...]
+    lines: tuple[Line, ...]
     cards: tuple[FilledCard, ...]
     losses: tuple[Losses, ...]
     matrix: Matrix | None
@@ -89,6 +116,9 @@ def _panels(records: Sequence[Record], whole: View, prefix: str, found: Mapping[
     if len(views) > 1:
         panels.append(Panel(f"{prefix}-all", "All lengths", whole, _plots(whole, found)))
     panels += [Panel(f"{prefix}-{v.length}", f"{v.length:,} tokens", v, _plots(v, found)) for v in views]
+    families = per_family(records, whole.model, whole.question_seen)
+    if len(families) > 1:
+        panels += [Panel(f"{prefix}-family{i}", v.family or "", v, _plots(v, found)) for i, v in enumerate(families)]
     return tuple(panels)
 
 
@@ -117,6 +147,42 @@ def _maps(found: Sequence[Grid], known: Mapping[str, Mark]) -> tuple[tuple[Marku
     return tuple((heading(grid, known), draw(grid)) for grid in found)
 
 
+_BAND = "The band is the 95% interval; dense is dotted on grey."
+_TURNS = f"""Several questions are asked of one context, one after the other: mean score of the first, of the second,
+and so on. A line that falls where dense does not has lost what later turns needed. {_BAND}"""
+_DEPTHS = f"""Mean score by where what is asked for stands, 0% is the start of the context, over all lengths. {_BAND}"""
+_PERPLEXITY = f"""Perplexity of the next tokens of a passage after so many of it were read; lower is better. {_BAND}"""
+
+
+def _section(name: str, title: str, lead: str, sets: Sequence[Curves], known: Mapping[str, Mark]) -> Section | None:
+    """A section of the curves; None where there are none."""
+    shown = tuple(
+        CurveSet(each.tab, tuple((curve_heading(c, known), draw_curve(each, c, known)) for c in each.drawn))
+        for each in sets
+    )
+    return Section(name, title, lead, shown) if shown else None
+
+
+def _curves(records: Sequence[Record], view: View, prefix: str, known: Mapping[str, Mark]) -> tuple[Section, ...]:
+    depths = depth_curves(records, view)
+    sections = (
+        _section(f"{prefix}-depth", "Score by depth", _DEPTHS, [depths] if depths else [], known),
+        _section(
+            f"{prefix}-perplexity",
+            "Perplexity by position",
+            _PERPLEXITY,
+            perplexity_curves(records, view),
+            known,
+        ),
+    )
+    return tuple(section for section in sections if section is not None)
+
+
+def _turns(records: Sequence[Record], view: View, prefix: str, known: Mapping[str, Mark]) -> Section | None:
+    turns = turn_curves(records, view)
+    return _section(f"{prefix}-turns", "Retention over turns", _TURNS, [turns] if turns else [], known)
+
+
 def _uses(records: Sequence[Record], views: Sequence[View], cards: Sequence[MethodCard]) -> list[Use]:
     found = marks(views)
     several_models = len({view.model for view in views}) > 1
@@ -132,7 +198,10 @@ def _uses(records: Sequence[Record], views: Sequence[View], cards: Sequence[Meth
                 recommendation=recommendation,
                 tiles=_tiles(recommendation, view),
                 panels=_panels(records, view, f"use{i}", found),
+                turns=_turns(records, view, f"use{i}", found),
                 maps=_maps(grids(records, view), found),
+                curves=_curves(records, view, f"use{i}", found),
+                lines=tuple(cell_lines(records, view, cards)),
                 cards=tuple(fill(cards, view)),
                 losses=tuple(lost_answers(records, view)),
                 matrix=matrix(records, view),
@@ -181,6 +250,9 @@ def _environment() -> Environment:
         verdict=_verdict,
         difference=_signed_difference,
         sort_key=_sort_key,
+        body=body,
+        choices=choices,
+        heads=heads,
         q=quantities,
         # Own files of this package, not data: they go in as they are.
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),

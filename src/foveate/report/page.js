@@ -91,20 +91,39 @@
         sort(i);
       });
     });
-    const [search, front, clean] = ["search", "front", "clean"].map((name) => box.querySelector(`[data-filter="${name}"]`));
-    const filter = () => {
-      const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-      const rows = all("tr", body);
-      rows.forEach((row) => {
-        const text = row.dataset.text.toLowerCase();
-        row.hidden =
-          !words.every((word) => text.includes(word)) ||
-          (front.checked && row.dataset.front !== "1") ||
-          (clean.checked && row.dataset.loss === "1");
-      });
-      box.querySelector(".count").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
+    const inputs = all("[data-filter], [data-pick]", box);
+    const rows = all("tr", body).map((row) => [row, row.dataset.text.toLowerCase()]);
+    const tests = {
+      search: (row, text, input) => input.value.toLowerCase().split(/\s+/).every((word) => text.includes(word)),
+      front: (row, text, input) => !input.checked || row.dataset.front === "1",
+      clean: (row, text, input) => !input.checked || row.dataset.loss !== "1",
     };
-    [search, front, clean].forEach((input) => input.addEventListener("input", filter));
+    const passes = (row, text, input) => {
+      const { filter, pick } = input.dataset;
+      if (filter) return tests[filter](row, text, input);
+      return !input.value || row.dataset[pick].split("\n").includes(input.value);
+    };
+    const picked = box.querySelector(".picked");
+    const filter = () => {
+      let shown = 0;
+      rows.forEach(([row, text]) => {
+        row.hidden = !inputs.every((input) => passes(row, text, input));
+        shown += !row.hidden;
+      });
+      const count = `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")}`;
+      box.querySelector(".count").textContent = count;
+      if (!picked) return;
+      const said = inputs.filter((input) => input.value).map((input) => {
+        return input.dataset.pick ? `${input.dataset.pick} ${input.selectedOptions[0].textContent}` : `“${input.value}”`;
+      });
+      picked.textContent = said.length ? `${count}: ${said.join(", ")}` : "";
+    };
+    inputs.forEach((input) => input.addEventListener("input", filter));
+    box.querySelector("[data-clear]")?.addEventListener("click", () => {
+      inputs.forEach((input) => (input.value = ""));
+      filter();
+      inputs[0].focus();
+    });
     filter();
   });
 

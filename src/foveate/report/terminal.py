@@ -55,6 +55,12 @@ def _cost(ratio: float | None, absolute: str) -> str:
     return MISSING if ratio is None else f"{times(ratio)}\n{absolute}" if absolute else times(ratio)
 
 
+def _evidence(row: Row) -> str:
+    """Share of the evidence that was held, and of what the answer's first step read of it."""
+    read = "" if row.evidence_read is None else f"\n{percent(row.evidence_read)} read"
+    return MISSING if row.evidence_held is None else f"{percent(row.evidence_held)}{read}"
+
+
 def _method(row: Row) -> Text:
     text = Text(row.label, style="bold" if row.dense else "")
     marks = ("●" if row.front_bytes else "") + ("▲" if row.front_decode else "")
@@ -91,10 +97,13 @@ def _columns(view: View) -> list[_Column]:
         _Column("KV held", _kv),
         _Column("peak", lambda row: _held(row.peak_share, row.peak_bytes)),
         _Column(view.quality, lambda row: _quality(view.of(row))),
+        _Column("n", lambda row: MISSING if (value := view.of(row)) is None else str(value.n)),
         _Column("vs dense", lambda row: _verdict(view, row), "left"),
         _Column("prefill", lambda row: _cost(row.prefill_ratio, seconds(row.prefill_s))),
         _Column("decode", lambda row: _cost(row.decode_ratio, milliseconds(row.decode_ms))),
     ]
+    if view.has_evidence:
+        columns.append(_Column("evidence", _evidence))
     if len(view.lengths) > 1 and any(row.faster_from for row in view.rows):
         columns.append(_Column("faster\nfrom", lambda row: f"{row.faster_from:,}" if row.faster_from else MISSING))
     if any(row.calibration_s is not None for row in view.rows):
