@@ -30,7 +30,13 @@ def test_every_record_is_a_line():
         if record.status == "refused":
             assert line.quality is None and line.difference is None
             continue
-        assert line.quality == mean_interval(record.scores)
+        alone = mean_interval(record.scores)
+        assert line.quality is not None and line.quality.n == alone.n
+        assert (line.quality.estimate, line.quality.low, line.quality.high) == pytest.approx(
+            (alone.estimate, alone.low, alone.high), abs=0.03
+        )
+        if set(record.scores) <= {0.0, 1.0}:
+            assert line.quality == alone
         known = [o["evidence_held"] for o in record.outcomes if o["evidence_held"] is not None]
         assert line.held == (pytest.approx(sum(known) / len(known)) if known else None)
         if record.cell.method == DENSE:

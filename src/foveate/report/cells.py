@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from foveate.evaluate.record import DENSE, Record
-from foveate.evaluate.statistics import Interval, Paired, mean_interval
+from foveate.evaluate.statistics import Interval, Paired
 from foveate.report import quantities as q
 from foveate.report.cards import MethodCard
 from foveate.report.naming import budget_order, row_key
 from foveate.report.rows import Row, View
 from foveate.report.samples import Spot, key_of, of_use, sample_scores, spot
 from foveate.report.series import Mark
-from foveate.report.significance import paired_many
+from foveate.report.significance import mean_intervals, paired_many
 from foveate.tasks import family
 
 PICKS = ("method", "slot", "budget", "family", "task", "length")
@@ -55,6 +55,8 @@ def cell_lines(records: Sequence[Record], view: View, cards: Sequence[MethodCard
     found = [r for r in of_use(records, view.model, view.question_seen) if row_key(r.cell) in rows]
     found.sort(key=lambda r: (*spot(r), rows[row_key(r.cell)][0]))
     differences = _differences(found)
+    done = [record for record in found if record.scores]
+    qualities = dict(zip(map(id, done), mean_intervals([record.scores for record in done]), strict=True))
     lines = []
     for record in found:
         _, row = rows[row_key(record.cell)]
@@ -66,7 +68,7 @@ def cell_lines(records: Sequence[Record], view: View, cards: Sequence[MethodCard
                 record=record,
                 slots=tuple(dict.fromkeys(slot for part in parts for slot in slots.get(part, ()))),
                 family=family(record.cell.task),
-                quality=mean_interval(record.scores) if record.scores else None,
+                quality=qualities.get(id(record)),
                 difference=differences.get(id(record)),
                 held=_mean(outcome.get("evidence_held") for outcome in record.outcomes),
                 read=_mean(outcome.get("evidence_read") for outcome in record.outcomes),

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 _NARROW = set("iljtfr.,:;|!'()[] ")
 _WIDE = set("mwMW@%×")
 
@@ -86,7 +88,7 @@ def text_width(text: str, size: float, bold: bool = False) -> float:
 
 _GAPS = (3.0, 7.0, 13.0, 20.0, 29.0, 40.0, 54.0, 70.0)
 _LEADER_FROM = 10.0
-_ANGLES = tuple((math.cos(math.tau * i / 24), math.sin(math.tau * i / 24)) for i in range(24))
+_DIRECTIONS = np.array([(math.cos(math.tau * i / 24), math.sin(math.tau * i / 24)) for i in range(24)])
 
 
 _Spot = tuple[float, Box, tuple[float, float] | None]
@@ -98,12 +100,30 @@ class _Page:
 
     def __init__(self, frame: Box, obstacles: Sequence[Box], soft: Sequence[Box]) -> None:
         self.frame, self.obstacles, self.soft = frame, obstacles, soft
+        self.walls = np.array([[o.left, o.top, o.right, o.bottom] for o in obstacles]).reshape(-1, 4)
         self.boxes: list[Box] = []
         self.lines: list[tuple[float, float, float, float]] = []
 
+    def possible(self, anchor: Anchor, reach: float, width: float, height: float) -> list[tuple[float, Box]]:
+        """The boxes whose edge is `reach` away from the point, inside the frame and clear of all obstacles, each with
+        the cosine of its direction."""
+        # The centre for which the edge of the label, not its middle, is `reach` away from the point.
+        x = anchor.x + _DIRECTIONS[:, 0] * (reach + width / 2)
+        y = anchor.y + _DIRECTIONS[:, 1] * (reach + height / 2)
+        left, top, right, bottom = x - width / 2, y - height / 2, x + width / 2, y + height / 2
+        f, walls = self.frame, self.walls
+        fits = (left >= f.left) & (right <= f.right) & (top >= f.top) & (bottom <= f.bottom)
+        across = (left[:, None] < walls[:, 2]) & (walls[:, 0] < right[:, None])
+        along = (top[:, None] < walls[:, 3]) & (walls[:, 1] < bottom[:, None])
+        fits &= ~(across & along).any(1)
+        chosen = np.flatnonzero(fits).tolist()
+        return [
+            (float(_DIRECTIONS[i, 0]), Box(float(left[i]), float(top[i]), float(right[i]), float(bottom[i])))
+            for i in chosen
+        ]
+
     def free(self, box: Box) -> bool:
-        if not box.inside(self.frame) or any(box.overlaps(o) for o in self.obstacles):
-            return False
+        """Whether a possible box touches no label and no leader line."""
         if any(box.grown(1.5).overlaps(other) for other in self.boxes):
             return False
         return not any(box.grown(1).crossed(*line) for line in self.lines)
@@ -114,12 +134,12 @@ class _Page:
             if best is not None and best[0] <= gap:
                 break
             reach = anchor.radius + gap
-            for cos, sin in _ANGLES:
-                # The centre for which the edge of the label, not its middle, is `reach` away from the point.
-                x, y = anchor.x + cos * (reach + width / 2), anchor.y + sin * (reach + height / 2)
-                box = Box(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+            for cos, box in self.possible(anchor, reach, width, height):
                 # Right of the point reads best, then left, then above and below.
-                cost = gap + (0 if cos > 0.9 else 2 if cos < -0.9 else 4) + 8 * sum(box.overlaps(s) for s in self.soft)
+                cost = gap + (0 if cos > 0.9 else 2 if cos < -0.9 else 4)
+                if best is not None and cost >= best[0]:
+                    continue
+                cost += 8 * sum(box.overlaps(s) for s in self.soft)
                 if (best is not None and cost >= best[0]) or not self.free(box):
                     continue
                 leader = None

@@ -1,8 +1,8 @@
-"""Many paired comparisons at once: the test of `evaluate.statistics.paired`, its random draws shared by all pairs.
+"""Many intervals and paired tests at once: those of `evaluate.statistics`, their random draws shared by all.
 
-Pairs of 0/1 scores need no draws. For others every pair would draw the same number of sign patterns and resamples for
-itself; drawn once for all pairs of equal length they are a matrix product, and a report with thousands of pairs is
-made in seconds. Each p and each interval is as good as alone: sharing draws only makes their errors go together.
+0/1 scores need no draws. For others every pair would draw the same number of sign patterns and resamples for itself;
+drawn once for all pairs of equal length they are a matrix product, and a report with thousands of pairs is made in
+seconds. Each p and each interval is as good as alone: sharing draws only makes their errors go together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from foveate.evaluate.statistics import LEVEL, Paired, paired, sign_flip
+from foveate.evaluate.statistics import LEVEL, Interval, Paired, mean_interval, paired, sign_flip
 
 _FLIPS = 10_000
 _RESAMPLES = 2_000
@@ -20,6 +20,24 @@ _EXACT_UP_TO = 14  # sign_flip enumerates the patterns of as many differences
 _AT_ONCE = 1_000  # draws held in memory
 
 Scores = Sequence[float]
+
+
+def mean_intervals(samples: Sequence[Scores]) -> list[Interval]:
+    """`mean_interval(scores)` of every list of scores, in order."""
+    found: dict[int, Interval] = {}
+    waiting: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
+    for i, scores in enumerate(samples):
+        values = np.asarray(scores, dtype=np.float64)
+        if values.size == 0 or np.ptp(values) == 0 or np.isin(values, (0.0, 1.0)).all():
+            found[i] = mean_interval(scores)
+        else:
+            waiting[values.size].append((i, values))
+    for entries in waiting.values():
+        low, high = _ends(np.stack([values for _, values in entries], axis=1))
+        for (i, values), start, end in zip(entries, low.tolist(), high.tolist(), strict=True):
+            mean = float(values.mean())
+            found[i] = Interval(mean, min(start, mean), max(end, mean), values.size, LEVEL)
+    return [found[i] for i in range(len(samples))]
 
 
 def paired_many(pairs: Sequence[tuple[Scores, Scores]], *, higher_is_better: bool = True) -> list[Paired]:
