@@ -22,7 +22,6 @@ from foveate.attention.triton.workers import (
     logits,
     multiprocessors,
     partials,
-    parts_of,
     power_of_two,
     precision_of,
     rows_of_q,
@@ -89,6 +88,38 @@ def places(starts, unit, units, stride_k, stride_v, STARTS: tl.constexpr):
         return unit.to(tl.int64) * stride_k, unit.to(tl.int64) * stride_v
 
 
+@jit
+def _step(
+    q0, q1, k, v, j, length, row, acc0, acc1, top, mass, factor, softcap, stride_kt, stride_vt,
+    N: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, MASKED: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Block j of a pair's tokens; MASKED where not every query sees all of it."""
+    n = tl.arange(0, BLOCK)
+    here = j * BLOCK + n
+    keep = here < length
+    kp = k + tl.cast(j * BLOCK, tl.int64) * stride_kt
+    k0 = tile_of(kp, n * stride_kt, keep, 0, K0, DK, MASKED)
+    k1 = k0
+    if K1:
+        k1 = tile_of(kp, n * stride_kt, keep, K0, K1, DK, MASKED)
+    s = logits(q0, q1, k0, k1, factor, softcap, K1, CAPPED, PRECISION)
+    if MASKED:
+        if N == 1:
+            s = tl.where(keep[None, :], s, float("-inf"))
+        else:
+            s = tl.where(here[None, :] < (length - N + 1 + row % N)[:, None], s, float("-inf"))
+    v0, v1 = k0, k1
+    if not SHARED:
+        vp = v + tl.cast(j * BLOCK, tl.int64) * stride_vt
+        v0 = tile_of(vp, n * stride_vt, keep, 0, V0, DV, MASKED)
+        v1 = v0
+        if V1:
+            v1 = tile_of(vp, n * stride_vt, keep, V0, V1, DV, MASKED)
+    return absorb(s, v0, v1, acc0, acc1, top, mass, V1, PRECISION)
+
+
 @jit(do_not_specialize=["units", "workers"])
 def _decode(
     q, k, v, lengths, starts, pairs, part, weight, factor, softcap, units, workers,
@@ -96,12 +127,12 @@ def _decode(
     R: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     STARTS: tl.constexpr, PAIRS: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    LEAN: tl.constexpr,
 ):  # fmt: skip
     worker = tl.program_id(0) // TILES
     row = tl.program_id(0) % TILES * M + tl.arange(0, M)
     valid = row < R
     at, end, unit, before = share_of(worker, workers, pair_blocks(lengths, units, UNITS, BLOCK))
-    n = tl.arange(0, BLOCK)
     while at < end:
         length = tl.load(lengths + unit)
         blocks = (length + BLOCK - 1) // BLOCK
@@ -119,40 +150,17 @@ def _decode(
             mass = tl.zeros([M], tl.float32)
             acc0 = tl.zeros([M, V0], tl.float32)
             acc1 = tl.zeros([M, V1 if V1 else 16], tl.float32)
-            for j in tl.range(first, whole):
-                kp = k + k_at + tl.cast(j * BLOCK, tl.int64) * stride_kt
-                k0 = tile_of(kp, n * stride_kt, n >= 0, 0, K0, DK, False)
-                k1 = k0
-                if K1:
-                    k1 = tile_of(kp, n * stride_kt, n >= 0, K0, K1, DK, False)
-                s = logits(q0, q1, k0, k1, factor, softcap, K1, CAPPED, PRECISION)
-                v0, v1 = k0, k1
-                if not SHARED:
-                    vp = v + v_at + tl.cast(j * BLOCK, tl.int64) * stride_vt
-                    v0 = tile_of(vp, n * stride_vt, n >= 0, 0, V0, DV, False)
-                    v1 = v0
-                    if V1:
-                        v1 = tile_of(vp, n * stride_vt, n >= 0, V0, V1, DV, False)
-                acc0, acc1, top, mass = absorb(s, v0, v1, acc0, acc1, top, mass, V1, PRECISION)
-            for j in tl.range(whole, stop - before):
-                here = j * BLOCK + n
-                keep = here < length
-                kp = k + k_at + tl.cast(j * BLOCK, tl.int64) * stride_kt
-                k0 = tile_of(kp, n * stride_kt, keep, 0, K0, DK, True)
-                k1 = k0
-                if K1:
-                    k1 = tile_of(kp, n * stride_kt, keep, K0, K1, DK, True)
-                s = logits(q0, q1, k0, k1, factor, softcap, K1, CAPPED, PRECISION)
-                seen = here[None, :] < (length - N + 1 + row % N)[:, None]
-                s = tl.where(seen, s, float("-inf"))
-                v0, v1 = k0, k1
-                if not SHARED:
-                    vp = v + v_at + tl.cast(j * BLOCK, tl.int64) * stride_vt
-                    v0 = tile_of(vp, n * stride_vt, keep, 0, V0, DV, True)
-                    v1 = v0
-                    if V1:
-                        v1 = tile_of(vp, n * stride_vt, keep, V0, V1, DV, True)
-                acc0, acc1, top, mass = absorb(s, v0, v1, acc0, acc1, top, mass, V1, PRECISION)
+            if not LEAN:
+                for j in tl.range(first, whole):
+                    acc0, acc1, top, mass = _step(
+                        q0, q1, k + k_at, v + v_at, j, length, row, acc0, acc1, top, mass, factor, softcap, stride_kt,
+                        stride_vt, N, BLOCK, DK, DV, K0, K1, V0, V1, False, SHARED, CAPPED, PRECISION,
+                    )  # fmt: skip
+            for j in tl.range(first if LEAN else whole, stop - before):
+                acc0, acc1, top, mass = _step(
+                    q0, q1, k + k_at, v + v_at, j, length, row, acc0, acc1, top, mass, factor, softcap, stride_kt,
+                    stride_vt, N, BLOCK, DK, DV, K0, K1, V0, V1, True, SHARED, CAPPED, PRECISION,
+                )  # fmt: skip
             leave(part, weight, worker + unit, row, valid, acc0, acc1, top, mass, R, DV, V0, V1)
         at = stop
         before += blocks
@@ -185,13 +193,15 @@ def _merge(
 def tuning(q: Tensor, k_dim: int, rows: int) -> Tuning:
     """The layout that is used unless a caller names another."""
     row_bytes = k_dim * q.element_size()
+    if rows > 32:  # of the order of a prompt's work per token: one program fills a multiprocessor
+        return Tuning(64, 8, 2, 1) if row_bytes <= 1152 else Tuning(16, 8, 2, 1)
     if row_bytes <= 128:
         return Tuning(128, 4, 3, 2)
     if row_bytes <= 256:
         return Tuning(64, 4, 3, 2)
     if row_bytes <= 512:
         return Tuning(32, 4, 3, 2)
-    return Tuning(16, 4, 2, 1)
+    return Tuning(32, 4, 3, 1) if row_bytes <= 1152 else Tuning(16, 4, 2, 1)
 
 
 def run(
@@ -202,7 +212,7 @@ def run(
     k_dim, v_dim, units = k.shape[-1], v.shape[-1], stores.lengths.shape[0]
     batch, heads, queries, _ = q.shape
     rows = queries * (batch * heads // units)
-    shared = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and v_dim in (k_dim, parts_of(k_dim)[0])
+    shared = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and v_dim <= k_dim
     layout = layout or tuning(q, k_dim, rows)
     tile = min(64, max(16, power_of_two(rows)))
     tiles = -(-rows // tile)
@@ -219,7 +229,7 @@ def run(
         softcap * LOG2E.value if softcap is not None else 0.0,
         units, workers, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         R=rows, N=queries, M=tile, TILES=tiles, BLOCK=layout.block, UNITS=wide, STARTS=starts is not None,
-        PAIRS=pairs is not None, SHARED=shared, CAPPED=capped, PRECISION=precision_of(q.dtype),
+        PAIRS=pairs is not None, SHARED=shared, CAPPED=capped, PRECISION=precision_of(q.dtype), LEAN=tile >= 64,
         **shapes(k_dim, v_dim, shared=shared), num_warps=layout.warps, num_stages=layout.stages,
     )  # fmt: skip
     _merge[(units * rows,)](
