@@ -17,7 +17,7 @@ from typing import Any
 from foveate.errors import BadArgument, FoveateError
 from foveate.evaluate.record import Record
 from foveate.evaluate.request import Request, Watch
-from foveate.evaluate.runner import run
+from foveate.evaluate.scale import Here, Spread
 from foveate.evaluate.setting import CORE, MethodLike, Part, parse_budgets, parse_methods, settings_of, text_of
 from foveate.methods.base import Profile
 from foveate.methods.budget import Budget
@@ -85,6 +85,8 @@ def compare(
     device: Any = "auto",
     resume: bool = True,
     tokenizer: Any = None,
+    ray: bool | str = False,
+    ray_workers: int | None = None,
     watch: Watch = lambda done, total, what: None,
 ) -> Comparison:
     """Measure what methods keep of a model's quality, and what they cost, beside dense attention.
@@ -110,6 +112,9 @@ def compare(
         profiles: calibration files for methods that need one and have none built in.
         dtype, device: as for `foveate.load`.
         resume: False refuses a folder that holds records already.
+        ray: spread the groups (one length and task) over the GPUs or cores of this machine with Ray, or over those of
+            the cluster at an address. The model must then be given by name; the records are the same.
+        ray_workers: at most so many at a time, each with a GPU or a share of the cores; None: one for each of these.
         watch: told (work done, work in all, what is at work).
 
     Raises:
@@ -130,38 +135,39 @@ def compare(
         raise BadArgument("out", str(folder), "holds a run already; give another folder, or let it resume")
     check_room(folder)
     given = [profiles] if isinstance(profiles, str | Path | Profile) else list(profiles)
-    name, opened = open_model(model, tokenizer, dtype, device)
-    request = Request(
-        model=name,
-        lengths=sizes,
-        tasks=tuple(chosen),
-        samples=samples,
-        seed=seed,
-        question_seen=question_seen,
-        repeats=repeats,
-        corpus=text,
-        command=command_line(
-            "compare",
-            name,
-            folder,
-            {
-                "--methods": (text_of(entries), CORE),
-                "--budgets": (listed(granted), listed(parse_budgets(BUDGETS))),
-                "--lengths": (listed(sizes), listed(LENGTHS)),
-                "--tasks": (listed(task.name for task in chosen), listed(TASKS)),
-                "--samples": (str(samples), str(SAMPLES)),
-                "--seed": (str(seed), "0"),
-                "--corpus": (str(corpus), "None"),
-                "--repeats": (str(repeats), str(REPEATS)),
-                "--profile": (listed(p.method if isinstance(p, Profile) else p for p in given), ""),
-                "--dtype": (str(dtype).removeprefix("torch."), "auto"),
-                "--device": (str(device), "auto"),
-            },
-            {"--question-seen": question_seen},
-        ),
-    )
-    records = run(opened.model, opened.tokenizer, request, settings, folder, profiles=given, watch=watch)
-    shared = request.shared(opened.model)
+    with open_place(model, tokenizer, dtype, device, ray, ray_workers) as place:
+        request = Request(
+            model=place.name,
+            lengths=sizes,
+            tasks=tuple(chosen),
+            samples=samples,
+            seed=seed,
+            question_seen=question_seen,
+            repeats=repeats,
+            corpus=text,
+            command=command_line(
+                "compare",
+                place.name,
+                folder,
+                {
+                    "--methods": (text_of(entries), CORE),
+                    "--budgets": (listed(granted), listed(parse_budgets(BUDGETS))),
+                    "--lengths": (listed(sizes), listed(LENGTHS)),
+                    "--tasks": (listed(task.name for task in chosen), listed(TASKS)),
+                    "--samples": (str(samples), str(SAMPLES)),
+                    "--seed": (str(seed), "0"),
+                    "--corpus": (str(corpus), "None"),
+                    "--repeats": (str(repeats), str(REPEATS)),
+                    "--profile": (listed(p.method if isinstance(p, Profile) else p for p in given), ""),
+                    "--dtype": (str(dtype).removeprefix("torch."), "auto"),
+                    "--device": (str(device), "auto"),
+                    **ray_options(ray, ray_workers),
+                },
+                {"--question-seen": question_seen},
+            ),
+        )
+        records = place.run(request, settings, folder, profiles=given, watch=watch)
+        shared = place.shared(request)
     cards = [card(part) for entry in entries for part in entry.parts]
     page = write_report(records, cards, folder, shared)
     return Comparison(tuple(records), folder, page)
@@ -214,6 +220,37 @@ def open_model(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[str
     if not hasattr(model, "config"):
         raise BadArgument("model", type(model).__name__, "give a name, a folder or an opened transformers model")
     return ModelShape.of(model).name, Loaded(model.eval(), tokenizer)
+
+
+def open_place(
+    model: Any, tokenizer: Any, dtype: Any, device: Any, ray: bool | str, workers: int | None
+) -> Here | Spread:
+    """Where a run is measured: in this process, or by the workers of Ray.
+
+    Raises:
+        BadArgument: as `open_model` and `RayCrew`; or a model that workers cannot open by themselves.
+        FoveateError: ray is not installed.
+    """
+    if not ray:
+        if workers is not None:
+            raise BadArgument("ray_workers", workers, "give ray (--ray), too")
+        return Here(*open_model(model, tokenizer, dtype, device))
+    if not isinstance(model, str | os.PathLike):
+        mend = "with ray every worker opens the model by itself; give its name, folder or file"
+        raise BadArgument("model", type(model).__name__, mend)
+    from foveate.evaluate.cluster import RayCrew
+
+    address = ray if isinstance(ray, str) and ray != "local" else ""
+    crew = RayCrew(os.fspath(model), dtype=dtype, device=device, address=address, workers=workers)
+    return Spread(str(model), crew)
+
+
+def ray_options(ray: bool | str, workers: int | None) -> dict[str, tuple[str, str]]:
+    """The options of a command line that spread it."""
+    return {
+        "--ray": ("local" if ray is True else ray or "", ""),
+        "--ray-workers": (str(workers), "None"),
+    }
 
 
 def command_line(

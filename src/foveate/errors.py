@@ -20,6 +20,9 @@ class BadArgument(FoveateError, ValueError):
         super().__init__(f"{argument}={value!r}: {mend}")
         self.argument, self.value, self.mend = argument, value, mend
 
+    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
+        return type(self), (self.argument, self.value, self.mend)  # so that it can come from another process
+
 
 class Refused(FoveateError, RuntimeError):
     """A method, model or operation cannot be had here; the message says which, and why."""
@@ -31,3 +34,6 @@ class Infeasible(FoveateError, ValueError):
     def __init__(self, message: str, floor: float) -> None:
         super().__init__(message)
         self.floor = floor
+
+    def __reduce__(self) -> tuple[type, tuple[str, float]]:
+        return type(self), (str(self), self.floor)

@@ -311,6 +311,27 @@ def test_ctrl_c_inside_a_write_leaves_no_half_line(tmp_path: Path, monkeypatch: 
     assert [r.cell.seed for r in read(tmp_path)] == [0, 2]
 
 
+def test_records_that_belong_together_are_written_together_or_not_at_all(tmp_path: Path, monkeypatch):
+    log = Log(tmp_path)
+    log.extend([a_record(0), a_record(1)])
+    whole = (tmp_path / RECORDS).read_bytes()
+    real = os.write
+
+    def interrupted(file: int, data: bytes) -> int:
+        real(file, bytes(data)[: len(data) * 3 // 4])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        log.extend([a_record(2), a_record(3)])
+    monkeypatch.undo()
+    assert (tmp_path / RECORDS).read_bytes() == whole
+    assert len(log.done()) == 2
+    log.extend([a_record(4)])
+    log.close()
+    assert [r.cell.seed for r in read(tmp_path)] == [0, 1, 4]
+
+
 def test_writing_short_pieces_still_writes_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     real = os.write
     monkeypatch.setattr(os, "write", lambda file, data: real(file, bytes(data)[:11]))

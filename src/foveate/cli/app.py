@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from foveate.cli import bench, calibrate, compare, methods, models, papers, show, tune
+from foveate.cli.options import with_ray_named
 from foveate.cli.screen import say
 from foveate.errors import FoveateError
 
@@ -30,7 +31,11 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and leave it: 0 when all went well, 2 after one line on stderr, 130 when it was interrupted."""
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="foveate", standalone_mode=False)
+        code = app(
+            args=with_ray_named(sys.argv[1:] if arguments is None else arguments),
+            prog_name="foveate",
+            standalone_mode=False,
+        )
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader went away (`foveate papers | head`): nothing is left to say, and flushing at exit would fail again.

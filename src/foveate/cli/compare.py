@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import AsJson, Device, Dtype, ModelName, whole_numbers
+from foveate.cli.options import AsJson, Device, Dtype, ModelName, Ray, RayWorkers, whole_numbers
 from foveate.cli.screen import Watcher, print_json, quiet_loading, say
 
 
@@ -35,6 +35,8 @@ def compare(
     profile: Annotated[list[Path] | None, typer.Option(help="Calibration file; may be given several times.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    ray: Ray = "",
+    ray_workers: RayWorkers = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on one model: quality, bytes held, prefill and decode time.
@@ -68,6 +70,8 @@ def compare(
                 profiles=profile or (),
                 dtype=dtype,
                 device=device,
+                ray=ray,
+                ray_workers=ray_workers,
                 watch=watch,
                 **{name: value for name, value in given.items() if value not in ("", None, ())},
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -13,6 +14,15 @@ ModelName = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Ray = Annotated[
+    str,
+    typer.Option(
+        help="Spread the work with Ray over this machine's GPUs or cores, or those of the cluster at an address."
+    ),
+]
+RayWorkers = Annotated[
+    int | None, typer.Option(help="With --ray, at most so many workers. Default: one per GPU or core.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
 
@@ -30,3 +40,15 @@ def whole_numbers(argument: str, text: str) -> tuple[int, ...]:
             except ValueError:
                 raise BadArgument(argument, part.strip(), "give whole numbers separated by commas") from None
     return tuple(numbers)
+
+
+def with_ray_named(words: Sequence[str]) -> list[str]:
+    """A bare `--ray` as `--ray local`; what follows it is taken where it could be an address (host:port, auto)."""
+    found: list[str] = []
+    for number, word in enumerate(words):
+        found.append(word)
+        following = words[number + 1] if number + 1 < len(words) else ""
+        address = following in ("auto", "local") or (":" in following and not following.startswith("-"))
+        if word == "--ray" and not address:
+            found.append("local")
+    return found

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import AsJson, Device, Dtype, ModelName, whole_numbers
+from foveate.cli.options import AsJson, Device, Dtype, ModelName, Ray, RayWorkers, whole_numbers
 from foveate.cli.screen import Watcher, print_json, quiet_loading, say
 
 
@@ -34,6 +34,8 @@ def tune(
     profile: Annotated[list[Path] | None, typer.Option(help="Calibration file; may be given several times.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    ray: Ray = "",
+    ray_workers: RayWorkers = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the method and setting that save most and lose at most --max-loss on this model and machine.
@@ -69,6 +71,8 @@ def tune(
                 profiles=profile or (),
                 dtype=dtype,
                 device=device,
+                ray=ray,
+                ray_workers=ray_workers,
                 watch=watch,
                 note=say,
                 **{name: value for name, value in given.items() if value not in ("", None, ())},

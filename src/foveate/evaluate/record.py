@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
@@ -351,8 +351,16 @@ class Log:
         Raises:
             FoveateError: the disk is full or the file cannot be written; the log then ends at the record before.
         """
-        self._write(record.to_json().encode() + b"\n")
-        self._records[record.cell.key()] = record
+        self.extend([record])
+
+    def extend(self, records: Sequence[Record]) -> None:
+        """Adds records that belong together: all of them or, if the write fails or is interrupted, none.
+
+        Raises:
+            FoveateError: as `append`.
+        """
+        self._write(b"".join(record.to_json().encode() + b"\n" for record in records))
+        self._records |= _latest(records)
 
     def _write(self, line: bytes) -> None:
         start = os.fstat(self._file).st_size

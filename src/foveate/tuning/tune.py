@@ -11,18 +11,26 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from foveate.comparison import TASKS, card, check_room, command_line, lengths_of, listed, open_model
+from foveate.comparison import (
+    TASKS,
+    card,
+    check_room,
+    command_line,
+    lengths_of,
+    listed,
+    open_place,
+    ray_options,
+)
 from foveate.engine.apply import apply
 from foveate.engine.tuned import Tuned
 from foveate.errors import BadArgument, FoveateError
 from foveate.evaluate.machine import describe, versions
 from foveate.evaluate.record import DENSE, Record, write_atomically
 from foveate.evaluate.request import Request, Watch, check_lengths
-from foveate.evaluate.runner import run
+from foveate.evaluate.scale import Here, Spread
 from foveate.evaluate.setting import Setting, bind
 from foveate.methods.base import Composition, Profile
 from foveate.methods.profile import built_in_profile, fingerprint, load_profile
-from foveate.models import Loaded
 from foveate.models.shape import ModelShape
 from foveate.report import write_report
 from foveate.tasks import corpus as open_corpus
@@ -152,6 +160,8 @@ def tune(
     dtype: Any = "auto",
     device: Any = "auto",
     tokenizer: Any = None,
+    ray: bool | str = False,
+    ray_workers: int | None = None,
     watch: Watch = lambda done, total, what: None,
     note: Callable[[str], None] = lambda words: None,
 ) -> Tuning:
@@ -168,6 +178,8 @@ def tune(
         max_loss: what may be lost, as a share of dense's mean score: "1%" or 0.01.
         methods: ids to choose from; "all" of those that can save the target.
         lengths, tasks, question_seen, corpus, profiles, dtype, device, tokenizer: as for `foveate.compare`.
+        ray, ray_workers: as for `foveate.compare`: spread the lengths and tasks of each batch of trials, and of the
+            check.
         samples: per length and task, of a whole trial (rounded up to an even number) and of the check.
         seed: of the samples and of the search.
         minutes: of the search; the check comes after it.
@@ -198,64 +210,62 @@ def tune(
     text = open_corpus(None if corpus is None else Path(corpus))
     given = [profiles] if isinstance(profiles, str | Path | Profile) else list(profiles)
     loaded = [p if isinstance(p, Profile) else load_profile(p) for p in given]
-    name, opened = open_model(model, tokenizer, dtype, device)
-    options = {
-        "--target": (target, TARGET),
-        "--max-loss": (f"{loss:g}", f"{MAX_LOSS:g}"),
-        "--methods": (listed([methods] if isinstance(methods, str) else methods), "all"),
-        "--lengths": (listed(sizes), listed(LENGTHS)),
-        "--tasks": (listed(task.name for task in chosen), listed(TASKS)),
-        "--samples": (str(samples), str(SAMPLES)),
-        "--seed": (str(seed), "0"),
-        "--minutes": (f"{minutes:g}", f"{MINUTES:g}"),
-        "--corpus": (str(corpus), "None"),
-        "--profile": (listed(p.method if isinstance(p, Profile) else p for p in given), ""),
-        "--dtype": (str(dtype).removeprefix("torch."), "auto"),
-        "--device": (str(device), "auto"),
-    }
-    chunk = min(CHUNK, samples)
-    request = Request(
-        model=name,
-        lengths=sizes,
-        tasks=tuple(chosen),
-        samples=chunk,
-        seed=seed,
-        question_seen=question_seen,
-        repeats=int(target != "kv-bytes"),
-        corpus=text,
-        command=command_line("tune", name, folder, options, {"--question-seen": question_seen}),
-    )
-    shape = ModelShape.of(opened.model)
-    check_lengths(request, shape, opened.tokenizer)
-    refused = unavailable(opened.model, space, loaded)
-    space = space.without(refused)
-    if not space.methods:
-        raise BadArgument("methods", methods, "; ".join(f"{n}: {why}" for n, why in refused.items()))
-    goal = Goal(target, loss, -(-samples // chunk))
-    terms = {
-        "model": fingerprint(shape),
-        "target": target,
-        "max_loss": loss,
-        "methods": space.methods,
-        "lengths": sizes,
-        "tasks": [task.name for task in chosen],
-        "samples": samples,
-        "seed": seed,
-        "question_seen": question_seen,
-    }
     short = forewarning(loss, samples, len(sizes) * len(chosen)) if all(t.chance is not None for t in chosen) else None
-    if short is not None:
-        note(f"{short}; what is found can only be a candidate")
-    work = Work(opened, request, folder, loaded, time.monotonic() + 60 * minutes, 60 * minutes, watch)
-    folder.mkdir(parents=True, exist_ok=True)
-    search = Search(folder, space, goal, terms, seed, work.chunk)
-    work.search = search
-    search.run(trials)
-    if not any(count for what, count in search.counts().items() if what != "stopped"):
-        raise FoveateError(
-            f"no trial ended within {minutes:g} minutes: give more --minutes, or fewer --samples, --tasks or --lengths"
+    with open_place(model, tokenizer, dtype, device, ray, ray_workers) as place:
+        options = {
+            "--target": (target, TARGET),
+            "--max-loss": (f"{loss:g}", f"{MAX_LOSS:g}"),
+            "--methods": (listed([methods] if isinstance(methods, str) else methods), "all"),
+            "--lengths": (listed(sizes), listed(LENGTHS)),
+            "--tasks": (listed(task.name for task in chosen), listed(TASKS)),
+            "--samples": (str(samples), str(SAMPLES)),
+            "--seed": (str(seed), "0"),
+            "--minutes": (f"{minutes:g}", f"{MINUTES:g}"),
+            "--corpus": (str(corpus), "None"),
+            "--profile": (listed(p.method if isinstance(p, Profile) else p for p in given), ""),
+            "--dtype": (str(dtype).removeprefix("torch."), "auto"),
+            "--device": (str(device), "auto"),
+            **ray_options(ray, ray_workers),
+        }
+        chunk = min(CHUNK, samples)
+        request = Request(
+            model=place.name,
+            lengths=sizes,
+            tasks=tuple(chosen),
+            samples=chunk,
+            seed=seed,
+            question_seen=question_seen,
+            repeats=int(target != "kv-bytes"),
+            corpus=text,
+            command=command_line("tune", place.name, folder, options, {"--question-seen": question_seen}),
         )
-    checked, costs = work.check(finalists(search.findings()), goal, samples)
+        shape, machine, refused = place.ask(survey, request, space, loaded)
+        space = space.without(refused)
+        if not space.methods:
+            raise BadArgument("methods", methods, "; ".join(f"{n}: {why}" for n, why in refused.items()))
+        goal = Goal(target, loss, -(-samples // chunk))
+        terms = {
+            "model": fingerprint(shape),
+            "target": target,
+            "max_loss": loss,
+            "methods": space.methods,
+            "lengths": sizes,
+            "tasks": [task.name for task in chosen],
+            "samples": samples,
+            "seed": seed,
+            "question_seen": question_seen,
+        }
+        if short is not None:
+            note(f"{short}; what is found can only be a candidate")
+        work = Work(place, request, folder, loaded, time.monotonic() + 60 * minutes, 60 * minutes, watch)
+        folder.mkdir(parents=True, exist_ok=True)
+        search = Search(folder, space, goal, terms, seed, work.chunk)
+        work.search = search
+        search.run(trials)
+        if not any(count for what, count in search.counts().items() if what != "stopped"):
+            mend = "give more --minutes, or fewer --samples, --tasks or --lengths"
+            raise FoveateError(f"no trial ended within {minutes:g} minutes: {mend}")
+        checked, costs = work.check(finalists(search.findings()), goal, samples)
     held = checked[-1] if checked and checked[-1][1].status != "over" else None
     found = Tuning(
         target=target,
@@ -276,10 +286,23 @@ def tune(
         needed = {m.id for m in held[0].composition.methods if built_in_profile(m.id, shape) is None}
         travelling = [profile for profile in loaded if profile.method in needed]
         facts = {k: v for k, v in found.summary.items() if k not in ("file", "out", "refused")}
-        facts |= {"command": request.command, "device": describe(opened.model.device), "versions": versions()}
+        facts |= {"command": request.command, "device": machine, "versions": versions()}
         tuned = Tuned(held[0].composition, fingerprint(shape), travelling, facts)
         write_atomically(folder / TUNED, (json.dumps(tuned.to_json(), indent=1) + "\n").encode())
     return found
+
+
+def survey(
+    model: Any, tokenizer: Any, request: Request, space: Space, profiles: Iterable[Profile]
+) -> tuple[ModelShape, str, dict[str, str]]:
+    """What a search must know of a model: its shape, the machine it is on, and the methods that it cannot have.
+
+    Raises:
+        BadArgument: a length that it cannot have.
+    """
+    shape = ModelShape.of(model)
+    check_lengths(request, shape, tokenizer)
+    return shape, describe(model.device), unavailable(model, space, profiles)
 
 
 def unavailable(model: Any, space: Space, profiles: Iterable[Profile]) -> dict[str, str]:
@@ -308,7 +331,7 @@ def finalists(findings: list[Finding]) -> list[Finding]:
 class Work:
     """Runs what the search and the check ask for, and watches the clock."""
 
-    opened: Loaded
+    place: Here | Spread
     request: Request
     folder: Path
     profiles: list[Profile]
@@ -329,7 +352,7 @@ class Work:
     def _run(self, request: Request, rows: Sequence[Setting], folder: Path, watch: Watch) -> list[Record]:
         wanted = {method.id for row in rows for method in row.composition.methods}
         profiles = [profile for profile in self.profiles if profile.method in wanted]
-        return run(self.opened.model, self.opened.tokenizer, request, rows, folder, profiles=profiles, watch=watch)
+        return self.place.run(request, rows, folder, profiles=profiles, watch=watch)
 
     def _on_time(self) -> Watch:
         """A watch that raises `Late` at the deadline."""
@@ -372,5 +395,5 @@ class Work:
                 break
         if records:
             cards = [card(method) for finding in findings for method in finding.composition.methods]
-            write_report(records, cards, folder, request.shared(self.opened.model))
+            write_report(records, cards, folder, self.place.shared(request))
         return checked, costs
