@@ -4,6 +4,7 @@ from foveate.cache.band import Band
 from foveate.cache.cache import FoveateCache
 from foveate.cache.chain import chained
 from foveate.cache.column import Column, FittedSide, Observed, PackedColumn, Side
+from foveate.cache.joint import JointColumn, JointSide, hold_together
 from foveate.cache.place import Place, PlacedColumn
 from foveate.cache.state import Blocks, Tag
 from foveate.cache.store import UNBOUNDED, Store, StoreSpec
@@ -17,6 +18,8 @@ __all__ = [
     "Column",
     "FittedSide",
     "FoveateCache",
+    "JointColumn",
+    "JointSide",
     "Observed",
     "PackedColumn",
     "Place",
@@ -27,4 +30,5 @@ __all__ = [
     "Tag",
     "View",
     "chained",
+    "hold_together",
 ]

@@ -373,6 +373,11 @@ class Band:
         self.k = self._packed(self.k, key_side, observed)
         self.v = None if self.v is None else self._packed(self.v, value_side, observed)
 
+    def swap(self, k: AnyColumn, v: AnyColumn | None) -> None:
+        """Hold keys and values in other columns."""
+        self._renew()
+        self.k, self.v = k, v
+
     def _packed(self, column: AnyColumn, side: Side | None, observed: Observed | None) -> AnyColumn:
         if side is None or not isinstance(column, Column):
             return column

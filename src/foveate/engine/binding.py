@@ -173,6 +173,7 @@ class Binding:
                 self.preparers,
             )
             new.touch(index)
+            sealing.join(new, plan)
         return new
 
     @property

@@ -195,8 +195,9 @@ def _reading(
     if call.cache is not None and call.cache.meter is not None:
         tally, phase = call.cache.meter, call.phase
 
-        def count(pairs: float) -> None:
-            tally[f"{phase}_read"] = tally.get(f"{phase}_read", 0.0) + pairs
+        def count(amount: float, of: str = "read") -> None:
+            name = f"{phase}_{of}"
+            tally[name] = tally.get(name, 0.0) + amount
 
         meter = count
 
@@ -344,6 +345,7 @@ def _finish(call: Call, plan: LayerPlan, layer: CourierLayer, index: int, how: R
                 lambda m: _context(call, plan, layer, layer.store, m, how),
                 owner.preparers,
             )
+            sealing.join(call.cache, plan)
         elif (layer.sealed or plan.settles_in_prompt) and not layer.record_past:
             owner.settle(layer)
     elif call.queries == 1 and not layer.record_past:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.cache import View
+from foveate.cache import FoveateCache, View, hold_together
 from foveate.cache.cache import CourierLayer
 from foveate.engine.plan import LayerPlan, feasible
 from foveate.methods.base import Method, uniform
@@ -53,6 +53,17 @@ def seal(
     layer.store.settle(layer.store.seen)
     layer.store.depart()
     layer.dirty = False
+
+
+def join(cache: FoveateCache, plan: LayerPlan) -> None:
+    """Hold the layers of a group together, if this layer, which was just sealed, is the last of it."""
+    joint = None if plan.codec is None else plan.codec.joint
+    if joint is None or joint.layers[-1] != plan.shape.index:
+        return
+    stores = [cache.layers[index].store for index in joint.layers]
+    hold_together(stores, joint.keys, joint.values, cache.owner if joint.turned else None)
+    for index in joint.layers:
+        cache.touch(index)
 
 
 def _granted(keeper: Method, plan: LayerPlan, shape: ModelShape, length: int) -> int | None:

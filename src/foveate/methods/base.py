@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Parts, Span
-from foveate.cache import Blocks, Place, Side, Tag, View, chained
+from foveate.cache import Blocks, JointSide, Place, Side, Tag, View, chained
 from foveate.errors import BadArgument
 from foveate.methods.budget import Budget
 from foveate.methods.context import Context, Probe
@@ -102,15 +102,31 @@ class Protect:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """How several layers hold their prompt together, once the last of them has it; a side of None stays exact.
+
+    Args:
+        layers: indices of the group, ascending.
+        turned: keys are handed over without their positions, and get them back when they are read.
+    """
+
+    layers: tuple[int, ...]
+    keys: JointSide | None
+    values: JointSide | None
+    turned: bool = True
+
+
+@dataclass(frozen=True)
 class Codec:
-    """How a layer holds what left the exact tail; a side of None stays exact."""
+    """How a layer holds what left the exact tail; a side of None stays exact. `joint`: what it holds with others."""
 
     keys: Side | None
     values: Side | None
+    joint: Joint | None = None
 
     def then(self, other: Codec) -> Codec:
         """This codec, and another for what it hands on."""
-        return Codec(chained(self.keys, other.keys), chained(self.values, other.values))
+        return Codec(chained(self.keys, other.keys), chained(self.values, other.values), self.joint or other.joint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +178,7 @@ class Method:
         every_step: True if `score` evicts at each decode step, not only when the prompt ends.
         croppable: False if what it made of tokens (`mine`, `shared`) is lost when the newest are taken back.
         hands_on: format: True if its packed tokens are still one vector each, which one more format can pack.
+        joint: format: True if its codec holds several layers together.
         whole_rows: True if its `attended` takes each query to have read all that is visible to it.
         calibrated: True if `plan` needs a profile, under some parameters at least (`needs_profile`).
         core: True for the few that a comparison runs when nobody names methods: together they show every kind.
@@ -184,6 +201,7 @@ class Method:
     every_step: ClassVar[bool] = False
     croppable: ClassVar[bool] = True
     hands_on: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     whole_rows: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     core: ClassVar[bool] = False
@@ -356,7 +374,9 @@ class Composition:
 
 def _clash(method: Method, other: Method) -> str | None:
     if method.aligned and "keep" in other.fills:
-        return f"{method.id} reads one list in all heads and layers, but {other.id} holds different tokens in them"
+        return f"{method.id} needs the same tokens in all heads and layers, but {other.id} holds different ones"
+    if method.joint and "format" in other.fills:
+        return f"{method.id} holds several layers together, but {other.id} holds each in a way of its own"
     if "format" in method.fills & other.fills and method.hands_on == other.hands_on:
         return "both fill the slot 'format', and one of two must hand on vectors that the other can pack; drop one"
     if method.whole_rows and other.fills & {"prefill", "decode"}:

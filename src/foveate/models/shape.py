@@ -45,7 +45,8 @@ class LayerShape:
     `head_dim` is the width of a query and key head, `v_head_dim` that of a value head, as the attention function sees
     them. `store_heads`, `store_k_dim` and `store_v_dim` are what one cached token costs: for latent attention (MLA) one
     head of `kv_lora_rank + qk_rope_head_dim` and nothing for the value, which is a view of the latent
-    (DeepSeek-V2, section 2.1). A layer that caches no keys and values has `store_heads == 0`.
+    (DeepSeek-V2, section 2.1); `latent_dim` is its `kv_lora_rank`, 0 elsewhere. A layer that caches no keys and values
+    has `store_heads == 0`.
 
     `window` counts the keys a query of a sliding layer sees, its own included; None without a limit.
     """
@@ -61,6 +62,7 @@ class LayerShape:
     store_heads: int
     store_k_dim: int
     store_v_dim: int
+    latent_dim: int = 0
 
     def held_tokens(self, length: int) -> int:
         """Tokens that a dense cache of this layer holds for the next query of a context of `length` tokens."""
@@ -223,7 +225,8 @@ def _layer(index: int, attention: str, config: Any) -> LayerShape:
         store = (1, config.kv_lora_rank + config.qk_rope_head_dim, 0)
     else:
         store = (kv_heads, head_dim, v_head_dim)
-    return LayerShape(index, kind, heads, kv_heads, head_dim, v_head_dim, window, latent, *store)
+    rank = config.kv_lora_rank if latent else 0
+    return LayerShape(index, kind, heads, kv_heads, head_dim, v_head_dim, window, latent, *store, latent_dim=rank)
 
 
 def _heads(config: Any, attention: str) -> tuple[int, int, int]:
