@@ -65,21 +65,42 @@ def test_it_says_what_it_does_not_serve(seed: int) -> None:
         assert choose(replace(request, forced=False)).name != "decode"
 
 
-def test_bands_in_one_launch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store of two bands, one of them a full window, is read as attention over what each head holds."""
-    monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
-    torch.manual_seed(seed)
-    store = Store(StoreSpec(heads=2, spans=(Span(2, torch.tensor([1 << 30, 9])),)))
-    k, v = torch.randn(2, 1, 2, 50, 16).unbind(0)
+def two_bands() -> tuple[Store, torch.Tensor, torch.Tensor]:
+    """A store of two rows, of whose heads one promises a window, which is full."""
+    store = Store(StoreSpec(heads=2, spans=(WINDOW,)))
+    k, v = torch.randn(2, 2, 2, 50, 16).unbind(0)
     store.append(k, v, None)
     store.settle(store.seen)
-    fixed = FixedStore(store, room=8)
-    past_k, past_v = k, v
-    for _ in range(12 - 8):
-        new_k, new_v, q = (torch.randn(1, h, 1, 16) for h in (2, 2, 6))
+    return store, k, v
+
+
+WINDOW = Span(2, torch.tensor([1 << 30, 9]))
+
+
+def test_bands_in_one_launch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels take in and read is attention over what each head holds, and what PyTorch takes in."""
+    torch.manual_seed(seed)
+    store, past_k, past_v = two_bands()
+    twin = FixedStore(store.fork(), room=30)
+    monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (False, ""))
+    assert twin.kernels is None
+    monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+    fixed = FixedStore(store, room=30)
+    assert fixed.kernels is not None
+    for _ in range(25):
+        new_k, new_v, q = (torch.randn(2, h, 1, 16) for h in (2, 2, 6))
         fixed.append(new_k, new_v)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "serves", lambda q, forced=False: (False, ""))
+            twin.append(new_k, new_v)
         past_k, past_v = torch.cat([past_k, new_k], 2), torch.cat([past_v, new_v], 2)
         got = fixed.attend(q, 0.25, None, None)
-        window = Span(2, torch.tensor([1 << 30, 9]))
-        want = Read(q, past_k, past_v, visible=(window,), options={"scale": 0.25}).truth()
+        want = Read(q, past_k, past_v, visible=(WINDOW,), options={"scale": 0.25}).truth()
+        assert got is not None
         assert_close(got, want.out, LIMIT[torch.float32])
+        for a, b in zip(fixed.bands, twin.bands, strict=True):
+            used = int(a.lengths.max())
+            assert torch.equal(a.lengths, b.lengths) and torch.equal(a.seen, b.seen) and torch.equal(a.turn, b.turn)
+            assert torch.equal(a.k[:, :used], b.k[:, :used])
+            assert torch.equal(a.values()[:, :used], b.values()[:, :used])
+            assert torch.equal(a.slot_positions()[:, :used], b.slot_positions()[:, :used])

@@ -13,9 +13,10 @@ import pytest
 import torch
 from tests.closeness import assert_close
 from tests.contract.runs import EXACT, left_padded, tokens
-from tests.contract.subjects import Case, applied, each_method, precise
+from tests.contract.subjects import CASES, Case, applied, each_method, model, precise
 from torch import Tensor, nn
 
+from foveate.attention import decoding
 from foveate.engine.apply import Handle
 from foveate.engine.captured import Forward
 
@@ -65,3 +66,22 @@ def test_recorded_steps_are_eager_steps(case: Case, family: str, seed: int) -> N
             eager.owner.settle(other)
             assert (layer.store.lengths == other.store.lengths).all()
             assert layer.columns == other.columns
+
+
+@pytest.mark.parametrize("name", ["snapkv", "duo-attention", "quest"])
+def test_kernels_make_the_same_steps(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but in Triton's interpreter: tokens arrive and are read by kernels."""
+    pytest.importorskip("triton")
+    if not decoding._interpreted():
+        pytest.skip("kernels run here in Triton's interpreter")
+    case = CASES[name]
+    net = model("llama", 2)
+    ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 8).unsqueeze(0)
+    with applied(net, case) as handle:
+        _, want = steps(net, handle, ids, None, new)
+        monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+        with recording(net, handle):
+            cache, got = steps(net, handle, ids, None, new)
+        assert cache.step is not None
+        assert all(store.kernels is not None for store in cache.step.call.stores.values())
+        assert_close(got, want, EXACT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -58,9 +59,7 @@ def _installed() -> bool:
 
 
 def _interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    return bool(import_module("triton.knobs").runtime.interpret)
 
 
 def run(request: Request) -> Partial:
@@ -79,15 +78,44 @@ def run(request: Request) -> Partial:
     )
 
 
-def stores(bands: Sequence[tuple[Tensor, Tensor, Tensor]], lengths: Tensor) -> Any:
-    """Stores that one launch reads: bands of k [P, C, Dk], v [P, C, Dv] and pair numbers [P], and the slots in use of
-    all pairs, int32, band by band. It holds addresses: make it anew when a band moves."""
-    return _kernels("decode").Stores.of(bands, lengths)
+class Held:
+    """Bands of a store, and what is counted for their pairs, as the kernels read and fill them. It holds addresses:
+    make it anew when a band moves.
+
+    Args:
+        stores: `triton.decode.Stores`; counters: `triton.arrive.Counters`; sizes: pairs of each band.
+    """
+
+    def __init__(self, stores: Any, counters: Any, sizes: Sequence[int]) -> None:
+        self.stores, self.counters = stores, counters
+        self.slots: tuple[Tensor, ...] = counters.slots.split(list(sizes))
+        """By band, where the newest token of each pair went, int32 [P]."""
+
+    def attend(self, q: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """Attention of q [B, H, 1, Dk] over all that is held: [B, H, 1, Dv]."""
+        return _kernels("decode").decode_ragged(q, self.stores, scale, softcap, sinks)[0]
+
+    def arrive(self, k: Tensor, v: Tensor | None) -> None:
+        """Take in a token of every pair: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv] or None."""
+        _kernels("arrive").arrive(k, v, self.stores, self.counters)
 
 
-def attend(q: Tensor, held: Any, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Attention of q [B, H, 1, Dk] over all that `stores` hold: [B, H, 1, Dv]."""
-    return _kernels("decode").decode_ragged(q, held, scale, softcap, sinks)[0]
+def held(
+    bands: Sequence[tuple[Tensor, Tensor, Tensor]],
+    counts: tuple[Tensor, Tensor, Tensor],
+    rings: Sequence[Tensor | None],
+    positions: Sequence[Tensor | None],
+) -> Held:
+    """Bands of k [P, C, Dk], v [P, C, Dv] and pair numbers [P].
+
+    Args:
+        counts: of all pairs, band by band: slots in use (int32), tokens seen and turns of full windows (int64).
+        rings: by band the slots of full windows in the order in which they are overwritten, int64 [P, W].
+        positions: by band int32 [P, C].
+    """
+    sizes = [len(band[2]) for band in bands]
+    stores = _kernels("decode").Stores.of(bands, counts[0])
+    return Held(stores, _kernels("arrive").counters(*counts, list(rings), list(positions), sizes), sizes)
 
 
 def _lengths(r: Request) -> Tensor:
@@ -112,7 +140,5 @@ def _near(r: Request) -> tuple[int, int] | None:
 
 
 def _kernels(module: str) -> Any:
-    from importlib import import_module
-
     found: ModuleType = import_module(f"foveate.attention.triton.{module}")
     return found

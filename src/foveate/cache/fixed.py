@@ -7,8 +7,6 @@ own counts are brought up to date behind each replay (`FixedBand.arrived`).
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,9 +29,11 @@ class FixedBand:
         band: what holds the tokens; it must have room for `room` more.
         room: steps that can be made.
         lengths: int32 [P], where it counts the slots in use.
+        seen: int64 [P], where it counts tokens: the position of the next one.
+        turn: int64 [P], where it counts those that a full window took.
     """
 
-    def __init__(self, band: Band, room: int, lengths: Tensor) -> None:
+    def __init__(self, band: Band, room: int, lengths: Tensor, seen: Tensor, turn: Tensor) -> None:
         reason = refusal(band)
         if reason:
             raise Refused(reason)
@@ -52,13 +52,9 @@ class FixedBand:
         self.even = False
         device = band.device
         self.pair = torch.arange(len(self.pairs), device=device)
-        self.lengths = lengths
-        """Slots in use, int32 [P]."""
-        self.seen = torch.zeros(len(self.pairs), dtype=torch.int64, device=device)
-        """Position of the next token, int64 [P]."""
+        self.lengths, self.seen, self.turn = lengths, seen, turn
         self.ring = self._ring() if self.cyclic else None
         """Slots of the window in the order in which they are overwritten, int64 [P, W]."""
-        self.turn = torch.zeros((), dtype=torch.int64, device=device)
         self.steps = 0
         self.refresh()
 
@@ -120,8 +116,7 @@ class FixedBand:
             slot = self.lengths.long()
             self.lengths += 1
         else:
-            # A tensor of no axes as an index would be waited for.
-            slot = self.ring.index_select(1, (self.turn % self.ring.shape[1]).view(1))[:, 0]
+            slot = self.ring.gather(1, (self.turn % self.ring.shape[1]).unsqueeze(1))[:, 0]
             self.turn += 1
             self.lengths.fill_(self.used)
         self.k[self.pair, slot] = k[:, 0]
@@ -129,9 +124,13 @@ class FixedBand:
             self.v[self.pair, slot] = v[:, 0]
         if self.positions is not None:
             self.positions.data[self.pair, slot] = self.seen.to(torch.int32)
+        self.seen += 1
+        self.note(slot)
+
+    def note(self, slot: Tensor) -> None:
+        """Tags and summaries of the newest tokens, which went to these slots [P]."""
         for tag in self.band.tags.values():
             tag.data[self.pair, slot] = tag.fill
-        self.seen += 1
         for name, spec in self.declared.items():
             block = slot // spec.size
             inside = block[:, None] * spec.size + torch.arange(spec.size, device=slot.device)
@@ -226,27 +225,45 @@ class FixedStore(Store):
     def __init__(self, store: Store, room: int) -> None:
         self.spec, self.rows = store.spec, store.rows
         counts = [len(band.pairs) for band in store.bands]
-        self.lengths_of_all = torch.zeros(sum(counts), dtype=torch.int32, device=store.bands[0].device)
+        device = store.bands[0].device
+        self.lengths_of_all = torch.zeros(sum(counts), dtype=torch.int32, device=device)
         """Slots in use by every pair, int32, band by band."""
-        parts = self.lengths_of_all.split(counts)
-        self.bands = [FixedBand(band, room, part) for band, part in zip(store.bands, parts, strict=True)]
-        self._stores: Any = None
+        self.seen_of_all, self.turn_of_all = torch.zeros(2, sum(counts), dtype=torch.int64, device=device).unbind(0)
+        parts = zip(*(x.split(counts) for x in (self.lengths_of_all, self.seen_of_all, self.turn_of_all)), strict=True)
+        self.bands = [FixedBand(band, room, *part) for band, part in zip(store.bands, parts, strict=True)]
+        self._kernels: decoding.Held | None = None
         self.whole = store.aligned and not any(band.bounded for band in store.bands)
 
     @property
     def aligned(self) -> bool:
         return self.whole
 
+    @property
+    def kernels(self) -> decoding.Held | None:
+        """All bands as the kernels read and fill them, or None where there are no kernels for this device."""
+        if self._kernels is None and decoding.serves(self.bands[0].k)[0]:
+            self._kernels = decoding.held(
+                [(b.keys(), b.values(), b.index) for b in self.bands],
+                (self.lengths_of_all, self.seen_of_all, self.turn_of_all),
+                [b.ring for b in self.bands],
+                [None if b.positions is None else b.positions.data for b in self.bands],
+            )
+        return self._kernels
+
     def attend(self, q: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor | None:
         """All that is held, of all bands in one launch, q [B, H, 1, Dk] -> [B, H, 1, Dv]; None where no kernel can."""
-        if not decoding.serves(q)[0]:
-            return None
-        if self._stores is None:
-            self._stores = decoding.stores([(b.keys(), b.values(), b.index) for b in self.bands], self.lengths_of_all)
-        return decoding.attend(q, self._stores, scale, softcap, sinks)
+        kernels = self.kernels
+        return None if kernels is None else kernels.attend(q, scale, softcap, sinks)
 
     def append(self, k: Tensor, v: Tensor | None, fresh: object = None) -> None:
         """Append one token of every row: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv]."""
+        kernels = self.kernels
+        if kernels is not None:
+            kernels.arrive(k, v)
+            for band, slot in zip(self.bands, kernels.slots, strict=True):
+                if band.tags or band.declared:
+                    band.note(slot.long())
+            return
         flat_k, flat_v = k.flatten(0, 1), None if v is None else v.flatten(0, 1)
         for band in self.bands:
             if len(band.pairs) == flat_k.shape[0]:
