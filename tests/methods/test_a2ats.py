@@ -99,6 +99,25 @@ def test_reads_what_the_codes_say(heads: int, kv_heads: int) -> None:
                 assert_close(read["result"].out[row, head * group : (head + 1) * group, 0], want, TOLERANCE)
 
 
+def test_a_budget_is_filled_by_what_the_heads_choose() -> None:
+    """The union of as many of each query head's best as fit, and of the next best as many as there is room for."""
+    model = llama(layers=1, heads=6, kv_heads=2)
+    profile = of(model)
+    with watching() as seen:
+        applied(model, A2ATS(budget=24, sink=3, window=5), prompt(1, 61), prompt(1, 1, seed=1), profile=profile)
+    book = Codebook.of(profile.tensors, "0")
+    fitting = {}
+    for k in range(1, 20):
+        union = truth(model, A2ATS(ratio=(k + 0.1) / 62, sink=3, window=5), seen[1], book, 62, 0)
+        fitting |= {(head, k): tokens for head, tokens in enumerate(union)}
+    for head in (0, 1):
+        got = set(listed(seen[1], 0, head))
+        assert len(got) == 24
+        inside = [k for k in range(1, 20) if len(fitting[head, k]) <= 24]
+        assert max(inside) >= 5  # what three heads choose that agree on nothing
+        assert set(fitting[head, max(inside)]) <= got <= set(fitting[head, max(inside) + 1])
+
+
 def test_all_tokens_is_dense() -> None:
     model, ids, steps = llama(), prompt(2, 41), prompt(2, 7, seed=1)
     want, _ = logits(model, ids, steps)
@@ -304,7 +323,7 @@ def test_below_the_floor_is_refused_with_it() -> None:
     model = llama()
     with foveate.apply(model, "dense") as handle, pytest.raises(foveate.Infeasible) as error:
         handle.bind(A2ATS(**{**SMALL, "budget": 0.04}), profile=of(model)).check(200)
-    assert error.value.floor == pytest.approx((3 + 6 + 3) / 200)
+    assert error.value.floor == pytest.approx((3 + 6 + 1) / 200)
 
 
 @pytest.mark.parametrize("bad", [{"ratio": 1.1}, {"ratio": -0.1}, {"sink": -1}, {"window": 0}], ids=str)

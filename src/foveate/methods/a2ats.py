@@ -38,8 +38,8 @@ class A2ATS(Method):
     bits, where 12 would do for 4096 centroids.
 
     Args:
-        ratio: of all tokens, how many each query head chooses between the first and the newest (rounded down). A budget
-            replaces it by as many tokens as meet the budget even if the query heads of a group agree on none.
+        ratio: of all tokens, how many each query head chooses between the first and the newest (rounded down). Under a
+            budget each chooses as many as fill it, together with the others of its group.
         sink, window: first and newest tokens that are always read, the query's own included.
         distance: b, where centroids stand when they are scored; must be that of the calibration.
 
@@ -72,10 +72,9 @@ class A2ATS(Method):
         books = self._books(profile, full)
         budget, most = Budget.of(self.budget), None
         if budget is not None:
-            group = max((layer.num_heads // layer.num_kv_heads for layer in full), default=1)
             fixed = self.sink + self.window
-            read = budget.read_tokens(shape, length, 0, name=self.id, floor=fixed + group)
-            most = UNBOUNDED if budget.whole else max(1, (read - fixed) // group)
+            read = budget.read_tokens(shape, length, 0, name=self.id, floor=fixed + 1)
+            most = UNBOUNDED if budget.whole else max(1, read - fixed)
         most = UNBOUNDED if self.ratio == 1 and budget is None else most
         roles = {index: Role("look up", extra={"most": most, "book": book}) for index, book in books.items()}
         return [roles.get(layer.index, Role()) for layer in shape.layers]
@@ -121,17 +120,14 @@ class A2ATS(Method):
         table = turned @ ctx.role.extra["book"].on(q.device).centroids.mT.unsqueeze(1)
         scores = table.gather(-1, codes.long().clamp_min(0)[:, :, None, None].expand(*table.shape[:-1], -1))
         scores = scores.masked_fill(~(seen & ~forced).unsqueeze(2), -torch.inf)
+        rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).amin(2)  # the best of the group
         if most is None:
-            count = ((last + 1).double() * self.ratio + 1e-9).long()
-            width = int(view.capacity * self.ratio + 1e-9)
+            chosen = seen & (rank < ((last + 1).double() * self.ratio + 1e-9).long())
+            most = q.shape[1] // stores * int(view.capacity * self.ratio + 1e-9)
         else:
-            count, width = torch.full_like(last, most), most
-        order = scores.argsort(dim=-1, descending=True, stable=True)[..., :width]
-        chosen = torch.arange(order.shape[-1], device=q.device) < count.unsqueeze(2)
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, chosen.expand_as(order))
-        read = (chosen & (scores > -torch.inf)).any(2) | (forced & seen)
-        widest = self.sink + self.window + q.shape[1] // stores * width
-        return Selection(lists=top_lists(torch.where(read, 0.0, -torch.inf), widest), q_block=1)
+            chosen = seen
+        value = torch.where(chosen, -rank.float(), -torch.inf).masked_fill(forced & seen, torch.inf)
+        return Selection(lists=top_lists(value, self.sink + self.window + most), q_block=1)
 
     def _codes(self, view: View, ctx: Context) -> Tensor:
         """Codes of all slots [B, Hs, C]; tokens that came since the last look get theirs."""
