@@ -193,8 +193,8 @@ def _merge(
 def tuning(q: Tensor, k_dim: int, rows: int) -> Tuning:
     """The layout that is used unless a caller names another."""
     row_bytes = k_dim * q.element_size()
-    if rows > 32:  # of the order of a prompt's work per token: one program fills a multiprocessor
-        return Tuning(64, 8, 2, 1) if row_bytes <= 1152 else Tuning(16, 8, 2, 1)
+    if rows > 32 and row_bytes <= 1152:  # much work per token: one program fills a multiprocessor
+        return Tuning(64 if q.element_size() == 2 else 16, 8, 2, 1)
     if row_bytes <= 128:
         return Tuning(128, 4, 3, 2)
     if row_bytes <= 256:
@@ -214,7 +214,7 @@ def run(
     rows = queries * (batch * heads // units)
     shared = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and v_dim <= k_dim
     layout = layout or tuning(q, k_dim, rows)
-    tile = min(64, max(16, power_of_two(rows)))
+    tile = min(64 if k_dim * q.element_size() <= 1152 else 16, max(16, power_of_two(rows)))
     tiles = -(-rows // tile)
     workers = max(1, multiprocessors(q.device) * layout.per_sm // tiles)
     part, weight = partials(workers + units, rows, v_dim, q.device)

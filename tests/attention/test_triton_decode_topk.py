@@ -1,0 +1,93 @@
+"""Scores and lists for decode steps, in Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.attention.test_triton_decode import DEVICE, made, on
+from tests.closeness import assert_close
+
+from foveate.errors import BadArgument
+from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.summaries import bound_scores, minmax
+
+pytest.importorskip("triton")
+
+from foveate.attention.triton import topk
+from foveate.attention.triton.topk import page_bounds, select_best, token_votes
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (torch.bfloat16, 80), (torch.float16, 128)])
+@pytest.mark.parametrize("group", [False, True])
+def test_bounds_of_pages(seed: int, dtype: torch.dtype, dim: int, group: bool) -> None:
+    torch.manual_seed(seed)
+    lengths = torch.tensor([[150, 33], [1, 96]], dtype=torch.int32)
+    k = made(dtype, 4, 10, 16, dim)
+    valid = (torch.arange(160) < lengths.flatten()[:, None]).view(4, 10, 16)
+    summary, q = minmax(k, k, valid), made(dtype, 2, 6, 1, dim)
+    want = bound_scores(q.double(), summary.double().view(2, 2, 10, -1))[:, :, 0]
+    newest = ((lengths - 1) // 16).repeat_interleave(3, dim=1).unsqueeze(-1)
+    want = want.masked_fill(torch.arange(10) == newest, torch.inf).masked_fill(torch.arange(10) > newest, -torch.inf)
+    if group:
+        want = want.view(2, 2, 3, 10).amax(2)
+    q, summary, lengths = on(q, summary, lengths)
+    assert_close(page_bounds(q, summary, lengths, 16, group=group).cpu(), want, 1e-5)
+
+
+@pytest.mark.parametrize("near", [(0, 0), (4, 60)])
+def test_votes_of_heads(seed: int, near: tuple[int, int]) -> None:
+    torch.manual_seed(seed)
+    lengths = torch.tensor([[600, 600], [70, 40]], dtype=torch.int32)
+    q, k = made(torch.float32, 2, 6, 1, 48), made(torch.float32, 4, 600, 48)
+    slot = torch.arange(600)
+    between = (slot >= near[0]) & (slot < lengths.unsqueeze(-1) - near[1])  # [B, Hs, C]
+    logits = torch.einsum("bhgd,bhcd->bhgc", q.double().view(2, 2, 3, 48), k.double().view(2, 2, 600, 48)) * 0.3
+    mass = logits.masked_fill(~between.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0).sum((1, 2))
+    want = mass.masked_fill(~between.any(1), -torch.inf)
+    k = k.masked_fill((slot >= lengths.flatten()[:, None]).unsqueeze(-1), torch.nan)
+    q, k, lengths = on(q, k, lengths)
+    assert_close(token_votes(q, k, lengths, 0.3, near=near).cpu(), want, 1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5, 64, 300])
+def test_lists_are_exact_and_the_first_of_equals_wins(seed: int, k: int) -> None:
+    torch.manual_seed(seed)
+    scores = torch.randn(5, 200)
+    scores[0] = scores[0].round()  # many ties
+    scores[1] = 0.0
+    scores[1, ::3] = -0.0
+    scores[2, 50:] = -torch.inf
+    scores[3, 7], scores[3, 100], scores[3, 9] = torch.inf, torch.inf, -3e38
+    scores[4] = -torch.inf
+    want = top_lists(scores, k)
+    lists, counts = (x.cpu() for x in select_best(on(scores)[0], k))
+    assert torch.equal(lists, want)
+    assert torch.equal(counts, (want >= 0).sum(-1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("k", [3, 20, 90])
+def test_long_rows_are_ordered_in_pieces(seed: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(seed)
+    monkeypatch.setattr(topk, "AT_ONCE", 64)
+    scores = torch.randn(2, 1, 400).mul(4).round()
+    scores[0, :, 30:] = -torch.inf
+    want = top_lists(scores, k)
+    lists, counts = (x.cpu() for x in select_best(on(scores)[0], k))
+    assert torch.equal(lists, want)
+    assert torch.equal(counts, (want >= 0).sum(-1, dtype=torch.int32))
+
+
+def test_refusals() -> None:
+    with pytest.raises(BadArgument, match="float32"):
+        select_best(torch.zeros(3, dtype=torch.float16), 2)
+    with pytest.raises(BadArgument, match="same dtype"):
+        page_bounds(torch.zeros(1, 2, 1, 16), torch.zeros(1, 3, 32).half(), torch.zeros(1, 1, dtype=torch.int32), 16)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="rows of this length take the interpreter too long")
+@pytest.mark.parametrize(("n", "k"), [(8192, 128), (16384, 2048), (131072, 2048), (100001, 700)])
+def test_lists_of_a_real_size(seed: int, n: int, k: int) -> None:
+    torch.manual_seed(seed)
+    scores = torch.randn(8, n)
+    lists, _ = select_best(scores.to(DEVICE), k)
+    assert torch.equal(lists.cpu(), top_lists(scores, k))
