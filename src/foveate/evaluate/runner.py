@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +22,7 @@ from foveate.evaluate.machine import describe, versions
 from foveate.evaluate.record import DENSE, Log, Record
 from foveate.evaluate.request import Request, Watch, check_lengths, make_samples
 from foveate.evaluate.setting import Bound, Setting, bind, check, open_profiles
+from foveate.evaluate.tally import Batches, Tally
 from foveate.evaluate.work import Draft, Known, Records, Work
 from foveate.methods.base import Profile
 from foveate.models.shape import ModelShape
@@ -40,9 +41,9 @@ def run(
 ) -> list[Record]:
     """Run every cell that the folder does not hold yet, and return the records of all cells of the request.
 
-    Everything that can be told from the arguments is checked before anything is written. Cells are written one by one
-    as soon as their group (one length and task, all settings) is complete, so a run that was killed goes on at the
-    first group that is not.
+    Everything that can be told from the arguments is checked before anything is written. Cells are written as soon as
+    their group (one length and task, all settings) is complete, and until then the batches that were measured are kept
+    beside them: a run that was killed goes on at the first batch of samples that is missing.
 
     Raises:
         BadArgument, Refused: a length, task, profile or method that cannot be had on this model.
@@ -50,8 +51,8 @@ def run(
     """
     with apply(model, DENSE) as handle, torch.inference_mode():
         runner = prepare(model, tokenizer, request, settings, handle, profiles, watch)
-        with Log(out, request.shared(model), request.command) as log:
-            runner.log = log
+        with Log(out, request.shared(model), request.command) as log, Batches(out) as batches:
+            runner.log, runner.batches = log, batches
             runner.run()
             done = log.done()
             return [done[cell.key()] for cell in request.cells(settings)]
@@ -82,28 +83,6 @@ def prepare(
     return Runner(model, tokenizer, shape, request, handle, bounds, samples, Draft(), watch)
 
 
-@dataclass
-class Tally:
-    """What one setting gathered in one group."""
-
-    answers: list[Answer] = field(default_factory=list)
-    read: dict[str, float] = field(default_factory=dict)
-    dense: dict[str, float] = field(default_factory=dict)
-
-    def add(self, batch: Batch, earlier: Batch | None) -> None:
-        """Count a batch's pairs; `earlier` is the shared batch it was forked from."""
-        for each in [batch] if earlier is None else [batch, earlier]:
-            for phase, pairs in (each.cache.meter or {}).items():
-                self.read[phase] = self.read.get(phase, 0.0) + pairs
-            for phase, pairs in each.dense.items():
-                self.dense[phase] = self.dense.get(phase, 0.0) + pairs
-
-    def share(self, phase: str) -> float | None:
-        """Pairs read over dense pairs; None where nothing was to be read."""
-        dense = self.dense.get(phase, 0.0)
-        return self.read.get(f"{phase}_read", 0.0) / dense if dense else None
-
-
 class Runner:
     """One run: which cells are missing, and how they are measured."""
 
@@ -121,6 +100,7 @@ class Runner:
     ) -> None:
         self.model, self.tokenizer, self.shape, self.request = model, tokenizer, shape, request
         self.handle, self.bounds, self.samples, self.log, self.watch = handle, list(bounds), samples, log, watch
+        self.batches = Batches()
         self.done, self.total = 0.0, 0.0
         self.dense = next(b.binding for b in bounds if b.setting.method == DENSE and b.binding is not None)
         # All settings of the run count, also those whose cells are done: what is captured changes how attention is
@@ -293,6 +273,11 @@ class Runner:
                     continue
                 what = f"{length} tokens, {task.name}, {bound.setting.label}"
                 self.watch(self.done, self.total, what)
+                cell = self.request.cell(bound.setting, length, task).key()
+                known_batch = self.batches.get(cell, start, len(some))
+                if known_batch is not None:
+                    tallies[key].add(known_batch)
+                    continue
                 try:
                     read = [bound.read(sample) for sample in some]
                     if bound.shares_prefill:
@@ -309,12 +294,16 @@ class Runner:
                         self._advance(length * len(some), what)
                     assert logits is not None
                     unread = not self.request.question_seen
-                    tallies[key].answers += answer(batch, logits, some, task, self.tokenizer, read, unread)
-                    tallies[key].add(batch, shared[0] if bound.shares_prefill and shared else None)
+                    answers = answer(batch, logits, some, task, self.tokenizer, read, unread)
                 except FoveateError as error:
                     state[key] = bound.refuse(error)
+                else:
+                    tally = Tally.of(answers, batch, shared[0] if bound.shares_prefill and shared else None)
+                    self.batches.add(cell, start, tally)
+                    tallies[key].add(tally)
                 self._advance(self._answer_work(length, task) * len(some) / len(samples), what)
         self._write(length, task, state, tallies, known)
+        self.batches.drop()
 
     def _read_shared(self, samples: Sequence[Sample]) -> tuple[Batch, torch.Tensor | None]:
         batch = Batch(self.model, self.shared.cache(), len(samples), self.shape)
