@@ -9,8 +9,8 @@ import torch
 from tests.attention.reads import Read, random_read, tensors
 from tests.closeness import assert_close
 
-from foveate.attention import ALL, Geometry, Selection, Span, attend, columns, merge
-from foveate.errors import BadArgument
+from foveate.attention import ALL, Geometry, Selection, Span, attend, columns, merge, triton_prefill
+from foveate.errors import BadArgument, Refused
 
 MODULE = import_module("foveate.attention.columns")  # its function has taken its name
 
@@ -81,6 +81,47 @@ def test_unseeing_queries_add_nothing() -> None:
     geometry = Geometry(1, 2, 3, torch.tensor([[0]]), torch.tensor([[-2]]))
     got = attend(q, torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), ALL, geometry)
     assert torch.equal(columns(q, torch.ones(1, 1, 3, 4), got.lse, ALL, geometry), torch.zeros(1, 1, 3))
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dim", "ragged", "options"),
+    [
+        ((1, 3, 1, 150, 150), 32, False, {}),
+        ((2, 4, 2, 70, 190), 80, True, {"softcap": 3.0}),
+        ((2, 2, 2, 100, 133), 16, False, {"scale": 0.3}),
+        ((1, 2, 1, 9, 200), 24, True, {}),  # the last queries alone: the sums of a window
+    ],
+)
+def test_the_kernel_gives_the_same(
+    seed: int, shape: tuple[int, int, int, int, int], dim: int, ragged: bool, options: dict[str, float], each: bool
+) -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available() or not triton_prefill._interpreted():
+        pytest.skip("needs Triton's interpreter")
+    torch.manual_seed(seed)
+    q, k, v = (x.float() for x in tensors(*shape, dim))
+    batch, _, k_heads, queries, keys = shape
+    geometry, valid = None, None
+    if ragged:
+        lengths = torch.randint(keys - 40, keys + 1, (batch, k_heads))
+        valid = torch.randint(0, queries + 1, (batch,))
+        geometry = Geometry(batch, queries, keys, lengths, lengths - queries)
+        k = k.masked_fill(torch.arange(keys).view(1, 1, -1, 1) >= lengths.view(batch, k_heads, 1, 1), torch.nan)
+    clean = k.nan_to_num(0.0)
+    lse = attend(q, clean, v, ALL, geometry, **options).lse
+    want = columns(q.double(), clean.double(), lse.double(), ALL, geometry, valid=valid, each=each, **options)
+    got = columns(q, k, lse, ALL, geometry, valid=valid, each=each, backend="triton", **options)
+    assert got.dtype == torch.float32
+    assert_close(got, want, 2e-6)
+
+
+def test_the_kernel_refuses_lists() -> None:
+    q = torch.ones(1, 1, 2, 4)
+    with pytest.raises(BadArgument, match="backend='cuda': choose one of triton, torch"):
+        columns(q, q, torch.zeros(1, 1, 2), backend="cuda")
+    with pytest.raises(Refused, match="cannot sum these columns"):
+        columns(q, q, torch.zeros(1, 1, 2), Selection(span=Span(0, 1)), backend="triton")
 
 
 def test_bad_shapes_are_named() -> None:

@@ -10,7 +10,11 @@ from torch import Tensor
 from foveate.attention.kernel import SCORES, fold
 from foveate.attention.scores import to_heads
 from foveate.attention.selection import ALL, Geometry, Selection, Span
-from foveate.errors import BadArgument
+from foveate.attention.triton_prefill import machine
+from foveate.errors import BadArgument, Refused
+
+_FEWEST = 16
+"""Fewest queries worth a kernel of their own."""
 
 
 def columns(
@@ -25,6 +29,7 @@ def columns(
     softcap: float | None = None,
     valid: Tensor | None = None,
     each: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """Column sums of the attention map: for each key, the probabilities exp(score - lse) of all queries that read it.
 
@@ -38,13 +43,15 @@ def columns(
         geometry, visible, scale, softcap: as given to `attend`.
         valid: int [B], how many of the N queries count in each row; None: all.
         each: a sum for each query head, instead of one for its group.
+        backend: "triton" for the kernel, which serves dense reads on CUDA unasked, or "torch"; None: the first that can.
 
     Returns:
         [B, Hk or H, M] float32 (float64 for float64), summed over the queries and the query heads of each group. The
         sum over M is the number of queries that count, times H / Hk.
 
     Raises:
-        BadArgument: shapes that do not fit each other.
+        BadArgument: shapes that do not fit each other, or no such backend.
+        Refused: the kernel cannot serve this read.
 
     Source: accumulated attention scores of H2O (Zhang et al. 2023, section 4), computed here from lse.
     """
@@ -62,6 +69,18 @@ def columns(
     out = torch.zeros(batch, heads if each else k_heads, keys, dtype=wide, device=q.device)
     if 0 in q.shape or keys == 0:
         return out
+    if backend not in (None, "triton", "torch"):
+        raise BadArgument("backend", backend, "choose one of triton, torch")
+    if backend != "torch":
+        reason = machine(q, backend is not None) or _beyond_kernel(q, k, selections, visible)
+        if backend is not None and reason:
+            raise Refused(f"the kernel cannot sum these columns: {reason}")
+        if not reason and (backend is not None or queries >= _FEWEST):
+            from foveate.attention.triton.block_sparse_tiles import Place
+            from foveate.attention.triton.columns import column_sums
+
+            at = Place(geometry.first, geometry.lengths)
+            return column_sums(q, k, lse, scale=factor, softcap=softcap, at=at, valid=valid, each=each)
     turned = k.to(wide).transpose(-1, -2)
     step = max(1, SCORES // (batch * heads * keys))
     for start in range(0, queries, step):
@@ -80,6 +99,17 @@ def columns(
         weights = scores.masked_fill_(~to_heads(mask, heads), -torch.inf).exp_()
         out[..., :end] += weights.view(batch, out.shape[1], -1, end).sum(2)
     return out
+
+
+def _beyond_kernel(q: Tensor, k: Tensor, selections: Sequence[Selection], visible: Sequence[Span]) -> str:
+    spans = [*visible, *(selection.span for selection in selections if selection.span is not None)]
+    if len(selections) > 1 or any(x.lists is not None for x in selections) or not all(x.unbounded for x in spans):
+        return "it reads all causal pairs"
+    if q.stride(3) != 1 or k.stride(3) != 1:
+        return "numbers of one head must lie side by side"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return "it has no gradients"
+    return ""
 
 
 def _union(

@@ -24,20 +24,21 @@ def can_run(request: Request) -> tuple[bool, str]:
     """Lists of aligned blocks, beside a span or alone, and reads of one span, on CUDA; forced, in Triton's interpreter
     too."""
     r = request
-    reason = _machine(r) or _read(r) or _span(r)
+    reason = machine(r.q, r.forced) or _read(r) or _span(r)
     return (False, reason) if reason else (True, "")
 
 
-def _machine(r: Request) -> str:
+def machine(q: Tensor, forced: bool) -> str:
+    """Why Triton's kernels cannot run on queries like these, or nothing."""
     if not _installed():
         return "Triton is not installed"
-    device = r.q.device.type
-    if device != "cuda" and not (r.forced and device == "cpu" and _interpreted()):
+    device = q.device.type
+    if device != "cuda" and not (forced and device == "cpu" and _interpreted()):
         return f"on {device} its kernels run in Triton's interpreter alone (TRITON_INTERPRET=1), when forced"
-    if r.q.dtype == torch.float64:
+    if q.dtype == torch.float64:
         return "it knows no float64"
-    if any(x.stride(3) != 1 and x.shape[3] > 1 for x in (r.q, r.k, r.v)):
-        return "numbers of one head must lie side by side"
+    if q.shape[3] > _WIDEST:
+        return f"heads wider than {_WIDEST}"
     return ""
 
 
@@ -57,7 +58,9 @@ def _read(r: Request) -> str:
         return "it adds no bias to scores"
     if not r.scale > 0:
         return f"the scale {r.scale} is not above 0"
-    if max(r.q.shape[3], r.v.shape[3]) > _WIDEST:
+    if any(x.stride(3) != 1 and x.shape[3] > 1 for x in (r.q, r.k, r.v)):
+        return "numbers of one head must lie side by side"
+    if r.v.shape[3] > _WIDEST:
         return f"heads wider than {_WIDEST}"
     if r.q.shape[2] < _FEWEST and not r.forced:
         return f"fewer than {_FEWEST} queries"

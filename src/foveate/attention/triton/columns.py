@@ -1,0 +1,116 @@
+"""Column sums of a causal attention map from a known lse: one program per tile of keys, no map in memory."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from foveate.attention.triton.block_sparse import LOG2E, padded
+from foveate.attention.triton.block_sparse_tiles import Place, jit, row_ends, strides
+
+
+def column_sums(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    at: Place | None = None,
+    valid: Tensor | None = None,
+    each: bool = False,
+) -> Tensor:
+    """For each key the probabilities exp(score - lse) of all queries that see it, by causality and length.
+
+    The sums of a window are those of its queries alone: give the last W rows of q and lse.
+
+    Args:
+        q: [B, H, N, Dk]; k: [B, Hk, M, Dk]; last axis contiguous.
+        lse: [B, H, N], natural logarithm; -inf where a query saw nothing.
+        scale, softcap: as given to `attend`.
+        at: where queries and keys stand, without a span.
+        valid: int [B], how many queries count in each row; None: all.
+        each: a sum for each query head, instead of one for its group.
+
+    Returns:
+        [B, Hk or H, M] float32.
+    """
+    at = at or Place()
+    batch, heads, queries, dim = q.shape
+    k_heads, keys = k.shape[1:3]
+    sums = torch.empty(batch, heads if each else k_heads, keys, dtype=torch.float32, device=q.device)
+    wide = q.dtype == torch.float32 or dim > 128
+    rows, columns = (32 if wide else 64), (64 if wide else 128)
+    across = -(-keys // columns)
+    _columns[(batch * sums.shape[1] * across,)](
+        q, k, lse.float().contiguous(), sums, valid, at.first, at.lengths,
+        *q.stride()[:3], *k.stride()[:3], *strides(at.first), *strides(at.lengths),
+        queries, keys, across,
+        scale * LOG2E if softcap is None else 2 * scale * LOG2E / softcap, 0.0 if softcap is None else softcap * LOG2E,
+        OUT_HEADS=sums.shape[1], HEADS=heads, K_GROUP=heads // k_heads, D=dim, WIDE=padded(dim),
+        CAP=softcap is not None, BM=rows, BN=columns, num_warps=4 if wide else 8, num_stages=2,
+    )  # fmt: skip
+    return sums
+
+
+@jit
+def _weights(k, q_base, lse_base, i, count, qsn, factor, cap, D: tl.constexpr, WIDE: tl.constexpr, CAP: tl.constexpr):
+    """Probabilities [keys, queries] without regard to what is seen; queries that do not count give 0."""
+    d = tl.arange(0, WIDE)
+    real = i < count
+    at = q_base + i.to(tl.int64)[:, None] * qsn + d[None, :]
+    q = tl.load(at, mask=real[:, None] & (d < D)[None, :], other=0.0)
+    lse = tl.load(lse_base + i, mask=real, other=float("-inf"))
+    s = tl.dot(k, tl.trans(q), input_precision="tf32x3") * factor
+    if CAP:
+        s = cap - 2 * cap / (tl.exp2(s) + 1)
+    return tl.exp2(s - tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)[None, :])
+
+
+@jit
+def _columns(
+    q_ptr, k_ptr, lse_ptr, sums_ptr, valid_ptr, first_ptr, lengths_ptr,
+    qsb, qsh, qsn, ksb, ksh, ksm, fsb, fsh, lsb, lsh, queries, keys, across, factor, cap,
+    OUT_HEADS: tl.constexpr, HEADS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    CAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    GROUP: tl.constexpr = HEADS // OUT_HEADS
+    pid = tl.program_id(0)
+    # Early keys are seen by most queries: they run first, for all heads side by side.
+    tile = pid // OUT_HEADS % across
+    b = pid // OUT_HEADS // across
+    head = pid % OUT_HEADS * GROUP
+    h = head // K_GROUP
+    first = keys - queries
+    if first_ptr is not None:
+        first = tl.load(first_ptr + b * fsb + h * fsh).to(tl.int32)
+    length = keys
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.load(lengths_ptr + b * lsb + h * lsh).to(tl.int32), keys)
+    count = queries
+    if valid_ptr is not None:
+        count = tl.minimum(tl.load(valid_ptr + b).to(tl.int32), queries)
+    cols = tile * BN + tl.arange(0, BN)
+    held = (cols < length) & (cols < first + queries)
+    d = tl.arange(0, WIDE)
+    k_at = k_ptr + b.to(tl.int64) * ksb + h.to(tl.int64) * ksh + cols.to(tl.int64)[:, None] * ksm + d[None, :]
+    k = tl.load(k_at, mask=held[:, None] & (d < D)[None, :], other=0.0)
+    # Tiles of queries: those that see some of the keys, then those that see all of them.
+    low = tl.maximum(tile * BN - first, 0) // BM
+    high = tl.cdiv(tl.maximum(tile * BN + BN - 1 - first, 0), BM)
+    end = tl.where(tile * BN < length, tl.cdiv(count, BM), 0)
+    sums = tl.zeros((BN,), tl.float32)
+    for g in range(GROUP):
+        q_base = q_ptr + b.to(tl.int64) * qsb + (head + g).to(tl.int64) * qsh
+        lse_base = lse_ptr + (b.to(tl.int64) * HEADS + head + g) * queries
+        for t in tl.range(low, tl.minimum(high, end)):
+            i = t * BM + tl.arange(0, BM)
+            p = _weights(k, q_base, lse_base, i, count, qsn, factor, cap, D, WIDE, CAP)
+            ends = row_ends(i, b, h, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
+            sums += tl.sum(tl.where(cols[:, None] < ends[None, :], p, 0.0), 1)
+        for t in tl.range(tl.maximum(high, low), end):
+            i = t * BM + tl.arange(0, BM)
+            sums += tl.sum(_weights(k, q_base, lse_base, i, count, qsn, factor, cap, D, WIDE, CAP), 1)
+    to = sums_ptr + (b.to(tl.int64) * OUT_HEADS + pid % OUT_HEADS) * keys + cols
+    tl.store(to, tl.where(held, sums, 0.0), mask=cols < keys)
