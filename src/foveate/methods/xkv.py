@@ -29,7 +29,8 @@ class XKV(Method):
     released code multiplies back at once and stores what it had before.
 
     Under latent attention (MLA) the latents are held so, under `rank_k`; the rotated channels beside them stay exact.
-    The last group may be smaller. With `group` 1 it is a decomposition of each layer alone.
+    The last group may be smaller. With `group` 1 it is a decomposition of each layer alone. Candidates of assisted
+    decoding that come with the prompt itself still read it exactly, but in the last layer of a group.
 
     Args:
         group: layers that share a basis.
@@ -45,7 +46,7 @@ class XKV(Method):
     slots = frozenset({"format"})
     aligned = True
     joint = True
-    search = tries(group=(1, 2, 4, 8), budget=(0.125, 0.25, 0.5))
+    search = tries(group=(1, 2, 4, 8))
 
     group: int = 4
     rank_k: int = 512
