@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tests.attention.reads import Read, random_lists, tensors
@@ -13,8 +14,10 @@ from tests.closeness import LIMIT, assert_close
 from foveate.attention import Geometry, Selection, Span, decoding
 from foveate.attention.backends import choose
 from foveate.attention.request import normal
-from foveate.cache import Store, StoreSpec
+from foveate.cache import Blocks, Store, StoreSpec, View
 from foveate.cache.fixed import FixedStore
+from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.summaries import minmax, page_scores
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not decoding._interpreted(), reason="kernels run here in Triton's interpreter")
@@ -104,3 +107,21 @@ def test_bands_in_one_launch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
             assert torch.equal(a.k[:, :used], b.k[:, :used])
             assert torch.equal(a.values()[:, :used], b.values()[:, :used])
             assert torch.equal(a.slot_positions()[:, :used], b.slot_positions()[:, :used])
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_pages_and_lists_as_pytorch_chooses_them(seed: int, group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds and best pages of the kernels are those of the plain path."""
+    torch.manual_seed(seed)
+    store = Store(StoreSpec(heads=2, blocks={"pages": Blocks(8, minmax)}))
+    k, v = torch.randn(2, 3, 2, 77, 16).unbind(0)
+    store.append(k, v, np.array([77, 64, 9]))
+    view, q = View(store, np.ones(3, dtype=np.int64)), torch.randn(3, 6, 1, 16)
+    monkeypatch.setattr(decoding, "serves", lambda x, forced=False: (False, ""))
+    want = page_scores(q, view, "pages", 8, group=group)
+    listed = top_lists(want, 4)
+    monkeypatch.setattr(decoding, "serves", lambda x, forced=False: (True, ""))
+    got = page_scores(q, view, "pages", 8, group=group)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(top_lists(want, 4), listed)
+    assert torch.equal(top_lists(want, 99), top_lists(want, want.shape[-1]))

@@ -118,6 +118,18 @@ def held(
     return Held(stores, _kernels("arrive").counters(*counts, list(rings), list(positions), sizes), sizes)
 
 
+def best(scores: Tensor, k: int) -> Tensor:
+    """The k best of each row of scores [..., n], exactly, the first of equal ones: int32 [..., min(k, n)], ascending,
+    -1 behind the end; -inf is never chosen."""
+    return _kernels("topk").select_best(scores, k)[0]
+
+
+def page_bounds(q: Tensor, summary: Tensor, lengths: Tensor, page: int, *, group: bool) -> Tensor:
+    """The largest q·k of any key in each page, from minima and maxima [B * Hs, pages, 2 D] of its keys: float32
+    [B, H, pages], or [B, Hs, pages] by `group`; +inf for the newest page, -inf behind it."""
+    return _kernels("topk").page_bounds(q, summary, lengths, page, group=group)
+
+
 def _lengths(r: Request) -> Tensor:
     """Slots that the query of each (row, store head) may read, int32 [B, Hk]."""
     batch, _, stores, _, keys = r.shape

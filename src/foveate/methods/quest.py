@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Parts, Selection
@@ -15,7 +14,7 @@ from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Needs, Profile, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.methods.policies.lists import top_lists
-from foveate.methods.policies.summaries import bound_scores, minmax
+from foveate.methods.policies.summaries import minmax, page_scores
 from foveate.models.shape import ModelShape
 
 LEAST_PAGES = 3
@@ -74,13 +73,5 @@ class Quest(Method):
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         if ctx.role.name != "select":
             return ALL
-        bound = bound_scores(q, view.blocks(self.id))
-        batch, heads, queries, pages = bound.shape
-        stores = view.lengths.shape[1]
-        if self.share == "group":
-            bound = bound.view(batch, stores, heads // stores, queries, pages).amax(2)
-        own = (view.lengths - view.fresh[:, None]).unsqueeze(-1) + torch.arange(queries, device=q.device)
-        newest = (own // self.page).repeat_interleave(bound.shape[1] // stores, dim=1).unsqueeze(-1)
-        number = torch.arange(pages, device=q.device)
-        bound = bound.masked_fill(number == newest, torch.inf).masked_fill(number > newest, -torch.inf)
+        bound = page_scores(q, view, self.id, self.page, group=self.share == "group")
         return Selection(lists=top_lists(bound, ctx.role.extra["pages"]), q_block=1, k_block=self.page)

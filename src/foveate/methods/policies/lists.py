@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.attention import decoding
+
 
 def top_lists(scores: Tensor, k: int) -> Tensor:
     """The k best blocks per list, ascending, int32.
@@ -18,6 +20,8 @@ def top_lists(scores: Tensor, k: int) -> Tensor:
     """
     blocks = scores.shape[-1]
     k = min(k, blocks)
+    if k > 0 and scores.dtype == torch.float32 and not scores.requires_grad and decoding.serves(scores)[0]:
+        return decoding.best(scores, k)
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
     order = order.masked_fill(scores.gather(-1, order) == -torch.inf, blocks)
     return _packed(order.sort(dim=-1).values, blocks)
