@@ -35,3 +35,12 @@ def test_nothing_and_bad_pairs():
     assert paired_many([]) == []
     with pytest.raises(ValueError, match="one per sample of the baseline"):
         paired_many([([0.5, 0.2], [0.1])])
+
+
+def test_large_samples_show_smaller_p_than_draws_can():
+    rng = random.Random(4)
+    base = [rng.random() for _ in range(200)]
+    (found,) = paired_many([([b + rng.uniform(0, 0.5) for b in base], base)])
+    assert 0 < found.p < 1e-12
+    (exact,) = paired_many([([b + 0.01 * (i + 1) for i, b in enumerate(base[:14])], base[:14])])
+    assert exact.p == 2 / 2**14

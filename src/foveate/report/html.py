@@ -241,7 +241,8 @@ def _distinct(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(value for value in values if value))
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of this package, with its style sheet, its script and the spelling of numbers."""
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -283,7 +284,7 @@ def render(
             versions.setdefault(name, set()).add(version)
     done = [record for record in records if record.status == "done"]
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             models=_distinct([view.model for view in views]),
