@@ -43,7 +43,7 @@ def columns(
         geometry, visible, scale, softcap: as given to `attend`.
         valid: int [B], how many of the N queries count in each row; None: all.
         each: a sum for each query head, instead of one for its group.
-        backend: "triton" for the kernel, which serves dense reads on CUDA unasked, or "torch"; None: the first that can.
+        backend: "triton" for the kernel, which serves dense reads on CUDA unasked, or "torch"; None: whichever can.
 
     Returns:
         [B, Hk or H, M] float32 (float64 for float64), summed over the queries and the query heads of each group. The

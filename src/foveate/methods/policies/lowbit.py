@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.attention.triton_prefill import machine
+
 AT_ONCE = 1 << 24
 """Estimated logits that are in memory at a time, at least one block of queries."""
 
@@ -35,6 +37,7 @@ def block_peaks(
     tile: int,
     scale: float,
     softcap: float | None = None,
+    kernel: bool | None = None,
 ) -> Tensor:
     """The largest of (estimated logit - lse of its query) in each pair of blocks, float32 [H, query, key blocks].
 
@@ -45,6 +48,7 @@ def block_peaks(
     Args:
         q: [H, n, D]; k: [Hs, m, D], shared by the H / Hs query heads of a group; the n queries are the last of m keys.
         lse: [H, n], what the logits of each query are compared with.
+        kernel: multiply by the Triton kernel; None: on CUDA, for blocks that it knows.
     """
     heads, n = lse.shape
     stores, m = k.shape[:2]
@@ -54,6 +58,12 @@ def block_peaks(
     per_query = (q.unflatten(0, (stores, group)) @ mean_k.unsqueeze(1).mT).flatten(0, 1)
     codes_q, scale_q = low_bit(q - mean_q, tile)
     codes_k, scale_k = low_bit(k - mean_k, tile)
+    if kernel or (kernel is None and _has_kernel(q, q_block, k_block, scale)):
+        from foveate.attention.triton.low_bit import code_peaks
+
+        asked = (codes_q.to(torch.int8), scale_q, per_query.squeeze(-1))
+        held = (codes_k.to(torch.int8), scale_k, per_key)
+        return code_peaks(asked, held, lse, q_block, k_block, scale=scale, softcap=softcap)
     scale_k = scale_k.repeat_interleave(group, dim=0).unsqueeze(1)
     peaks = q.new_full((heads, -(-n // q_block), -(-m // k_block)), -torch.inf)
     step = max(1, AT_ONCE // (heads * m * q_block)) * q_block
@@ -70,3 +80,11 @@ def block_peaks(
         part = part.unflatten(2, (-1, k_block)).amax(-1).unflatten(1, (-1, q_block)).amax(2)
         peaks[:, start // q_block : start // q_block + part.shape[1], : part.shape[2]] = part
     return peaks
+
+
+def _has_kernel(q: Tensor, q_block: int, k_block: int, scale: float) -> bool:
+    if scale <= 0 or machine(q.unsqueeze(0), forced=False):
+        return False
+    from foveate.attention.triton.low_bit import BLOCKS
+
+    return q_block in BLOCKS and k_block in BLOCKS
