@@ -7,8 +7,8 @@ from itertools import combinations
 import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
-from tests.contract.runs import EXACT, Run, assert_used, held, plain, run, spare_bytes, tokens
-from tests.contract.subjects import CASES, Case, assert_refusal, model, profiles
+from tests.contract.runs import EXACT, Run, assert_used, dense_bytes, held, plain, run, spare_bytes, tokens
+from tests.contract.subjects import CASES, Case, assert_refusal, model, precise, profiles
 from tests.contract.trace import same_reads, tracing
 from torch import nn
 
@@ -61,11 +61,11 @@ def test_every_pair(case: Case, other: Case, family: str, seed: int) -> None:
             cache = handle.cache()
             cache.meter = {}
             runs.append(run(net, cache, ids, then))
-            assert_used(net, cache, less=case.holds_less or other.holds_less)
             alone = [cost(net, handle, one, ids, then) for one in (CASES["dense"], case, other)]
             (dense, _), (one_holds, one_reads), (other_holds, other_reads) = alone
             # Who reads less by choice holds all, and summaries besides.
             summaries = max(0, one_holds - dense) + max(0, other_holds - dense)
+            assert_used(net, cache, less=min(one_holds, other_holds) + summaries < dense_bytes(net, cache))
             assert cache.nbytes <= min(one_holds, other_holds) + summaries + spare_bytes(net, cache)
             assert cache.meter["decode_read"] <= min(one_reads, other_reads) * 1.02
     if runs:
@@ -88,7 +88,8 @@ def cost(
 
 @pytest.mark.parametrize(("case", "other"), PAIRS)
 def test_a_partner_that_leaves_nothing_out_changes_nothing(case: Case, other: Case, seed: int) -> None:
-    net = model()
+    # One read in two parts rounds otherwise, and the last bit of a float32 decides which code a key gets.
+    net = precise(case if {"format", "weights"} & case.cls.slots else other)
     ids, then = tokens(seed, 1, 101), tokens(seed + 1, 1, 4)
     for acting, idle in ((case, other), (other, case)):
         handle = together(net, (acting, acting.method()), (idle, idle.whole()))

@@ -225,7 +225,8 @@ def test_unread_slots_may_hold_anything(case: Case, family: str, seed: int) -> N
         with selecting(case, lambda original, method, q, view, ctx: taken.pop(0)):
             got = decode(net, poisoned, then)
     assert torch.equal(got, want)
-    skips = "decode" in case.method().fills and not case.holds_less
+    # Who fills `weights` may change what is read instead of leaving it out.
+    skips = "decode" in case.method().fills and "weights" not in case.cls.slots and not case.holds_less
     assert (spoilt > 0) == skips, f"{spoilt} held slots are not read"
 
 

@@ -83,16 +83,23 @@ class LayerContext:
     def forward(self) -> dict[str, Any]:
         return self.scratch.setdefault(self.id, {})
 
-    def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result:
-        """Attend now, over a part that `select` then returns as a Partial."""
+    def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False, keys: Tensor | None = None) -> Result:
+        """Attend now, over a part that `select` then returns as a Partial; to other keys than those held, if given."""
         # Learned sinks take their mass once, when all parts are merged.
-        return read(self.store, q, parts, replace(self.how, sinks=None), lse=True, probs=probs)
+        how = replace(self.how, sinks=None)
+        return read(self.store, q, parts, how, lse=True, probs=probs, keys_instead=keys)
 
     def columns(self, q: Tensor, lse: Tensor) -> Tensor:
         """Attention mass of each slot over this forward's real queries, all of which read all that they may."""
         return head_columns(self.store, q, ALL, lse, self.how)
 
-    def count(self, pairs: float) -> None:
-        """Say how many query-key pairs a Partial read that the method attended by itself."""
+    @property
+    def counts(self) -> bool:
+        """Whether somebody counts."""
+        return self.how.meter is not None
+
+    def count(self, amount: float, of: str = "read") -> None:
+        """Say how many query-key pairs a Partial read that the method attended by itself, or how much of another cost
+        arose."""
         if self.how.meter is not None:
-            self.how.meter(float(pairs))
+            self.how.meter(float(amount), of)

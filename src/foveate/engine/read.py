@@ -28,7 +28,7 @@ class Reading:
         scale, softcap: of the logits.
         sinks: learned logits [H] that take softmax mass without a value (gpt-oss), or None.
         move: turns rotated queries by delta positions.
-        meter: called with the pairs read when somebody counts.
+        meter: called with the pairs read when somebody counts; of other costs with their amount and name.
         trace: called with (band, selection, geometry, visible spans, query heads of a pair) when somebody looks.
     """
 
@@ -38,7 +38,7 @@ class Reading:
     softcap: float | None = None
     sinks: Tensor | None = None
     move: Callable[[Tensor, Tensor], Tensor] | None = None
-    meter: Callable[[float], None] | None = None
+    meter: Callable[..., None] | None = None
     trace: Callable[[Band, Selection, Geometry, Sequence[Span], int], None] | None = None
 
     @property
@@ -47,10 +47,22 @@ class Reading:
         return self.rows.fresh
 
 
-def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = False, probs: bool = False) -> Result:
+def read(
+    store: Store,
+    q: Tensor,
+    parts: Parts,
+    how: Reading,
+    *,
+    lse: bool = False,
+    probs: bool = False,
+    keys_instead: Tensor | None = None,
+) -> Result:
     """Attend q [B, H, N, Dk] to the selected parts of what the store holds.
 
     Parts must be disjoint; they are intersected with causality, the spans and what is held.
+
+    Args:
+        keys_instead: [B, Hs, C, Dk], what the queries meet in place of the held keys, slot by slot.
     """
     batch, heads, queries, _ = q.shape
     group = heads // store.spec.heads
@@ -67,9 +79,11 @@ def read(store: Store, q: Tensor, parts: Parts, how: Reading, *, lse: bool = Fal
     placed = any(not isinstance(part, Partial) and part is not ALL for part in listed)
     outs: list[tuple[Band, Partial]] = []
     weights: list[Tensor] = []
-    for band in store.bands:
-        apart = is_apart(band)
+    others = [None] * len(store.bands) if keys_instead is None else store.scatter(keys_instead)
+    for band, other in zip(store.bands, others, strict=True):
+        apart = is_apart(band) and other is None
         keys, values = (None, None) if apart else _held(band)
+        keys = keys if other is None else other.unsqueeze(1)
         geometry = band.geometry(placed) if isinstance(band, FixedBand) else _geometry(band, how, queries)
         visible = how.spans if how.spans is not None else band.spans
         got: list[Partial] = []

@@ -71,8 +71,17 @@ class Context(Protocol):
     @property
     def forward(self) -> dict[str, Any]: ...
 
-    def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False) -> Result:
-        """Attend now, over a part that `select` then returns as a Partial."""
+    @property
+    def counts(self) -> bool:
+        """Whether somebody counts costs, for what is not worth working out otherwise."""
+        ...
+
+    def attend(self, q: Tensor, view: View, parts: Parts, *, probs: bool = False, keys: Tensor | None = None) -> Result:
+        """Attend now, over a part that `select` then returns as a Partial.
+
+        Args:
+            keys: [B, Hs, C, Dk] in place of the held keys, slot by slot (estimates of them).
+        """
         ...
 
     def columns(self, q: Tensor, lse: Tensor) -> Tensor:
@@ -80,8 +89,9 @@ class Context(Protocol):
         a second pass, with the lse [B, H, N] of the first."""
         ...
 
-    def count(self, pairs: float) -> None:
-        """Say how many query-key pairs a Partial read that the method attended by itself, not by `attend`."""
+    def count(self, amount: float, of: str = "read") -> None:
+        """Say how many query-key pairs a Partial read that the method attended by itself, not by `attend`; or how much
+        arose of another cost, such as multiplications ("macs"). `cache.meter` adds up by phase and name."""
         ...
 
 

@@ -1,0 +1,41 @@
+"""Keys followed by thresholded differences: what a delta network would have in its place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def follow(keys: Tensor, theta: float, known: Tensor, made: Tensor) -> Tensor:
+    """References r along the tokens of keys [..., C, D]: a channel of r_t is that of the key where it is at least
+    `theta` away from r_(t-1), and else stays. So every channel of every r is less than theta from its key, and
+    errors do not add up. The first r is the first key.
+
+    Args:
+        known: [..., C, D], references of the tokens that have one.
+        made: bool [..., C], which those are; all others are followed from the slot before.
+
+    Returns:
+        [..., C, D].
+
+    Source: DeltaLLM (2507.19608), abstract; the rule is that of delta networks.
+    """
+    out = known.clone()
+    missing = (~made).flatten(0, -2).any(0).nonzero().flatten()
+    if not len(missing):
+        return out
+    start = int(missing[0])
+    before = keys.select(-2, 0) if start == 0 else out.select(-2, start - 1)
+    for t in range(start, keys.shape[-2]):
+        now = keys.select(-2, t)
+        now = torch.where((now - before).abs() >= theta, now, before)
+        before = out.select(-2, t)
+        before.copy_(torch.where(made.select(-1, t).unsqueeze(-1), before, now))
+    return out
+
+
+def changes(references: Tensor) -> Tensor:
+    """How many channels of r_t [..., C, D] differ from r_(t-1), int64 [..., C]: the numbers that a delta stream stores,
+    and that a logit adds up. The first token's are those that are not 0."""
+    return torch.cat([references[..., :1, :], references.diff(dim=-2)], dim=-2).count_nonzero(dim=-1)
