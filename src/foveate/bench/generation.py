@@ -209,11 +209,17 @@ def peak(device: torch.device) -> int:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of weights that one token needs: all but the embedding table, of which it reads a row (a tied table is
-    read whole by the output head). Of a mixture of experts all are counted."""
+    """Bytes of weights that one step reads at least: all but the embedding table, of which it reads a few rows (a tied
+    table is read whole by the output head), and of routed experts those of one token."""
+    text = compat.text_config(model)
+    many = getattr(text, "n_routed_experts", None) or getattr(text, "num_experts", None) or 0
+    share = text.num_experts_per_tok / many if many else 1.0
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = sum(
+        int(p.numel() * p.element_size() * (share if ".experts." in name else 1))
+        for name, p in model.named_parameters()
+    )
     return total if head is not None and head.weight is table else total - table.numel() * table.element_size()
 
 

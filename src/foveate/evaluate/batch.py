@@ -13,7 +13,7 @@ from foveate.cache import FoveateCache
 from foveate.engine.binding import Binding
 from foveate.models.shape import ModelShape
 
-AT_ONCE = {"cpu": (8, 8192), "cuda": (64, 131072)}
+AT_ONCE = {"cpu": (8, 8192), "cuda": (64, 65536)}
 """By device: the most rows, and the most prompt tokens, that are read side by side. Decoding several short rows at once
 is what makes a CPU run bearable, and a GPU busy."""
 
