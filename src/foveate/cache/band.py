@@ -26,7 +26,7 @@ class Band:
         spans: the visibility these heads promise (host integers); what they hide may be freed.
         k, v: exact tensors [P, C, Dk] and [P, C, Dv]; v None when values are a slice of the keys (MLA).
         tags, blocks: what methods asked for.
-        place: which tokens leave the device, or None. Heads with a window hold a constant few tokens, which all stay.
+        place: which tokens leave the device, or None.
     """
 
     def __init__(
@@ -305,7 +305,7 @@ class Band:
         where = torch.from_numpy(pairs).to(self.device)
         last = torch.from_numpy(self.lengths[pairs] - 1).to(self.device)
         for column in self._columns():
-            assert isinstance(column, Column), "a packed body is cut by whole groups only"
+            assert not isinstance(column, PackedColumn), "a packed body is cut by whole groups only"
             column.move(slots.long(), last, where)
         left = self.lengths.copy()
         left[pairs] -= 1
@@ -334,7 +334,7 @@ class Band:
 
     def depart(self) -> None:
         """Bring the tokens to the host that belong there."""
-        if self.place is None or self.bounded:
+        if self.place is None or (self.bounded and not self.place.steady):
             return
         away = self.place.away(self.lengths)
         if (away <= self.away).all():

@@ -24,8 +24,8 @@ class Place:
         sink: first slots of each head that stay.
         recent: at most this many of the others stay, the newest.
         block: tokens leave in whole blocks of this many.
-        steady: tokens leave whenever there are too many on the device, in the prompt and behind it; False: once, when
-            the prompt is over, and later tokens stay.
+        steady: tokens leave whenever there are too many on the device, in the prompt and behind it. False: once, when
+            the prompt is over; later tokens stay, and heads with a window, whose tokens come and go, stay as a whole.
         limit: tokens of a row that both places together can take; a forward that brings more is refused. None: no end.
         device: where they go.
     """
@@ -131,6 +131,27 @@ class PlacedColumn:
         kept = Column(host.read(used), self.near.fill)  # put together on the host: it may not fit the device
         kept.gather(index.to(kept.data.device), capacity)
         self.__init__(Column(kept.data.to(self.near.data.device), self.near.fill), self.place)
+
+    def move(self, target: Tensor, source: Tensor, pairs: Tensor) -> None:
+        """Slot source[i] of pair pairs[i], its last, takes slot target[i]."""
+        to, at, pair = (x.cpu().long() for x in (target, source, pairs))
+        away, sink = torch.from_numpy(self.away)[pair], self.place.sink
+        near, far = self.near.data, self.far.data
+        from_far, to_far = ((x >= sink) & (x < sink + away) for x in (at, to))
+        here = torch.where(at < sink, at, at - away).masked_fill(from_far, 0).to(near.device)
+        value = near[pair.to(near.device), here]
+        if from_far.any():
+            last = far[pair[from_far].to(far.device), (at - sink)[from_far].to(far.device)]
+            value[from_far.to(near.device)] = last.to(near.device)
+        local = torch.where(to < sink, to, to - away)[~to_far].to(near.device)
+        near[pair[~to_far].to(near.device), local] = value[(~to_far).to(near.device)]
+        if to_far.any():
+            gone = value[to_far.to(near.device)].to(far.device)
+            far[pair[to_far].to(far.device), (to - sink)[to_far].to(far.device)] = gone
+        if from_far.any():
+            left = self.away.copy()
+            left[pair[from_far].numpy()] -= 1
+            self.away = left
 
     def pick(self, pairs: Tensor) -> PlacedColumn:
         new = PlacedColumn(self.near.pick(pairs), self.place)
