@@ -4,6 +4,7 @@ A page says what it wants between two comments, and everything between them is r
 
     <!-- source: src/foveate/methods/snapkv.py -->   the file, as a listing
     <!-- records: results/demo -->                   heading, table, picture, and how it was measured
+    <!-- bench: results/bench/decode.json -->        a bench's rows as a table, and how they were measured
     <!-- end -->
 
 A folder of records that is not there leaves the part empty, so nothing stands in a page that was not measured.
@@ -12,6 +13,7 @@ A folder of records that is not there leaves the part empty, so nothing stands i
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from foveate.report.terminal import refused_lines
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PICTURES = ROOT / "docs" / "images"
-PART = re.compile(r"(<!-- (source|records): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- (source|records|bench): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 STYLE = ROOT / "src" / "foveate" / "report" / "page.css"
 FONT = 'font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"'
 # The rules of the report's style sheet that a scatter plot needs.
@@ -111,6 +113,49 @@ def cells(view: View, row: Row) -> Iterator[str]:
     yield q.signed(sign * difference.difference) if difference else q.MISSING
 
 
+def benched(name: str) -> str:
+    """The rows of a bench as a Markdown table, those that could not be had below it."""
+    path = ROOT / name
+    if not path.is_file():
+        return ""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    shown = [column for column in BENCHED if any(row.get(column[1]) for row in data["rows"])]
+    lines = [
+        f"| method | tokens | {' | '.join(title for title, *_ in shown)} |",
+        f"|---|--:|{'--:|' * len(shown)}",
+    ]
+    notes = []
+    for row in data["rows"]:
+        label = row["method"].replace("|", "\\|")
+        if row.get("refused"):
+            notes.append(f"- {label}, {row['length']:,} tokens: {row['refused']}.")
+            continue
+        values = (format(row[key] * unit, how) if row.get(key) else q.MISSING for _, key, unit, how in shown)
+        lines.append(f"| {label} | {row['length']:,} | {' | '.join(values)} |")
+    machine, versions = data["rates"], ", ".join(f"{n} {v}" for n, v in sorted(data["versions"].items()))
+    lines += [
+        "",
+        *([*notes, ""] if notes else []),
+        f"{data['shape']} with random weights, {data['layers']} layers, bf16; {data['device']}, which reads "
+        f"{machine['bytes_per_s'] / 1e12:.2f} TB/s and multiplies at {machine['flops'] / 1e12:.0f} TFLOP/s; {versions}. "
+        f"`{data['command']}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+BENCHED = [
+    ("prefill, s", "prefill_ms", 1e-3, ".2f"),
+    ("ms per token", "decode_ms", 1, ".2f"),
+    ("floor", "decode_floor_ms", 1, ".2f"),
+    ("times the floor", "decode_of_floor", 1, ".2f"),
+    ("read per token, GB", "read_bytes", 1e-9, ".2f"),
+    ("held, GB", "kv_bytes", 1e-9, ".2f"),
+    ("peak, GB", "peak_bytes", 1e-9, ".1f"),
+]
+"""Title, key, unit and format of a bench's columns; those that no row has are left out."""
+
+
 def provenance(view: View, records: list[Record]) -> str:
     """How the figures came about, in three sentences."""
     lengths = ", ".join(f"{n:,}" for n in view.lengths)
@@ -139,7 +184,10 @@ def fill(page: Path) -> str:
     """The text of a page with its parts made anew."""
 
     def part(match: re.Match[str]) -> str:
-        made = listing(match[3]) if match[2] == "source" else measured(match[3], page)
+        if match[2] == "records":
+            made = measured(match[3], page)
+        else:
+            made = {"source": listing, "bench": benched}[match[2]](match[3])
         return f"{match[1]}{made}{match[4]}"
 
     return PART.sub(part, page.read_text(encoding="utf-8"))
