@@ -22,6 +22,7 @@ from tests.report.synthetic import make_records
 
 from foveate.evaluate.record import Record
 from foveate.report import MethodCard, write_report
+from foveate.report.diff import Run, diff, write_diff
 from foveate.report.summary import overall
 
 BROWSER = next(
@@ -106,6 +107,34 @@ addEventListener("load", () => {
   found.clean = rows().map((r) => r.dataset.loss);
   set("clean", false);
   found.all = rows().length;
+
+  const cells = all(".cells").filter(visible)[0];
+  const left = () => all("tbody tr", cells).filter((r) => !r.hidden);
+  const pick = (name, value) => {
+    const input = cells.querySelector(`[data-pick=${name}]`);
+    if (!input) return;
+    input.value = value;
+    input.dispatchEvent(new Event("input"));
+  };
+  found.cells = { all: left().length, picks: all("[data-pick]", cells).map((s) => s.dataset.pick) };
+  pick("method", "snapkv"); pick("length", "2048");
+  found.cells.picked = left().map((r) => [r.dataset.method, r.dataset.length]);
+  found.cells.said = cells.querySelector(".picked").textContent;
+  pick("method", ""); pick("slot", "keep");
+  found.cells.slots = [...new Set(left().map((r) => r.dataset.method))];
+  cells.querySelector("[data-clear]").click();
+  found.cells.cleared = left().length;
+  const head = cells.querySelectorAll("thead th")[4];
+  head.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
+  found.cells.sorted = left().map((r) => r.cells[4]?.dataset.sort ?? "").filter(Boolean).map(Number);
+  found.cells.focusable = head.tabIndex === 0 && all("select, button", cells).every((e) => e.tabIndex === 0);
+  const families = all('.tabs[data-group="use0-lengths"] button').filter((b) => b.dataset.show.includes("family"));
+  found.families = families.map((button) => {
+    button.click();
+    return [button.textContent, panels(), all("svg.scatter").filter(visible).length];
+  });
+  all('.tabs[data-group="use0-lengths"] button')[0].click();
+  found.curves = all("svg.curve").filter(visible).map(plot);
   found.fetched = performance.getEntriesByType("resource").map((e) => e.name);
   parent.postMessage(JSON.stringify(found), "*");
 });
@@ -121,7 +150,9 @@ FRAME = """<!doctype html><meta charset="utf-8"><body style="margin:0">
 });</script>
 <iframe src="probed.html" style="border:0;width:%dpx;height:%dpx"></iframe>"""
 WATCH = '<script>window.probeErrors = []; addEventListener("error", (e) => probeErrors.push(e.message));</script>'
+TASKS_RUN = ["needle", "niah_multiquery", "vt", "qa_1", "turns", "perplexity_positions", "ppl"]
 CARDS = [MethodCard("snapkv", "SnapKV", "arXiv:2404.14469", ("keep",), "Keeps what the last window looks at.")]
+CARDS += [MethodCard("kivi", "KIVI", "arXiv:2402.02750", ("format",), "Keys by channel, values by token.")]
 
 
 def browse(page: Path, folder: Path, *flags: str) -> str:
@@ -154,7 +185,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def records() -> list:
-    records = make_records(61, questions=(True, False), budgets=(0.25, 0.5, 0.75))
+    records = make_records(61, questions=(True, False), budgets=(0.25, 0.5, 0.75), tasks=TASKS_RUN[:-1])
     cell = replace(records[0].cell, method="needs-a-gpu", budget="0.5")
     reason = "the kernels of this method need an accelerator with compute capability 8.0, and this machine has none; "
     return [*records, Record(cell=cell, status="refused", refused=reason + "run it on such a machine")]
@@ -241,10 +272,10 @@ def test_maps_are_drawn_in_colour(seen: dict[str, Any], records: list):
 
 
 def test_tabs_show_one_panel_at_a_time(seen: dict[str, Any]):
-    lengths = ["use0-all", "use0-1024", "use0-2048", "use0-4096"]
+    names = ["all", "1024", "2048", "4096", *(f"family{i}" for i in range(6))]
     assert seen["panels"][0] == ["use0-all"]
-    assert seen["panels"][1:5] == [[name] for name in lengths]
-    assert seen["panels"][5:] == [["use0-4096"], ["use1-all"]]
+    assert seen["panels"][1:11] == [[f"use0-{name}"] for name in names]
+    assert seen["panels"][11:] == [["use0-family5"], ["use1-all"]]
 
 
 def test_a_pointer_on_a_point_shows_its_figures_and_its_method(seen: dict[str, Any]):
@@ -273,6 +304,53 @@ def test_filters_hide_rows(seen: dict[str, Any]):
     assert all(flag == "1" for _, flag in seen["front"])
     assert all(flag == "0" for flag in seen["clean"])
     assert max(len(seen["front"]), len(seen["clean"])) < seen["all"] == 1 + 9 * 3 + 1
+
+
+def test_every_cell_can_be_picked_and_sorted(seen: dict[str, Any], records: list):
+    cells = seen["cells"]
+    mine = [r for r in records if r.cell.question_seen]
+    assert cells["all"] == cells["cleared"] == len(mine)
+    assert cells["picks"] == ["method", "slot", "budget", "family", "task", "length"]
+    assert cells["picked"] == [["snapkv", "2048"]] * (3 * len(TASKS_RUN))
+    assert cells["said"] == f"{len(cells['picked'])} of {len(mine)}: method snapkv, length 2,048"
+    assert set(cells["slots"]) == {"snapkv", "snapkv|kivi"}
+    assert cells["sorted"] == sorted(cells["sorted"])
+    assert cells["focusable"]
+
+
+def test_families_have_plots_of_their_own(seen: dict[str, Any]):
+    names = ["needle", "perplexity", "ppl", "qa", "tracing", "turns"]
+    assert seen["families"] == [[name, [f"use0-family{i}"], 2] for i, name in enumerate(names)]
+
+
+def test_curves_are_drawn_inside_their_plots(seen: dict[str, Any], records: list):
+    rows = sum(row.cells > 0 and not row.dense for row in overall(records)[0].rows)
+    assert len(seen["curves"]) == 3 * rows, "turns, depths, and perplexity at the first length"
+    for plot in seen["curves"]:
+        assert plot["box"][2] - plot["box"][0] > 120
+        assert [text for text, *box in plot["texts"] if not within(box, plot["box"])] == []
+        ticks = [box for text, *box in plot["texts"] if re.fullmatch(r"[\d.,]+%?", text)]
+        for i, box in enumerate(ticks):
+            assert all(apart(box, other) for other in ticks[:i]), "tick labels run into each other"
+
+
+def test_a_page_of_differences(folder: Path, records: list):
+    later = [replace(r, scores=[s * 0.5 for s in r.scores]) if r.cell.method == "kivi" else r for r in records]
+    runs = [Run(name, tuple(some), {}) for name, some in (("a", records), ("b", later))]
+    page = write_diff(diff(*runs), folder / "diff")
+    copy = page.with_name("measured.html")
+    script = (
+        "<script>addEventListener('load', () => { const pick = document.querySelector('[data-pick=verdict]');"
+        "pick.value = 'noise'; pick.dispatchEvent(new Event('input'));"
+        "const rows = [...document.querySelectorAll('.cells tbody tr')].filter((r) => !r.hidden);"
+        "document.title = [probeErrors.length, document.documentElement.scrollWidth <= innerWidth,"
+        "rows.length > 0 && rows.every((r) => r.dataset.method === 'kivi')].join(' '); });</script></body>"
+    )
+    text = page.read_text(encoding="utf-8").replace("<head>", "<head>" + WATCH).replace("</body>", script)
+    copy.write_text(text, encoding="utf-8")
+    dom = browse(copy, folder, "--window-size=1280,1200", "--dump-dom")
+    found = re.search("<title>(.*?)</title>", dom)
+    assert found is not None and found[1] == "0 true true"
 
 
 def test_the_plots_are_painted(folder: Path):
@@ -313,4 +391,4 @@ def test_without_script_everything_is_still_there(page: Path, folder: Path):
     )
     copy.write_text(bare.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
     dom = browse(copy, folder, "--window-size=1280,1200", "--dump-dom")
-    assert "<title>8</title>" in dom, "two uses of four panels each, none hidden"
+    assert "<title>20</title>" in dom, "two uses of ten panels each, none hidden"
