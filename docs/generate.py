@@ -133,14 +133,10 @@ def benched(name: str) -> str:
         values = (format(row[key] * unit, how) if row.get(key) else q.MISSING for _, key, unit, how in shown)
         lines.append(f"| {label} | {row['length']:,} | {' | '.join(values)} |")
     machine, versions = data["rates"], ", ".join(f"{n} {v}" for n, v in sorted(data["versions"].items()))
-    lines += [
-        "",
-        *([*notes, ""] if notes else []),
-        f"{data['shape']} with random weights, {data['layers']} layers, bf16; {data['device']}, which reads "
-        f"{machine['bytes_per_s'] / 1e12:.2f} TB/s and multiplies at {machine['flops'] / 1e12:.0f} TFLOP/s; {versions}. "
-        f"`{data['command']}`",
-        "",
-    ]
+    speed = f"reads {machine['bytes_per_s'] / 1e12:.2f} TB/s and multiplies at {machine['flops'] / 1e12:.0f} TFLOP/s"
+    model = f"{data['shape']} with random weights, {data['layers']} layers, bf16"
+    made = f"{model}; {data['device']}, which {speed}; {versions}. `{data['command']}`"
+    lines += ["", *([*notes, ""] if notes else []), made, ""]
     return "\n".join(lines)
 
 
