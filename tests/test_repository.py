@@ -192,7 +192,7 @@ LAYERS = [
     {"methods"},
     {"engine", "papers", "retrieval"},
     {"evaluate"},
-    {"report"},
+    {"bench", "report"},
     {"comparison", "harness"},
     {"tuning"},
     {"cli"},
