@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from foveate.cli import bench, calibrate, compare, diff, methods, models, papers, show, tune
+from foveate.cli import bench, calibrate, compare, diff, harness, methods, models, papers, show, tune
 from foveate.cli.options import with_ray_named
 from foveate.cli.screen import say
 from foveate.errors import FoveateError
@@ -22,7 +22,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compare.compare, diff.diff, show.show, tune.tune, methods.methods, papers.papers, models.models):
+for command in (
+    compare.compare,
+    diff.diff,
+    show.show,
+    tune.tune,
+    harness.harness,
+    methods.methods,
+    papers.papers,
+    models.models,
+):
     app.command()(command)
 app.add_typer(bench.app)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(calibrate.calibrate)
