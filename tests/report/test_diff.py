@@ -186,8 +186,8 @@ def test_table_json_and_page_say_the_same(records: list[Record], tmp_path: Path)
     assert len(data["cells"]) == len(found.cells) == sum("data-verdict" in a for a in page.of("tr"))
     for row in data["rows"]:
         assert row["verdict"] in ("better", "worse", "noise", "identical")
-    assert "in a only" in text and "In a only" in shown
-    assert max(map(len, printed(found, 100).splitlines())) <= 100
+    assert "in a only" in text and "In a only" in shown and "…" not in printed(found, 80)
+    assert max(map(len, printed(found, 80).splitlines())) <= 128
 
 
 def test_folders(records: list[Record], tmp_path: Path):

@@ -14,6 +14,7 @@ from foveate.report.diff.verdict import verdict
 from foveate.report.quantities import MISSING, quality, signed
 
 _MOST = 30  # lines of a table of cells
+_NARROWEST = 128  # columns that the tables need
 
 _STYLES = {"better": "green", "worse": "red", "noise": "", "identical": "dim"}
 
@@ -41,8 +42,9 @@ def p_value(change: Change) -> str:
 def changes_table(changes: Sequence[Change], cells: bool) -> Table:
     """Changes as lines; those of cells say where."""
     table = Table(pad_edge=False, box=box.SIMPLE_HEAD)
-    for name in ["method", "budget", *(["length", "task"] if cells else ["families"])]:
-        table.add_column(name, justify="right" if name == "length" else "left")
+    table.add_column("method", no_wrap=True, min_width=max((len(change.name) for change in changes), default=0))
+    for name in ["length", "task"] if cells else ["families"]:
+        table.add_column(name, justify="right" if name == "length" else "left", min_width=6)
     for name in ("a", "b", "b - a", "n", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -51,8 +53,7 @@ def changes_table(changes: Sequence[Change], cells: bool) -> Table:
     for change in changes:
         where = [f"{change.length:,}", change.task] if cells and change.length else [change.family]
         table.add_row(
-            change.label,
-            change.budget or MISSING,
+            change.name,
             *where,
             quality(change.a),
             quality(change.b),
@@ -107,4 +108,6 @@ def report_diff(found: Difference) -> Group:
 
 def print_diff(found: Difference, console: Console | None = None) -> None:
     """Prints `report_diff` to the terminal."""
-    (console or Console()).print(report_diff(found))
+    console = console or Console()
+    console.width = max(console.width, _NARROWEST)  # a table that is cut off says nothing: lines are wrapped instead
+    console.print(report_diff(found))
