@@ -203,6 +203,43 @@ def test_layouts_change_nothing(seed: int) -> None:
         assert_close(lse, want.lse, BOUND[FULL])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    DEVICE.type == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="a kernel for Hopper, not interpreted"
+)
+@pytest.mark.parametrize(("columns", "warps", "stages"), [(128, 8, 2), (64, 8, 3), (64, 4, 2)])
+@pytest.mark.parametrize(
+    ("shape", "dims", "blocks", "list_heads"),
+    [
+        ((1, 2, 2, 1000, 1333), (128, 128), (128, 128), 2),
+        ((2, 8, 2, 777, 777), (64, 128), (64, 128), 2),
+        ((1, 4, 1, 130, 2050), (128, 64), (128, 128), 4),
+    ],
+)
+def test_exponentials_may_run_under_products(
+    seed: int,
+    shape: tuple[int, int, int, int, int],
+    dims: tuple[int, int],
+    blocks: tuple[int, int],
+    list_heads: int,
+    columns: int,
+    warps: int,
+    stages: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from foveate.attention.triton.block_sparse import Config, forward
+
+    read = listed(seed, shape, dims, blocks, list_heads)
+    want, lists = read.truth(HALF), read.selection.lists
+    assert lists is not None
+    layout = Config(128, columns, warps, stages, overlap=True)
+    poisoned(monkeypatch)
+    q, k, v = (x.to(HALF) for x in (read.q, read.k, read.v))
+    out, lse = forward(q, k, v, lists, *blocks, scale=dims[0] ** -0.5, layout=layout)
+    assert_close(out, want.out, BOUND[HALF])
+    assert_close(lse, want.lse, 1e-3)
+
+
 @pytest.mark.parametrize(
     ("shape", "dims", "blocks", "list_heads", "softcap"),
     [

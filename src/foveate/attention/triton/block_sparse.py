@@ -23,6 +23,8 @@ class Config(NamedTuple):
         specialize: give loading its own warps.
         ahead: read the next list entry one step early, so that no step waits for it.
         registers: most registers of a thread, which lets more programs share a processor; None: the compiler's choice.
+        overlap: the kernel that computes exponentials under matrix products, where it can serve (see
+            `block_sparse_overlap`); else this one.
     """
 
     rows: int = 128
@@ -33,6 +35,7 @@ class Config(NamedTuple):
     specialize: bool = False
     ahead: bool = True
     registers: int | None = None
+    overlap: bool = False
 
 
 def config(dtype: torch.dtype, k_dim: int, v_dim: int, k_block: int) -> Config:
@@ -114,6 +117,13 @@ def launch(
     prior: tuple[Tensor, Tensor] | None,
 ) -> None:
     """The kernel alone, over tiles that were found before (see `forward`)."""
+    if layout.overlap and softcap is None and prior is None and _overlaps(q, k, v, lists, k_block, how, layout, at):
+        from foveate.attention.triton import block_sparse_overlap
+
+        block_sparse_overlap.launch(
+            q, k, v, lists, places, out, lse, q_block, k_block, how, scale * LOG2E, layout.warps, layout.stages
+        )
+        return
     k_dim, v_dim, group = q.shape[3], v.shape[3], q.shape[1] // k.shape[1]
     wide_k, wide_v = padded(k_dim), padded(v_dim)
     tma = layout.tma and k_block >= how.columns and described(k) and described(v)
@@ -143,6 +153,17 @@ def launch(
         STAGES=layout.stages, SPECIALIZE=layout.specialize,
         num_warps=layout.warps if rows == layout.rows else min(4, layout.warps), num_stages=layout.stages, **options,
     )  # fmt: skip
+
+
+def _overlaps(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, k_block: int, how: Tiling, layout: Config, at: Place
+) -> bool:
+    """Whether the overlapping kernel can serve: Hopper, half precision, whole tiles by descriptor, the plain case."""
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9 or q.dtype == torch.float32:
+        return False
+    fits = {q.shape[3], v.shape[3]} <= {64, 128} and k_block % how.columns == 0 and lists.shape[3] > 0
+    plain = at.first is None and at.lengths is None and at.span is None
+    return fits and plain and how.rows * how.pack >= 16 * layout.warps and described(k) and described(v)
 
 
 def padded(dim: int) -> int:
