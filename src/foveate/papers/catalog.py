@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from foveate.errors import BadArgument
+from foveate.papers.claim import Claim
 
 ENTRIES = Path(__file__).parent / "entries"
 """The folder of the catalog's entries."""
@@ -33,6 +34,7 @@ class Paper:
         module: import path of the implementation; None while there is none.
         tests: pytest node ids of the tests of what the paper promises.
         what: one paragraph on what it does; present once it is implemented.
+        claim: its headline claim and how that is looked at here; None where it claims nothing that we looked up.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Paper:
     module: str | None = None
     tests: tuple[str, ...] = ()
     what: str | None = None
+    claim: Claim | None = None
 
     @property
     def url(self) -> str | None:
@@ -88,7 +91,8 @@ def _load() -> dict[str, Paper]:
     found = {}
     for file in sorted(ENTRIES.glob("*.toml")):
         fields = tomllib.loads(file.read_text(encoding="utf-8"))
-        entry = Paper(**{**fields, "tests": tuple(fields.get("tests", ()))})
+        claim = Claim.of(fields["id"], fields["claim"]) if "claim" in fields else None
+        entry = Paper(**{**fields, "tests": tuple(fields.get("tests", ())), "claim": claim})
         if entry.id != file.stem:
             raise BadArgument("id", entry.id, f"{file.name} must carry the id {file.stem}")
         found[entry.id] = entry
