@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 _FLUSH = 1 << 28
-"""Bytes that are written to drive everything else out of a GPU's L2 cache (50 MB on an H100)."""
+"""Bytes that are read to drive everything else out of a GPU's L2 cache (50 MB on an H100). What is read leaves nothing
+behind that would have to be written back while the clock runs."""
+_IN_A_GRAPH = 8
+"""Calls in one recorded graph."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,20 @@ def wait(device: torch.device) -> None:
 
 
 def clock(
-    work: Callable[[], Any], device: torch.device, *, repeats: int = 20, warm_up: int = 3, cold: bool = False
+    work: Callable[[], Any],
+    device: torch.device,
+    *,
+    repeats: int = 20,
+    warm_up: int = 3,
+    cold: bool = False,
+    recorded: bool = False,
 ) -> Timing:
     """Time `work`, each repeat alone: by the device's own events on a GPU, else by the host's clock.
 
     Args:
         cold: drive the inputs out of the cache before each repeat (GPU only).
+        recorded: replay the work from a CUDA graph, as a decode step runs it, so that what the host needs to launch
+            kernels is not counted (GPU only). Work that waits for the device cannot be recorded: RuntimeError.
     """
     for _ in range(warm_up):
         work()
@@ -69,16 +80,53 @@ def clock(
             wait(device)
             seconds.append(time.perf_counter() - start)
         return Timing.of(seconds)
-    buffer = torch.empty(_FLUSH if cold else 1, dtype=torch.int8, device=device)
+    flush = _flush(device) if cold else lambda: None
+    if not recorded:
+        return Timing.of(_timed(work, device, repeats, flush))
+
+    def both() -> None:
+        flush()
+        work()
+
+    # A graph takes some microseconds to start, so that it holds several calls; what flushing takes is timed alone.
+    seconds = _timed(_record(both, device), device, repeats)
+    spent = median(_timed(_record(flush, device), device, repeats)) if cold else 0.0
+    return Timing.of([max(0.0, each - spent) / _IN_A_GRAPH for each in seconds])
+
+
+def _timed(
+    work: Callable[[], Any], device: torch.device, repeats: int, before: Callable[[], Any] = lambda: None
+) -> list[float]:
+    """Seconds of each repeat by events of the device."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, stop in events:
-        if cold:
-            buffer.zero_()
+        before()
         start.record()
         work()
         stop.record()
     wait(device)
-    return Timing.of([start.elapsed_time(stop) / 1e3 for start, stop in events])
+    return [start.elapsed_time(stop) / 1e3 for start, stop in events]
+
+
+def _flush(device: torch.device) -> Callable[[], Any]:
+    buffer = torch.ones(_FLUSH // 4 // 4096, 4096, device=device)
+    sums = torch.empty(buffer.shape[0], device=device)
+    return lambda: torch.sum(buffer, dim=1, out=sums)
+
+
+def _record(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """Several calls of `work`, as one replay."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_IN_A_GRAPH):
+            work()
+    graph.replay()
+    return graph.replay
 
 
 @dataclass(frozen=True)
