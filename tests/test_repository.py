@@ -190,7 +190,7 @@ LAYERS = [
     {"cache", "models", "tasks"},
     {"heads"},
     {"methods"},
-    {"engine", "papers", "retrieval"},
+    {"diffusion", "engine", "papers", "retrieval"},
     {"evaluate"},
     {"bench", "report"},
     {"comparison", "harness"},

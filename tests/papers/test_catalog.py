@@ -12,7 +12,7 @@ from foveate.methods import METHODS
 from foveate.papers import Paper, catalog, paper, papers
 
 # The packages that design and code have, or will have, a paper in.
-HOMES = {"adapters", "applications", "bench", "cache", "convert", "evaluate", "heads", "inspect", "layers"}
+HOMES = {"adapters", "applications", "bench", "cache", "convert", "diffusion", "evaluate", "heads", "inspect", "layers"}
 HOMES |= {"methods", "parallel", "spatial", "tasks", "train"}
 FIRST = {"streaming-llm", "snapkv", "h2o", "duo-attention", "kivi", "flexprefill", "quest", "delta-attention"}
 HERE = "tests/papers/test_catalog.py"
