@@ -35,8 +35,8 @@ class Row:
 
     `families` holds the quality per family of tasks. `evidence_held` and `evidence_read` are the shares of the tokens
     with the evidence that were still held when the answer began and that its first step read. Shares and ratios are
-    relative to dense; None where nothing was measured. `front_bytes` and `front_decode` say whether the row is on the
-    Pareto front of quality against KV bytes and against decode time.
+    relative to dense; None where nothing was measured. `front_bytes`, `front_decode` and `front_pairs` say whether the
+    row is on the Pareto front of quality against KV bytes, decode time, and the pairs that a new token reads.
     """
 
     model: str
@@ -72,6 +72,7 @@ class Row:
     refusals: tuple[Refusal, ...]
     front_bytes: bool = False
     front_decode: bool = False
+    front_pairs: bool = False
 
     @property
     def dense(self) -> bool:

@@ -19,8 +19,17 @@ from foveate.report.quantities import bytes_text, milliseconds, percent, quality
 from foveate.report.rows import Row, View
 from foveate.report.series import Mark
 
-Cost = Literal["bytes", "decode"]
+Cost = Literal["bytes", "decode", "pairs"]
 _RADIUS = 4.6
+
+_COSTS: dict[Cost, tuple[Callable[[Row], float | None], Callable[[Row], bool]]] = {
+    "bytes": (lambda row: row.kv_bytes, lambda row: row.front_bytes),
+    "decode": (lambda row: row.decode_ms, lambda row: row.front_decode),
+    "pairs": (lambda row: row.pairs_read, lambda row: row.front_pairs),
+}
+"""What a row costs, and whether it is on the front of that cost."""
+
+_UNITS = {"decode": (1.0, "ms"), "pairs": (0.01, "%")}
 
 
 @dataclass(frozen=True)
@@ -104,13 +113,13 @@ class Scatter:
     Args:
         view: the rows to draw; those without the cost are left out, see `missing`.
         marks: row label -> mark.
-        cost: the x axis, held bytes or milliseconds per token.
+        cost: the x axis: held bytes, milliseconds per token, or the share of the dense pairs that a token reads.
         size: for which page width.
     """
 
     def __init__(self, view: View, marks: Mapping[str, Mark], cost: Cost, size: Size) -> None:
         self.view, self.marks, self.cost, self.size = view, marks, cost, size
-        price: Callable[[Row], float | None] = (lambda r: r.kv_bytes) if cost == "bytes" else (lambda r: r.decode_ms)
+        price, on_front = _COSTS[cost]
         known = [(r, v, c) for r in view.rows if (v := view.of(r)) and (c := price(r)) is not None and c > 0]
         self.missing = [row.name for row in view.rows if row.cells and price(row) is None]
         """Rows that have quality but not this cost."""
@@ -118,7 +127,7 @@ class Scatter:
         if not known:
             self.dots: list[_Dot] = []
             return
-        self.unit, self.unit_name = _unit(max(c for _, _, c in known)) if cost == "bytes" else (1.0, "ms")
+        self.unit, self.unit_name = _unit(max(c for _, _, c in known)) if cost == "bytes" else _UNITS[cost]
         costs = [c / self.unit for _, _, c in known]
         log = max(costs) / min(costs) > 2.5
         low, high = padded(costs, 0.07, log=log, least=0.2 if log else max(costs) * 0.1, floor=1e-9)
@@ -134,7 +143,7 @@ class Scatter:
         spots = [(self.x(c / self.unit), self.y(v.estimate)) for _, v, c in order]
         moved = _spread_apart(spots, self.frame)
         self.dots = [
-            _Dot(row, value, c, x, y, row.front_bytes if cost == "bytes" else row.front_decode)
+            _Dot(row, value, c, x, y, on_front(row))
             for (row, value, c), x, (_, y) in zip(order, moved, spots, strict=True)
         ]
         self.moved = any(abs(x - old) > 0.1 for x, (old, _) in zip(moved, spots, strict=True))
@@ -166,6 +175,8 @@ class Scatter:
         return "Score" if self.view.quality == "score" else "Loss (lower is better)"
 
     def _x_title(self) -> str:
+        if self.cost == "pairs":
+            return "Pairs that a new token reads, % of dense"
         return f"KV cache held, {self.unit_name}" if self.cost == "bytes" else "Decode, ms per token"
 
     def _grid(self) -> list[str]:
@@ -190,7 +201,7 @@ class Scatter:
     def _share_axis(self) -> list[str]:
         """The same axis as a share of dense, above the frame."""
         dense = self.view.dense_bytes if self.cost == "bytes" else self._dense_decode()
-        if not dense:
+        if not dense or self.cost == "pairs":  # of which the axis itself is a share
             return []
         whole = dense / self.unit / 100
         axis = Axis(self.x.low / whole, self.x.high / whole, self.x.start, self.x.end, self.x.log)

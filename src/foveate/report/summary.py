@@ -143,6 +143,14 @@ def _row(records: Sequence[Record], label: str, every_length: Sequence[Record], 
     )
 
 
+_PRICES: tuple[Callable[[Row], float | None], ...] = (
+    lambda row: row.kv_share,
+    lambda row: row.decode_ratio,
+    lambda row: row.pairs_read,
+)
+"""What fronts are drawn against."""
+
+
 def _mark_fronts(rows: list[Row], quality: str) -> list[Row]:
     def marks(cost: Callable[[Row], float | None]) -> set[int]:
         points = []
@@ -156,8 +164,11 @@ def _mark_fronts(rows: list[Row], quality: str) -> list[Row]:
         kept = pareto_front([p for _, p, _ in points], [q for _, _, q in points])
         return {i for (i, _, _), keep in zip(points, kept, strict=True) if keep}
 
-    by_bytes, by_decode = marks(lambda r: r.kv_share), marks(lambda r: r.decode_ratio)
-    return [replace(row, front_bytes=i in by_bytes, front_decode=i in by_decode) for i, row in enumerate(rows)]
+    by_bytes, by_decode, by_pairs = map(marks, _PRICES)
+    return [
+        replace(row, front_bytes=i in by_bytes, front_decode=i in by_decode, front_pairs=i in by_pairs)
+        for i, row in enumerate(rows)
+    ]
 
 
 def _view(
