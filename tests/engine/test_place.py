@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from tests.closeness import assert_close
@@ -12,7 +13,7 @@ from tests.contract.runs import EXACT, decode, forward, left_padded, plain, prom
 from tests.contract.trace import same_reads, tracing
 
 import foveate
-from foveate.cache import Place, PlacedColumn
+from foveate.cache import Place, PlacedColumn, Store, StoreSpec
 from foveate.engine import apart
 from foveate.errors import BadArgument, Refused
 from foveate.methods import METHODS, Method, Profile, Role
@@ -194,3 +195,19 @@ def test_the_host_serves_a_model_on_a_gpu(seed: int) -> None:
         assert isinstance(band.k, PlacedColumn)
         assert band.k.far.data.device.type == "cpu"
         assert band.k.near.data.device.type == "cuda"
+
+
+def test_a_longer_piece_of_a_shorter_row_finds_room(seed: int) -> None:
+    """Rows whose second pieces differ in length: the row that takes most decides what the near part must hold."""
+    store = Store(StoreSpec(heads=2, place=Place(2, 4)))
+    torch.manual_seed(seed)
+    k, v = torch.randn(2, 2, 2, 40, 8).unbind(0)
+    store.append(k, v, np.array([40, 33]))
+    store.settle(store.seen)
+    more_k, more_v = torch.randn(2, 2, 2, 30, 8).unbind(0)
+    store.append(more_k, more_v, np.array([6, 30]))
+    (band,) = store.bands
+    held = band.keys()
+    assert (store.lengths == [[46, 46], [63, 63]]).all()
+    assert torch.equal(held[0, :46], torch.cat([k[0, 0], more_k[0, 0, :6]]))
+    assert torch.equal(held[2, :63], torch.cat([k[1, 0, :33], more_k[1, 0]]))

@@ -180,7 +180,7 @@ class Band:
         before, n = self.lengths, k.shape[1]
         need = self.used + n if counts is None else int((before + counts).max())
         coming = need - self.used
-        if counts is not None and any(isinstance(column, PackedColumn) for column in self._columns()):
+        if counts is not None and any(not isinstance(column, Column) for column in self._columns()):
             # Of a shorter pair more tokens may be exact still: the pair that takes most decides.
             coming = max(coming, int(counts.max()))
         if coming > self.room:
