@@ -103,6 +103,23 @@ def test_trials_that_the_clock_stopped_are_run_again(tmp_path: Path, monkeypatch
     assert sum(done.trials.values()) == 2
 
 
+def test_what_the_clock_stopped_is_checked_if_nothing_else_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials that kept the quality on half of their samples are candidates: fresh samples decide."""
+    whole = tuning.Work.chunk
+
+    def late(self: Any, number: int, rows: Any) -> Any:
+        if number == 2:
+            raise tuning.Late
+        return whole(self, number, rows)
+
+    monkeypatch.setattr(tuning.Work, "chunk", late)
+    done = tune(tmp_path, trials=2, samples=8, max_loss="60%")
+    assert done.trials["complete"] == 0 and done.trials["stopped"] >= 1
+    assert done.checked and done.setting is not None and done.file is not None and done.file.exists()
+
+
 def test_no_time_at_all(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="give more --minutes"):
         tune(tmp_path, minutes=1e-6)

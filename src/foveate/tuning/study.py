@@ -57,7 +57,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Finding:
-    """A setting that was judged on all samples of the search."""
+    """A setting that kept the quality on the samples of the search, on all of them unless the clock stopped it."""
 
     composition: Composition
     cost: float
@@ -165,19 +165,28 @@ class Search:
         return found
 
     def findings(self) -> list[Finding]:
-        """Settings that were judged on all samples, kept the quality and cost less than dense, cheapest first."""
+        """Settings that were judged on all samples, kept the quality and cost less than dense, cheapest first. If there
+        is none, those that the clock stopped on the way and that had kept it so far: the check sees fresh samples
+        anyway."""
+        state = self.optuna.trial.TrialState
+        return self._kept(state.COMPLETE) or self._kept(state.FAIL)
+
+    def _kept(self, state: Any) -> list[Finding]:
+        """Settings of trials in this state whose last look was a cost, which is less than dense's, and no loss."""
         found: dict[str, Finding] = {}
-        for trial in self.study.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.COMPLETE,)):
+        for trial in self.study.get_trials(deepcopy=False, states=(state,)):
+            if not trial.intermediate_values:
+                continue
             cost, loss = trial.user_attrs["cost"], trial.user_attrs["loss"]
-            if cost < 1 and trial.value == cost:
+            if cost < 1 and trial.intermediate_values[max(trial.intermediate_values)] == cost:
                 finding = Finding(self.space.suggest(trial), cost, loss)
                 found.setdefault(finding.text, finding)
         return sorted(found.values(), key=lambda one: one.cost)
 
     @property
     def best(self) -> float | None:
-        """The least cost found so far."""
-        return min((one.cost for one in self.findings()), default=None)
+        """The least cost of a setting that was judged on all samples."""
+        return min((one.cost for one in self._kept(self.optuna.trial.TrialState.COMPLETE)), default=None)
 
     # -- the search ---------------------------------------------------------------------------------------------------
 

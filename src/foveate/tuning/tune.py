@@ -262,7 +262,7 @@ def tune(
         search = Search(folder, space, goal, terms, seed, work.chunk)
         work.search = search
         search.run(trials)
-        if not any(count for what, count in search.counts().items() if what != "stopped"):
+        if not search.findings() and not any(n for what, n in search.counts().items() if what != "stopped"):
             mend = "give more --minutes, or fewer --samples, --tasks or --lengths"
             raise FoveateError(f"no trial ended within {minutes:g} minutes: {mend}")
         checked, costs = work.check(finalists(search.findings()), goal, samples)
