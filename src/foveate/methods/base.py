@@ -226,7 +226,7 @@ class Method:
         raise BadArgument("--for", self.id, "this method needs no calibration")
 
     def stand_in(self, shape: ModelShape) -> Profile | None:
-        """A profile of the right form with arbitrary numbers, to measure speed on random weights; None: there is none."""
+        """A profile of the right form with arbitrary numbers, to time random weights with; None: there is none."""
         return None
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
