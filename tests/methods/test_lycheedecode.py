@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.closeness import assert_close
 from tests.heads.words import WordTokenizer
-from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
+from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores, watching
 from tests.methods.test_duo_attention import Probe
 
 import foveate
@@ -184,7 +184,7 @@ def test_damaged_profiles_are_refused(table: Any) -> None:
         foveate.apply(llama(), LycheeDecode(), profile=profile(llama(), table))
 
 
-@pytest.mark.parametrize("bad", [{"recent": 0}, {"tokens": 8}, {"retrieval": -1}, {"reduce": "sum"}])
+@pytest.mark.parametrize("bad", [{"recent": 0}, {"tokens": 8}, {"retrieval": -1}, {"corrects": -1}, {"reduce": "sum"}])
 def test_bad_parameters(bad: dict) -> None:
     with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
         LycheeDecode(**bad)
@@ -233,3 +233,127 @@ def test_the_shipped_profile_fits_its_model() -> None:
     roles = LycheeDecode(budget=0.5).plan(shape, shipped, 2048)
     reads = sum(2048 * len(r.extra["looking"]) + r.extra["keep"] * (3 - len(r.extra["looking"])) for r in roles)
     assert 0.49 < reads / (90 * 2048) <= 0.5
+
+
+# -- corrections -------------------------------------------------------------------------------------------------------
+
+
+def contents(cache: Any, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of a row by position, per layer."""
+    found = []
+    for store in stores(cache):
+        (band,) = store.bands
+        pairs = [i for i, pair in enumerate(band.pairs) if int(pair) // store.spec.heads == row]
+        length = int(band.lengths[pairs[0]])
+        order = band.slot_positions()[pairs][:, :length].argsort(-1).unsqueeze(-1)
+        found.append(tuple(x()[pairs][:, :length].take_along_dim(order, 1) for x in (band.keys, band.values)))
+    return found
+
+
+def fed(model: Any, method: Any, given: Profile | None, ids: Any, steps: Any, mask: Any = None) -> tuple[Any, Any]:
+    """Logits of each step and the cache, with what generate() would say about padding."""
+    with foveate.apply(model, method, profile=given) as handle, torch.no_grad():
+        cache = handle.cache()
+        cache.expect(ids.shape[1])
+        mask = torch.ones_like(ids) if mask is None else mask
+        rows = []
+        for new in [ids, *steps.split(1, dim=1)]:
+            mask = mask if new is ids else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            places = (mask.cumsum(1) - 1).clamp_min(0)[:, -new.shape[1] :]
+            rows.append(model(new, past_key_values=cache, attention_mask=mask, position_ids=places).logits[:, -1])
+        return torch.stack(rows[1:], dim=1), cache
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", 4), ("gemma3", 7)])
+def test_corrected_tokens_are_those_of_dense_decoding(family: str, layers: int) -> None:
+    """After 5, 10 and 15 tokens all that came before is as if decoded densely; what came since is not."""
+    model = tiny(family, layers=layers, heads=4, kv_heads=2)
+    given, padded = profile(model, [[0.0] * 2] * layers), torch.ones(2, 41, dtype=torch.long)
+    padded[1, :9] = 0
+    ids, steps = prompt(2, 41), prompt(2, 18, seed=1)
+    method, never = (LycheeDecode(tokens=9, recent=2, corrects=n) for n in (5, 0))
+    for count in (5, 6, 11, 18):
+        got, cache = fed(model, method, given, ids, steps[:, :count], padded)
+        plain, drifted = (fed(model, m, p, ids, steps[:, :count], padded) for m, p in (("dense", None), (never, given)))
+        right = (count - 1) // 5 * 5
+        assert cache.get_seq_length() == 41 + count
+        for row, pad in enumerate((0, 9)):
+            for mine, dense, loose in zip(*(contents(c, row) for c in (cache, plain[1], drifted[1])), strict=True):
+                for x, want, wrong in zip(mine, dense, loose, strict=True):
+                    since = want.shape[1] - (count - right)
+                    assert since >= 0
+                    x = x[:, -want.shape[1] :]  # a window's older tokens leave when the next correction is due
+                    assert_close(x[:, :since], want[:, :since], TOLERANCE)
+                    assert wrong.shape[1] == 41 - pad + count or family == "gemma3"
+        assert not torch.allclose(got[:, -1], plain[0][:, -1], atol=1e-3)
+    deep = [contents(c, 0)[-1][1] for c in (cache, plain[1], drifted[1])]
+    new = slice(-18, -3)
+    assert (deep[2][:, new] - deep[1][:, new]).abs().amax() > 100 * (deep[0][:, -18:-3] - deep[1][:, new]).abs().amax()
+
+
+def test_steps_between_corrections_are_sparse_and_as_without_them() -> None:
+    model, given = llama(layers=4), profile(llama(layers=4), OPEN)
+    ids, steps = prompt(2, 41), prompt(2, 8, seed=1)
+    got, _ = fed(model, LycheeDecode(tokens=9, recent=2, corrects=5), given, ids, steps)
+    want, _ = fed(model, LycheeDecode(tokens=9, recent=2), given, ids, steps)
+    assert torch.equal(got[:, :5], want[:, :5])
+    assert not torch.allclose(got[:, 5:], want[:, 5:], atol=1e-4)
+    with watching() as seen:
+        fed(model, LycheeDecode(tokens=9, recent=2, corrects=5), given, ids, steps)
+    assert [read["q"].shape[2] for read in seen[::4]] == [41, 1, 1, 1, 1, 1, 5, 1, 1, 1]
+    for read in seen[4 * 6 : 4 * 7]:
+        assert read["parts"].dense
+    assert seen[4 * 7 + 3]["parts"].lists is not None
+
+
+def test_corrections_follow_rows_and_stop_before_a_prompt() -> None:
+    """Beams take what waits with them, a second prompt reads what is right, and a crop makes fewer wait."""
+    model, given = llama(layers=4), profile(llama(layers=4), OPEN)
+    ids, steps = prompt(2, 41), prompt(2, 6, seed=1)
+    with foveate.apply(model, LycheeDecode(tokens=9, recent=2, corrects=4), profile=given) as handle, torch.no_grad():
+        cache = handle.cache()
+        cache.expect(41)
+        for new in [ids, *steps[:, :3].split(1, dim=1)]:
+            model(new, past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.crop(-1)
+        other = cache.fork()
+        model(steps[[1, 0], 2:3], past_key_values=cache)
+        other.expect(7)
+        model(prompt(2, 7, seed=2), past_key_values=other)
+        model(steps[[1, 0], 3:4], past_key_values=cache)
+        assert cache.uncorrected["input_ids"]["given"].tolist() == steps[[1, 0], :4].tolist()
+        assert cache.nbytes > sum(layer.nbytes for layer in cache.couriers())
+        model(steps[[1, 0], 4:5], past_key_values=cache)
+        assert cache.uncorrected["input_ids"]["given"].shape == (2, 1)
+        model(steps[[1, 0], 5:6], past_key_values=other)
+        assert other.uncorrected["input_ids"]["given"].shape == (2, 1)
+    for made, told in ((cache, steps[[1, 0], :4]), (other, torch.cat([steps[[1, 0], :2], prompt(2, 7, seed=2)], 1))):
+        _, dense = fed(model, "dense", None, ids[[1, 0]], told)
+        for row in range(2):
+            for mine, want in zip(contents(made, row), contents(dense, row), strict=True):
+                for x, y in zip(mine, want, strict=True):
+                    assert_close(x[:, : y.shape[1]], y, TOLERANCE)
+
+
+def test_generation_is_corrected_as_it_goes() -> None:
+    """Beams and sampling through generate(): as without corrections until the first, finished in any case."""
+    model, given = llama(layers=4), profile(llama(layers=4), OPEN)
+    ids = prompt(2, 41)
+    for how in ({}, {"num_beams": 3}):
+        made = []
+        for corrects in (0, 3, 5):
+            with foveate.apply(model, LycheeDecode(tokens=9, recent=2, corrects=corrects), profile=given):
+                made.append(model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, **how))
+        assert [x.shape for x in made] == [(2, 53)] * 3
+        if not how:
+            assert torch.equal(made[0][:, :46], made[2][:, :46])
+
+
+def test_what_cannot_give_tokens_back_does_not_go_with_corrections() -> None:
+    from foveate.methods import METHODS
+
+    LycheeDecode() | METHODS["kivi"]()
+    for other in ("kivi", "spatten", "h2o"):
+        with pytest.raises(foveate.BadArgument, match="takes back what it decoded"):
+            METHODS[other]() | LycheeDecode(corrects=8)

@@ -244,6 +244,8 @@ class FoveateCache(CacheBase):
         """Decode steps to make in the ordinary way before one is recorded."""
         self.unrecorded = ""
         """Why the last attempt to record a step was given up."""
+        self.uncorrected: State = {}
+        """Newest tokens that will be taken back and given again (`engine.correction`)."""
         for layer in self.couriers():
             layer.owner = owner
 
@@ -265,7 +267,7 @@ class FoveateCache(CacheBase):
     def nbytes(self) -> int:
         """Bytes of every tensor the cache holds now on the model's device: keys, values, scales, positions, tags,
         summaries, spare slots."""
-        total = sum(t.numel() * t.element_size() for _, t in state_tensors(self.shared))
+        total = sum(t.numel() * t.element_size() for s in (self.shared, self.uncorrected) for _, t in state_tensors(s))
         for layer in self.layers:
             total += layer.nbytes if isinstance(layer, CourierLayer) else _stock_bytes(layer)
         return total
@@ -296,7 +298,7 @@ class FoveateCache(CacheBase):
         new.layers = [
             layer.fork(None) if isinstance(layer, CourierLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
-        new.shared = clone_state(self.shared)
+        new.shared, new.uncorrected = clone_state(self.shared), clone_state(self.uncorrected)
         new._held = dict(self._held)
         new.step, new.recording, new.waiting = None, None, WARMUP
         new.meter = None if self.meter is None else dict(self.meter)
@@ -314,24 +316,31 @@ class FoveateCache(CacheBase):
         super().crop(-n)
         if n:
             self.shared = {}
+            left = {
+                name: {key: x[:, :-n].clone() for key, x in state.items()} for name, state in self.uncorrected.items()
+            }
+            self.uncorrected = {name: state for name, state in left.items() if all(x.numel() for x in state.values())}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.shared = select_rows(self.shared, beam_idx.cpu().numpy())
+        self._select_shared(beam_idx.cpu().numpy())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = next(self.couriers()).store.rows
         super().batch_repeat_interleave(repeats)
-        self.shared = select_rows(self.shared, np.arange(rows).repeat(repeats))
+        self._select_shared(np.arange(rows).repeat(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         rows = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
-        self.shared = select_rows(self.shared, rows.cpu().numpy())
+        self._select_shared(rows.cpu().numpy())
+
+    def _select_shared(self, rows: np.ndarray) -> None:
+        self.shared, self.uncorrected = select_rows(self.shared, rows), select_rows(self.uncorrected, rows)
 
     def reset(self) -> None:
         super().reset()
-        self.shared, self.announced, self.managed, self.planned = {}, 0, False, False
+        self.shared, self.uncorrected, self.announced, self.managed, self.planned = {}, {}, 0, False, False
         self.peak_nbytes, self._held, self._sum = 0, {}, 0
         self.horizon, self.step, self.recording, self.waiting = 0, None, None, WARMUP
         for layer in self.couriers():

@@ -14,6 +14,7 @@ from foveate import compat
 from foveate.cache import FoveateCache
 from foveate.engine.binding import Binding
 from foveate.engine.captured import Forward
+from foveate.engine.correction import keep_correct
 from foveate.engine.forward import Call, attention
 from foveate.engine.tuned import is_file, read_tuned
 from foveate.errors import BadArgument, Refused
@@ -197,7 +198,10 @@ class PreHook:
                 f"a {type(cache).__name__} was passed to a model with {self.handle.id} applied; "
                 "pass none, or one made by handle.cache()"
             )
+        if kwargs.get(compat.KEYWORD) is not None:
+            return args, kwargs  # a correction, which brings its call
         inputs = kwargs.get("input_ids")
+        name = "inputs_embeds" if inputs is None and not args else "input_ids"
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         inputs = args[0] if inputs is None and args else inputs
         if inputs is None:
@@ -210,7 +214,9 @@ class PreHook:
         if cache is not None and cache.recording is not None:
             kwargs[compat.KEYWORD] = cache.recording
             return args, kwargs
-        kwargs[compat.KEYWORD] = Call(binding, cache, int(inputs.shape[1]))
+        call = kwargs[compat.KEYWORD] = Call(binding, cache, int(inputs.shape[1]))
+        if cache is not None and binding.corrects:
+            keep_correct(module, call, name, inputs, {k: v for k, v in kwargs.items() if k != compat.KEYWORD})
         return args, kwargs
 
 

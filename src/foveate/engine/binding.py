@@ -87,6 +87,11 @@ class Binding:
         """Whether tokens can be taken back after the prompt."""
         return all(m.croppable and not m.every_step for m in self.composition.methods)
 
+    @property
+    def corrects(self) -> int:
+        """Decoded tokens after which they are taken back and given again densely; 0: never."""
+        return max(m.corrects for m in self.composition.methods)
+
     def move(self, x: Tensor, delta: Tensor) -> Tensor:
         """Turn rotated queries by delta positions."""
         if self._rotary is None:

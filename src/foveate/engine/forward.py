@@ -44,6 +44,8 @@ class Call:
         self.complete = False
         self.admitted = False
         """There is room for its tokens."""
+        self.dense = False
+        """Nobody selects: it corrects what was decoded sparsely."""
         self.pieces: tuple[Call, ...] = ()
         """The prompt and what follows it, where one forward brings both (candidates of assisted decoding)."""
         if cache is None:
@@ -69,6 +71,12 @@ class Call:
         piece = copy.copy(self)
         piece.phase, piece.queries, piece.scratch, piece.admitted = phase, queries, {}, True
         return piece
+
+    def correction(self, queries: int) -> Call:
+        """A dense decode of the last `queries` tokens, before this forward."""
+        again = self._piece("decode", queries)
+        again.pieces, again.dense = (), True
+        return again
 
     def manages(self, module: nn.Module) -> bool:
         """Whether this attention module is one of the decoder's that Foveate serves."""
@@ -260,7 +268,7 @@ def _attend(
     chooser = binding.choosers[call.phase]
     managed = plan.shape.kind == "full"
     parts: Any = ALL
-    if chooser is not None and managed:
+    if chooser is not None and managed and not call.dense:
         parts = chooser.select(q, view, _context(call, plan, layer, store, chooser, how))
     columns = bool(plan.needs.columns) and call.phase == "prompt" and managed
     columns = columns and (call.cache is not None or bool(binding.observers))
@@ -283,6 +291,8 @@ def _attend(
                 band.tags[COLUMNS].data[:, : band.used, 0] += mass
     out = result.out
     for method in binding.observers if managed else ():
+        if call.dense and method is chooser:
+            continue  # its look at dense attention serves the steps that it makes sparse
         changed = method.attended(q, view, result, _context(call, plan, layer, store, method, how))
         if changed is not None:
             out = changed

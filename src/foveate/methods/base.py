@@ -186,6 +186,8 @@ class Method:
         graph: True if its hooks of a decode step use device values alone, so that a GPU can record and replay the step.
         nested: False if a larger budget may choose other tokens, not only more of them (approximate searches).
         offloads: True if its roles have a place: they put tokens into the host's memory.
+        corrects: decode: so many decoded tokens are taken back and given again in one dense piece; 0: none are. May be a
+            field.
         lossless: True if it changes only where and how tokens are held: outputs are those of dense attention.
         search: by field, the values that a search of settings tries, numbers in rising order. Fields that are a choice
             (Literal, bool) and the budget need no entry; an entry of one value fixes them.
@@ -211,6 +213,7 @@ class Method:
     offloads: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
     search: ClassVar[Mapping[str, Sequence[Any]]] = tries()
+    corrects = 0
 
     budget: Budget | float | int | None = None
 
@@ -385,6 +388,8 @@ def _clash(method: Method, other: Method) -> str | None:
         return f"{method.id} puts exact tokens into the host's memory, but {other.id} holds them in a way of its own"
     if method.offloads and other.every_step:
         return f"{other.id} frees single tokens at every step, but {method.id} has put them into the host's memory"
+    if method.corrects and ("format" in other.fills or other.offloads or other.every_step or not other.croppable):
+        return f"{method.id} takes back what it decoded to correct it, but {other.id} cannot give tokens back exactly"
     if method.every_step and "format" in other.slots:
         return f"{method.id} frees single tokens at every step, but {other.id} packs tokens in groups"
     return None

@@ -33,8 +33,8 @@ class LycheeDecode(Method):
     reads the list that came down to it from the layer above at the same head index. Heads are kv heads. The first
     layer's all retrieve, which of the others do was learned: those whose gate is expected to be open.
 
-    Nothing is dropped. The prompt is dense. The paper's correction step, which writes the keys and values of the last
-    generated tokens anew after a dense pass, is left out: what sparse steps wrote stays.
+    Nothing is dropped. The prompt is dense. In long generations `corrects` bounds the drift of what sparse steps wrote:
+    so many decoded tokens are given again in one dense piece, which writes their keys and values anew.
 
     Args:
         tokens: k, length of a list when no budget is given (paper: 1024 and 4096). A budget counts retrieval heads in.
@@ -42,6 +42,7 @@ class LycheeDecode(Method):
             in this step, but nothing else forces a head to read its own token).
         retrieval: how many heads retrieve, those with the widest gates; None: all whose gate is above one half.
         reduce: how the query heads of a kv head agree: "max" or "mean" of their probabilities.
+        corrects: how many (paper: 32, for reasoning), just before the next one; 0: none. A budget leaves them out.
 
     Source: 2602.04541, section 3.
     """
@@ -56,6 +57,7 @@ class LycheeDecode(Method):
     recent: int = 16
     retrieval: int | None = None
     reduce: Literal["max", "mean"] = "max"
+    corrects: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,8 +65,9 @@ class LycheeDecode(Method):
             raise BadArgument("recent", self.recent, "give at least 1 token, so that a token can see itself")
         if self.tokens < self.recent:
             raise BadArgument("tokens", self.tokens, f"a list holds the recent={self.recent} tokens at least")
-        if self.retrieval is not None and self.retrieval < 0:
-            raise BadArgument("retrieval", self.retrieval, "give 0 or more heads")
+        for name in ("retrieval", "corrects"):
+            if (getattr(self, name) or 0) < 0:
+                raise BadArgument(name, getattr(self, name), "give 0 or more")
         if self.reduce not in ("max", "mean"):
             raise BadArgument("reduce", self.reduce, 'give "max" or "mean"')
 
