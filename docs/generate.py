@@ -5,6 +5,8 @@ A page says what it wants between two comments, and everything between them is r
     <!-- source: src/foveate/methods/snapkv.py -->   the file, as a listing
     <!-- records: results/demo -->                   heading, table, picture, and how it was measured
     <!-- bench: results/bench/decode.json -->        a bench's rows as a table, and how they were measured
+    <!-- sweep: results/sweep -->                    tables and pictures of a sweep
+    <!-- claims: results/sweep -->                   what papers claim beside what a sweep and results/bench show
     <!-- end -->
 
 A folder of records that is not there leaves the part empty, so nothing stands in a page that was not measured.
@@ -19,18 +21,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from foveate.evaluate.record import RECORDS, Record, read
+from claims_page import claims_part
+from foveate.evaluate.record import MANIFEST, RECORDS, Record, read
+from foveate.papers import papers
 from foveate.report import quantities as q
 from foveate.report.recommend import recommend_view
-from foveate.report.scatter import SIZES, Scatter
+from foveate.report.scatter import SIZES, Cost, Scatter, Size
 from foveate.report.series import marks
 from foveate.report.summary import Row, View, overall
 from foveate.report.terminal import refused_lines
+from grid import benches, load
+from sweep_page import COSTS, SIZE, drawn, picture_name, sweep_part
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PICTURES = ROOT / "docs" / "images"
-PART = re.compile(r"(<!-- (source|records|bench): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- (source|records|bench|sweep|claims): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 STYLE = ROOT / "src" / "foveate" / "report" / "page.css"
 FONT = 'font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"'
 # The rules of the report's style sheet that a scatter plot needs.
@@ -164,11 +170,27 @@ def provenance(view: View, records: list[Record]) -> str:
     )
 
 
+def swept(name: str, page: Path) -> str:
+    """Tables and pictures of a sweep, with the needles of many samples that lie beside it."""
+    sweep, many = load(ROOT / name), load((ROOT / name).with_name("needles"))
+    images = PICTURES.relative_to(page.parent).as_posix()
+    return "" if sweep is None else sweep_part(sweep, ROOT / name / MANIFEST, images, many)
+
+
+def claimed(name: str) -> str:
+    """What papers claim, beside what a sweep and the benches show."""
+    sweep = load(ROOT / name)
+    return "" if sweep is None else claims_part(sweep, benches(ROOT / "results" / "bench"), papers())
+
+
 def draw(name: str) -> str:
-    """The scatter of quality against held bytes as a picture of its own, light or dark as the reader's system is."""
-    view = overall(read(ROOT / name))[0]
-    size = SIZES[0]
-    svg = str(Scatter(view, marks([view]), "bytes", size).svg())
+    """The scatter of quality against held bytes of a folder of records, over all lengths."""
+    return picture(overall(read(ROOT / name))[0], "bytes", SIZES[0])
+
+
+def picture(view: View, cost: Cost, size: Size) -> str:
+    """A scatter as a picture of its own, light or dark as the reader's system is."""
+    svg = str(Scatter(view, marks([view]), cost, size).svg())
     css = STYLE.read_text(encoding="utf-8")
     style = f"<style>{''.join(THEME.findall(css))}{chr(10).join(RULE.findall(css))}</style>"
     paper = '<rect width="100%" height="100%" rx="12" style="fill:var(--card)"/>'
@@ -180,10 +202,10 @@ def fill(page: Path) -> str:
     """The text of a page with its parts made anew."""
 
     def part(match: re.Match[str]) -> str:
-        if match[2] == "records":
-            made = measured(match[3], page)
+        if match[2] in ("records", "sweep"):
+            made = {"records": measured, "sweep": swept}[match[2]](match[3], page)
         else:
-            made = {"source": listing, "bench": benched}[match[2]](match[3])
+            made = {"source": listing, "bench": benched, "claims": claimed}[match[2]](match[3])
         return f"{match[1]}{made}{match[4]}"
 
     return PART.sub(part, page.read_text(encoding="utf-8"))
@@ -191,8 +213,18 @@ def fill(page: Path) -> str:
 
 def pictures() -> dict[Path, str]:
     """Every picture that a page asks for."""
-    asked = {m[3] for page in PAGES for m in PART.finditer(page.read_text(encoding="utf-8")) if m[2] == "records"}
-    return {PICTURES / f"{Path(name).name}.svg": draw(name) for name in asked if (ROOT / name / RECORDS).is_file()}
+    asked = {(m[2], m[3]) for page in PAGES for m in PART.finditer(page.read_text(encoding="utf-8"))}
+    found = {
+        PICTURES / f"{Path(name).name}.svg": draw(name)
+        for kind, name in asked
+        if kind == "records" and (ROOT / name / RECORDS).is_file()
+    }
+    for sweep in (load(ROOT / name) for kind, name in asked if kind == "sweep"):
+        for view in sweep.views if sweep is not None else ():
+            for cost in COSTS:
+                if (shown := drawn(view, cost)) is not None:
+                    found[PICTURES / picture_name(view, cost)] = picture(shown, cost, SIZE)
+    return found
 
 
 def main() -> int:
