@@ -80,27 +80,29 @@ def clock(
             wait(device)
             seconds.append(time.perf_counter() - start)
         return Timing.of(seconds)
-    flush = _flush(device) if cold else lambda: None
+    flush = _flush(device) if cold else None
     if not recorded:
         return Timing.of(_timed(work, device, repeats, flush))
 
     def both() -> None:
-        flush()
+        if flush is not None:
+            flush()
         work()
 
     # A graph takes some microseconds to start, so that it holds several calls; what flushing takes is timed alone.
     seconds = _timed(_record(both, device), device, repeats)
-    spent = median(_timed(_record(flush, device), device, repeats)) if cold else 0.0
+    spent = _flush_seconds(device) if cold else 0.0
     return Timing.of([max(0.0, each - spent) / _IN_A_GRAPH for each in seconds])
 
 
 def _timed(
-    work: Callable[[], Any], device: torch.device, repeats: int, before: Callable[[], Any] = lambda: None
+    work: Callable[[], Any], device: torch.device, repeats: int, before: Callable[[], Any] | None = None
 ) -> list[float]:
     """Seconds of each repeat by events of the device."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, stop in events:
-        before()
+        if before is not None:
+            before()
         start.record()
         work()
         stop.record()
@@ -108,23 +110,33 @@ def _timed(
     return [start.elapsed_time(stop) / 1e3 for start, stop in events]
 
 
+@cache
 def _flush(device: torch.device) -> Callable[[], Any]:
     buffer = torch.ones(_FLUSH // 4 // 4096, 4096, device=device)
     sums = torch.empty(buffer.shape[0], device=device)
     return lambda: torch.sum(buffer, dim=1, out=sums)
 
 
+@cache
+def _flush_seconds(device: torch.device) -> float:
+    """Of all flushes of one graph."""
+    return median(_timed(_record(_flush(device), device), device, 20))
+
+
 def _record(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """Several calls of `work`, as one replay."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         work()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_IN_A_GRAPH):
-            work()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(_IN_A_GRAPH):
+                work()
+    finally:
+        torch.cuda.set_stream(current)  # a recording that fails leaves its own stream in place
     graph.replay()
     return graph.replay
 
@@ -136,7 +148,8 @@ class Rates:
     Args:
         bytes_per_s: device memory read by a sum over a tensor far larger than the caches (nothing else is written).
         copy_per_s: bytes read and written by a copy.
-        flops: of a large matrix product in bf16 (multiplications and additions).
+        flops: of a large matrix product in bf16 (multiplications and additions); on a processor in float32 if that is
+            faster.
     """
 
     bytes_per_s: float
@@ -156,10 +169,16 @@ def rates(device: torch.device) -> Rates:
     """Measure the rates of a device; once per process."""
     cuda = device.type == "cuda"
     copied, summed = _memory(device, 1 << 31 if cuda else 1 << 26)
-    n = 8192 if cuda else 512
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = clock(lambda: a @ b, device, repeats=10).median
-    return Rates(max(copied, summed), copied, 2 * n**3 / product)
+    # Processors may be slower in few bits.
+    flops = max(_product(device, dtype) for dtype in ((torch.bfloat16,) if cuda else (torch.bfloat16, torch.float32)))
+    return Rates(max(copied, summed), copied, flops)
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / clock(lambda: a @ b, device, repeats=10).median
 
 
 def _memory(device: torch.device, size: int) -> tuple[float, float]:

@@ -112,10 +112,80 @@ def memory(
     _generation("memory", Bench(prompt=True, repeats=1, steps=1, rows=rows), locals())
 
 
-def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
-    """Run one of the commands above on a model, show it, write it."""
+@app.command()
+def kernels(
+    families: Annotated[str, typer.Option(help="Separated by commas; default: all that there are.")] = "",
+    lengths: Annotated[str, typer.Option(help="Context lengths; default: 32768,131072 on a GPU, 512,2048 else.")] = "",
+    heads: Annotated[int | None, typer.Option(help="Query heads; default: 32 on a GPU, 8 else.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key and value heads; default: 8 on a GPU, 2 else.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Head size; default: 128 on a GPU, 64 else.")] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold/--warm", help="Drive the inputs out of the GPU's L2 cache before each repeat.")
+    ] = True,
+    repeats: Annotated[int, typer.Option(help="Most repeats of a kernel; slow ones are repeated less often.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    limit: Annotated[float | None, typer.Option(help="Begin nothing new after so many seconds.")] = None,
+    device: DeviceName = "auto",
+    cpu: OnCpu = False,
+    out: Out = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw times and shares of the floor: .png or .svg.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Kernels alone: checked against float32, then timed beside dense attention, other libraries and the floor."""
+    from foveate.bench import kernels as timed
+    from foveate.bench.plot import check_name
+    from foveate.bench.plot import plot as draw
+    from foveate.bench.record import write
+
+    given = locals()
+    if plot is not None:
+        check_name(plot)
+    where = _device(device, cpu)
+    names = [name.strip() for name in families.split(",") if name.strip()] or None
+    sizes = timed.Sizes.of(
+        where,
+        lengths=tuple(sorted(set(whole_numbers("lengths", lengths)))) if lengths else None,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
+    asked = ("families", "lengths", "heads", "kv_heads", "head_dim", "repeats", "seed", "limit", "out", "plot")
+    words = ["foveate", "bench", "kernels"]
+    for name in asked:
+        if given[name] not in (None, ""):
+            words += [f"--{name.replace('_', '-')}", str(given[name])]
+    words += [word for word, on in (("--warm", not cold), ("--cpu", cpu)) if on]
+    how: dict[str, Any] = {"cold": cold, "repeats": repeats, "seed": seed, "limit": limit}
+    data = timed.bench(where, names, sizes=sizes, **how, command=shlex.join(words), watch=say)
+    if out is not None:
+        write(out, data)
+    if plot is not None:
+        draw(data, plot)
+    if as_json:
+        print_json(data)
+    else:
+        _show_kernels(data)
+
+
+def _device(name: str, cpu: bool) -> Any:
+    """The device that is meant."""
     import torch
 
+    chosen = "cpu" if cpu else name
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(chosen)
+    except RuntimeError:
+        raise BadArgument("device", name, "give auto, cpu, cuda or cuda:1") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise BadArgument("device", name, "PyTorch sees no GPU here; give --cpu")
+    return found
+
+
+def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
+    """Run one of the commands above on a model, show it, write it."""
+    from foveate.bench.crossing import crossings
     from foveate.bench.record import record, write
     from foveate.engine.apply import find_profiles
     from foveate.errors import FoveateError
@@ -132,10 +202,7 @@ def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
     settings = settings_of(parse_methods(given["methods"]), parse_budgets(given["budgets"] or None))
     if any(not setting.reader.whole for setting in settings):
         raise BadArgument("methods", given["methods"], "retrieval reads passages of a text; give attention methods")
-    chosen = "cpu" if given["cpu"] else given["device"]
-    if chosen == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(chosen)
+    device = _device(given["device"], given["cpu"])
     say(f"{given['shape']} with random weights on {device}")
     model = named(given["shape"], layers=given["layers"], device=device)
     geometry = ModelShape.of(model)
@@ -150,7 +217,8 @@ def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
             rows += [{"method": setting.method, "length": n, "refused": str(error)} for n in lengths]
     for row in bench.run(model, applied, lengths, say):
         rows.append(row.as_json())
-    data = record(kind, _command(kind, given), device, rows, shape=given["shape"], layers=geometry.num_layers)
+    facts = {"shape": given["shape"], "layers": geometry.num_layers, "crossovers": crossings(rows)}
+    data = record(kind, _command(kind, given), device, rows, **facts)
     if given["out"] is not None:
         write(given["out"], data)
     if given["as_json"]:
@@ -190,6 +258,8 @@ def _show(kind: str, data: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from foveate.bench.crossing import sentence
+
     columns = [column for group in _SHOWN[kind] for column in _COLUMNS[group]]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{data['shape']} on {data['device']}")
     table.add_column("method", no_wrap=True)
@@ -205,3 +275,52 @@ def _show(kind: str, data: dict[str, Any]) -> None:
         note = row.get("refused") or (f"steps not recorded: {row['why_not']}" if row.get("why_not") else "")
         if note:
             console.print(f"{row['method']}, {row['length']} tokens: {note}", style="dim")
+    shortest = min(row["length"] for row in data["rows"])
+    for found in data["crossovers"]:
+        console.print(sentence(found, shortest), highlight=False)
+
+
+_KERNELS: list[tuple[str, str, float, str]] = [
+    ("ms", "ms", 1, ".4g"),
+    ("20 %", "ms_low", 1, ".4g"),
+    ("80 %", "ms_high", 1, ".4g"),
+    ("floor", "floor_ms", 1, ".3g"),
+    ("of floor", "floor_share", 100, ".0f"),
+    ("x dense", "times_dense", 1, ".2f"),
+    ("of ideal", "of_ideal", 100, ".0f"),
+]
+
+
+def _show_kernels(data: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{data['sizes']}, on {data['device']}")
+    for title in ("case", "kernel"):
+        table.add_column(title)
+    table.add_column("tokens", justify="right")
+    for title, *_ in _KERNELS:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in data["rows"]:
+        if row.get("ms"):
+            cells = [
+                format(row[key] * unit, how) + (" %" if unit == 100 else "") if row.get(key) else "-"
+                for _, key, unit, how in _KERNELS
+            ]
+            table.add_row(f"{row['family']}: {row['case']}", row["kernel"], str(row["length"]), *cells)
+    console.print(table)
+    bounds = {(row["case"], row["length"]): row["tiles"] for row in data["rows"] if row.get("tiles")}
+    for (case, length), tiles in bounds.items():
+        by_pairs, by_tiles, filled = (tiles[f"{kind}speed_up"] for kind in ("pair_", "", "gathered_"))
+        console.print(
+            f"{case}, {length} tokens: pairs allow {by_pairs:.1f} x, "
+            f"tiles of {tiles['q']} x {tiles['k']} {by_tiles:.1f} x, filled with listed keys {filled:.1f} x",
+            highlight=False,
+        )
+    for row in data["rows"]:
+        if row.get("refused"):
+            console.print(f"{row['case']}, {row['length']} tokens, {row['kernel']}: {row['refused']}", style="dim")
+    if data["absent"]:
+        console.print(f"not installed: {', '.join(data['absent'])}", style="dim")
