@@ -217,4 +217,5 @@ def load(folder: Path) -> Sweep | None:
 def benches(folder: Path) -> list[dict[str, Any]]:
     """What benches measured on a GPU, each file as it is."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-    return [bench for bench in found if "rows" in bench and "CPU" not in bench.get("device", "")]
+    models = (bench for bench in found if "rows" in bench and bench.get("kind") != "kernels")
+    return [bench for bench in models if "CPU" not in bench.get("device", "")]
