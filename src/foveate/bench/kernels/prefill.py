@@ -33,7 +33,7 @@ def block_sparse(sizes: Sizes, device: torch.device) -> list[Case]:
     return [
         Case(
             "block-sparse",
-            f"{density:.0%} of blocks of {Q_BLOCK} x {k_block}",
+            f"{100 * density:.0f} % of blocks of {Q_BLOCK} x {k_block}",
             n,
             lambda g, n=n, d=density, b=k_block: _block_sparse(sizes, n, d, b, g),
             dense="prefill",
