@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,21 +68,26 @@ def verdict(findings: Sequence[Finding]) -> Verdict:
     return "does not hold here" if failed else "holds in part"
 
 
-def look(check: Check, sweep: Sweep, benches: Sequence[dict[str, Any]]) -> Finding:
-    """What records or benches say of a check."""
-    return timed(check, benches) if check.measure in TIMED else scored(check, sweep)
+def look(check: Check, sweep: Sweep, benches: Sequence[dict[str, Any]], beside: Sweep | None = None) -> Finding:
+    """What records or benches say of a check; `beside` holds settings that were run beside the sweep."""
+    if check.measure in TIMED:
+        return timed(check, benches)
+    if not check.settings:
+        return scored(check, sweep)
+    return Finding(check, why="these settings were not run") if beside is None else scored(check, beside)
 
 
 def scored(check: Check, sweep: Sweep) -> Finding:
     """The check's row of the sweep, or the same method's row of the next larger budget where that one tells nothing."""
     rows = of_method(sweep, check.method)
     if not rows:
-        return Finding(check, why="the sweep has no row of it")
+        return Finding(check, why="there are no records of it")
     asked = budget_order(check.budget)
     wanted = [key for key in rows if check.budget is None or (key[2] is not None and budget_order(key[2]) >= asked)]
+    wanted = [key for key in wanted if check.settings.items() <= json.loads(key[1]).items()]
     losses = check.measure == "perplexity"
     found: list[Finding] = []
-    for key in sorted(wanted, key=lambda key: (budget_order(key[2]), key[1] != "{}", key[1])):
+    for key in sorted(wanted, key=lambda key: (budget_order(key[2]), len(key[1]), key[1])):
         done = [r for r in rows[key] if r.status == "done" and fits(check, r, sweep)]
         if check.measure in ("quality", "perplexity"):
             done = [r for r in done if r.higher_is_better != losses]
@@ -93,7 +99,9 @@ def scored(check: Check, sweep: Sweep) -> Finding:
         return found[0]
     floors = {r.floor for key in wanted for r in rows[key] if r.floor is not None}
     reason = f"not below {min(floors):.2g}" if floors else "refused"
-    return Finding(check, why=f"{reason} at the budgets of the sweep" if wanted else "no such budget in the sweep")
+    return Finding(
+        check, why=f"{reason} at the budgets of the sweep" if wanted else "no such budget or setting was run"
+    )
 
 
 def of_method(sweep: Sweep, method: str) -> dict[RowKey, list[Record]]:
@@ -126,7 +134,7 @@ def measured(check: Check, sweep: Sweep, key: RowKey, done: list[Record]) -> Fin
     at: dict[str, Any] = {
         "budget": key[2],
         "lengths": tuple(sorted({record.cell.length for record in done})),
-        "where": ", ".join(check.tasks),
+        "where": ", ".join(check.tasks or sorted({r.cell.task for r in done} if check.settings else ())),
     }
     n = sum(len(record.scores) for record in done)
     if check.measure == "bytes":
@@ -211,7 +219,8 @@ def sentence(finding: Finding) -> str:
     shown = number(finding.value)
     if finding.low != finding.high:
         shown += f" ({number(finding.low)} to {number(finding.high)})"
-    budget = f" at {finding.budget}" if finding.budget is not None else ""
+    chosen = ", ".join(f"{key}={value}" for key, value in check.settings.items())
+    budget = f" at {finding.budget}" if finding.budget is not None else f" at {chosen}" if chosen else ""
     other = f" (nothing to go by at {check.budget})" if check.budget not in (None, finding.budget) else ""
     lengths = ", ".join(f"{n:,}" for n in finding.lengths)
     where = f", {finding.where}" if finding.where else ""
@@ -221,14 +230,18 @@ def sentence(finding: Finding) -> str:
     )
 
 
-def claims_part(sweep: Sweep, benches: Sequence[dict[str, Any]], papers: Sequence[Paper]) -> str:
+def claims_part(
+    sweep: Sweep, benches: Sequence[dict[str, Any]], papers: Sequence[Paper], beside: Sweep | None = None
+) -> str:
     """The generated part of the page."""
-    return "\n".join([*claims_lines(sweep, benches, papers), ""])
+    return "\n".join([*claims_lines(sweep, benches, papers, beside), ""])
 
 
-def claims_lines(sweep: Sweep, benches: Sequence[dict[str, Any]], papers: Sequence[Paper]) -> Iterator[str]:
+def claims_lines(
+    sweep: Sweep, benches: Sequence[dict[str, Any]], papers: Sequence[Paper], beside: Sweep | None
+) -> Iterator[str]:
     rows: list[tuple[Paper, Claim, list[Finding]]] = [
-        (paper, paper.claim, [look(check, sweep, benches) for check in paper.claim.checks])
+        (paper, paper.claim, [look(check, sweep, benches, beside) for check in paper.claim.checks])
         for paper in papers
         if paper.claim is not None
     ]

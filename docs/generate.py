@@ -18,10 +18,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from claims_page import claims_part
+from foveate.bench.crossing import sentence
 from foveate.evaluate.record import MANIFEST, RECORDS, Record, read
 from foveate.papers import papers
 from foveate.report import quantities as q
@@ -31,12 +32,15 @@ from foveate.report.series import marks
 from foveate.report.summary import Row, View, overall
 from foveate.report.terminal import refused_lines
 from grid import benches, load
+from kernels_page import kernels_part
 from sweep_page import COSTS, SIZE, drawn, picture_name, sweep_part
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PICTURES = ROOT / "docs" / "images"
 PART = re.compile(r"(<!-- (source|records|bench|sweep|claims): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BESIDE = "needles"
+"""The folder beside a sweep with settings and compositions of their own, on needles with more samples."""
 STYLE = ROOT / "src" / "foveate" / "report" / "page.css"
 FONT = 'font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"'
 # The rules of the report's style sheet that a scatter plot needs.
@@ -125,6 +129,8 @@ def benched(name: str) -> str:
     if not path.is_file():
         return ""
     data = json.loads(path.read_text(encoding="utf-8"))
+    if data["kind"] == "kernels":
+        return kernels_part(data)
     shown = [column for column in BENCHED if any(row.get(column[1]) for row in data["rows"])]
     lines = [
         f"| method | tokens | {' | '.join(title for title, *_ in shown)} |",
@@ -142,7 +148,9 @@ def benched(name: str) -> str:
     speed = f"reads {machine['bytes_per_s'] / 1e12:.2f} TB/s and multiplies at {machine['flops'] / 1e12:.0f} TFLOP/s"
     model = f"{data['shape']} with random weights, {data['layers']} layers, bf16"
     made = f"{model}; {data['device']}, which {speed}; {versions}. `{data['command']}`"
-    lines += ["", *([*notes, ""] if notes else []), made, ""]
+    shortest = min(row["length"] for row in data["rows"])
+    crossed = [f"- {sentence(found, shortest)}." for found in data.get("crossovers", [])]
+    lines += ["", *([*notes, ""] if notes else []), *([*crossed, ""] if crossed else []), made, ""]
     return "\n".join(lines)
 
 
@@ -172,15 +180,15 @@ def provenance(view: View, records: list[Record]) -> str:
 
 def swept(name: str, page: Path) -> str:
     """Tables and pictures of a sweep, with the needles of many samples that lie beside it."""
-    sweep, many = load(ROOT / name), load((ROOT / name).with_name("needles"))
+    sweep, beside = load(ROOT / name), load((ROOT / name).with_name(BESIDE))
     images = PICTURES.relative_to(page.parent).as_posix()
-    return "" if sweep is None else sweep_part(sweep, ROOT / name / MANIFEST, images, many)
+    return "" if sweep is None else sweep_part(sweep, ROOT / name / MANIFEST, images, beside)
 
 
 def claimed(name: str) -> str:
     """What papers claim, beside what a sweep and the benches show."""
-    sweep = load(ROOT / name)
-    return "" if sweep is None else claims_part(sweep, benches(ROOT / "results" / "bench"), papers())
+    sweep, beside = load(ROOT / name), load((ROOT / name).with_name(BESIDE))
+    return "" if sweep is None else claims_part(sweep, benches(ROOT / "results" / "bench"), papers(), beside)
 
 
 def draw(name: str) -> str:
@@ -188,9 +196,10 @@ def draw(name: str) -> str:
     return picture(overall(read(ROOT / name))[0], "bytes", SIZES[0])
 
 
-def picture(view: View, cost: Cost, size: Size) -> str:
-    """A scatter as a picture of its own, light or dark as the reader's system is."""
-    svg = str(Scatter(view, marks([view]), cost, size).svg())
+def picture(view: View, cost: Cost, size: Size, among: Sequence[View] = ()) -> str:
+    """A scatter as a picture of its own, light or dark as the reader's system is. Methods are marked as in all pictures
+    of the views `among` which it is."""
+    svg = str(Scatter(view, marks([view, *among]), cost, size).svg())
     css = STYLE.read_text(encoding="utf-8")
     style = f"<style>{''.join(THEME.findall(css))}{chr(10).join(RULE.findall(css))}</style>"
     paper = '<rect width="100%" height="100%" rx="12" style="fill:var(--card)"/>'
@@ -220,10 +229,12 @@ def pictures() -> dict[Path, str]:
         if kind == "records" and (ROOT / name / RECORDS).is_file()
     }
     for sweep in (load(ROOT / name) for kind, name in asked if kind == "sweep"):
-        for view in sweep.views if sweep is not None else ():
+        if sweep is None:
+            continue
+        for view in sweep.views:
             for cost in COSTS:
                 if (shown := drawn(view, cost)) is not None:
-                    found[PICTURES / picture_name(view, cost)] = picture(shown, cost, SIZE)
+                    found[PICTURES / picture_name(view, cost)] = picture(shown, cost, SIZE, sweep.views)
     return found
 
 

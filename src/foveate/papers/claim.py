@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from foveate.errors import BadArgument
@@ -34,6 +35,8 @@ class Check:
         against: the method that quality is a share of, at the same budget; dense if empty.
         holds: the value from which the claim holds.
         part: the value from which it holds in part.
+        settings: parameters of the rows that are looked at, as records write them, where the sweep's own are not the
+            claim's. They are looked for among the settings that were run beside the sweep.
         lengths, tasks: what the look is restricted to; all if empty.
     """
 
@@ -43,6 +46,7 @@ class Check:
     method: str = ""
     budget: str | None = None
     against: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
 
