@@ -7,16 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from tests.closeness import assert_close
+from tests.closeness import assert_close, relative_rms
 from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, stores
 from torch import Tensor
 
 import foveate
 from foveate.heads.tap import Tap, Tapped
 from foveate.methods import SpAtten
+from foveate.methods.policies.lowbit import rough_and_fine, split_bits
 from foveate.models import ModelShape, tiny
 
 SMALL = {"last": 0.2, "start": 2, "recent": 4}
+
+
+def coded(k: Tensor, method: SpAtten, rough: bool) -> Tensor:
+    """Keys [n, D] from so many bits, a scale per key; only the upper ones if rough: number by number."""
+    assert method.msb is not None
+    out = torch.zeros_like(k)
+    for at, key in enumerate(k):
+        scale = float(key.abs().max()) / (2 ** (method.msb + method.lsb - 1) - 1)
+        for c, x in enumerate(key.tolist()):
+            code = round(x / scale)
+            out[at, c] = scale * ((code >> method.lsb << method.lsb) if rough else code)
+    return out
 
 
 class Reference:
@@ -27,6 +40,7 @@ class Reference:
         self.alive: list[set[int]] = []
         self.on: list[set[int]] = []
         self.mass, self.size = torch.zeros(prompt_length).double(), torch.zeros(0)
+        self.recomputed: list[bool] = []
 
     def __call__(self, layer: Tapped) -> Tensor:
         index, (count, n) = layer.shape.index, layer.q.shape[1:3]
@@ -45,7 +59,12 @@ class Reference:
             store = head * layer.k.shape[1] // count
             for i in range(n):
                 read = sorted(({*alive} & {*range(i + 1)}) | {i} | set(range(self.n, i)))
-                p = (layer.k[0, store, read].double() @ layer.q[0, head, i].double() * layer.scale).softmax(0)
+                k, q = layer.k[0, store, read].double(), layer.q[0, head, i].double()
+                p = (k @ q * layer.scale).softmax(0)
+                if self.method.msb is not None and i >= self.n:
+                    looks = [(coded(k, self.method, rough) @ q * layer.scale).softmax(0) for rough in (True, False)]
+                    p = looks[int(looks[0].max() < self.method.threshold)]
+                    self.recomputed.append(bool(looks[0].max() < self.method.threshold))
                 if i < self.n:
                     self.mass[[*read]] += p
                 keep = -(-round(self.method.values * 1000) * len(read) // 1000)
@@ -82,6 +101,54 @@ def test_equals_the_rules_written_out(heads: int, kv_heads: int, extra: dict) ->
     assert [len(x) for x in made.alive] == [41, 24, 8]
     if "heads" in extra:
         assert made.on[0] > made.on[2]
+
+
+@pytest.mark.parametrize("extra", [{}, {"values": 0.6}, {"heads": 0.5}])
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
+def test_flat_attention_looks_again_with_all_bits(threshold: float, extra: dict) -> None:
+    """Never at a threshold of 0, always at 1 (as good as exact with many bits), else where nothing is that likely."""
+    model, ids, steps = llama(heads=4, kv_heads=2, layers=2), prompt(1, 33), prompt(1, 3, seed=1)
+    method = SpAtten(**SMALL, **extra, msb=3, lsb=5, threshold=threshold)
+    want, made = reference(model, method, torch.cat([ids, steps], dim=1), 33)
+    got, _ = applied(model, method, ids, steps)
+    assert_close(got, want[:, 32:], TOLERANCE)
+    assert len(made.recomputed) == 2 * 4 * 3
+    share = sum(made.recomputed) / len(made.recomputed)
+    assert share == threshold if threshold in (0, 1) else 0 < share < 1
+    exact, _ = applied(model, SpAtten(**SMALL, **extra), ids, steps)
+    errors = []
+    for msb, lsb, level in ((3, 5, threshold), (12, 12, 1.0)):
+        looked, _ = applied(model, SpAtten(**SMALL, **extra, msb=msb, lsb=lsb, threshold=level), ids, steps)
+        assert torch.equal(looked[:, 0], exact[:, 0])  # the prompt is read as it is
+        errors.append(relative_rms(looked[:, 1:], exact[:, 1:]))
+    assert errors[0] > 1e-3
+    assert errors[1] < TOLERANCE
+
+
+def test_upper_and_lower_bits_are_the_number() -> None:
+    codes = torch.arange(-128, 128).float()
+    for low in (0, 1, 4, 7):
+        most, least = split_bits(codes, low)
+        assert torch.equal(most * 2**low + least, codes)
+        assert int(least.min()) == 0
+        assert int(least.max()) == 2**low - 1
+        assert int(most.min()) == -(2 ** (7 - low))
+        assert int(most.max()) == 2 ** (7 - low) - 1
+    x = torch.randn(2, 3, 9, 16)
+    rough, fine = rough_and_fine(x, 4, 4)
+    step = x.abs().amax(-1, keepdim=True) / 127
+    assert ((fine - x).abs() <= 0.5001 * step).all()
+    assert ((fine - rough >= -1e-6) & (fine - rough <= 15.001 * step)).all()
+    assert torch.equal(rough_and_fine(x, 8, 0)[0], fine)
+
+
+def test_edited_rows_are_read_whole() -> None:
+    from foveate.methods import METHODS
+
+    SpAtten() | METHODS["quest"]()
+    for extra in ({"msb": 8}, {"values": 0.5}):
+        with pytest.raises(foveate.BadArgument, match="both fill the slot 'decode'"):
+            SpAtten(**extra) | METHODS["quest"]()
 
 
 def test_a_chain_of_subsets() -> None:
@@ -170,7 +237,20 @@ def test_latent_attention_is_refused() -> None:
         foveate.apply(tiny("deepseek-v3"), SpAtten())
 
 
-@pytest.mark.parametrize("bad", [{"last": 0.0}, {"heads": 1.5}, {"values": 0.0}, {"start": -1}, {"recent": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"last": 0.0},
+        {"heads": 1.5},
+        {"values": 0.0},
+        {"start": -1},
+        {"recent": 0},
+        {"msb": 0},
+        {"msb": 21},
+        {"lsb": -1},
+        {"threshold": 1.1},
+    ],
+)
 def test_bad_parameters(bad: dict) -> None:
     with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
         SpAtten(**bad)

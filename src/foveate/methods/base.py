@@ -186,7 +186,7 @@ class Method:
         graph: True if its hooks of a decode step use device values alone, so that a GPU can record and replay the step.
         nested: False if a larger budget may choose other tokens, not only more of them (approximate searches).
         offloads: True if its roles have a place: they put tokens into the host's memory.
-        corrects: decode: so many decoded tokens are taken back and given again in one dense piece; 0: none are. May be a
+        corrects: decode: so many decoded tokens are taken back and given again in one dense piece; 0: none. May be a
             field.
         lossless: True if it changes only where and how tokens are held: outputs are those of dense attention.
         search: by field, the values that a search of settings tries, numbers in rising order. Fields that are a choice

@@ -16,10 +16,9 @@ from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Context, Method, Needs, Profile, Result, Role, register
 from foveate.methods.budget import Budget
 from foveate.methods.policies.lists import mask_lists
+from foveate.methods.policies.lowbit import rough_and_fine
+from foveate.methods.policies.pruned import pruned_attention
 from foveate.models.shape import ModelShape
-
-ROWS = 64
-"""Queries whose probabilities are looked at together."""
 
 
 @register
@@ -33,13 +32,16 @@ class SpAtten(Method):
     The first layer has everything, and shares fall linearly with depth. Importance is not divided by how many rows
     could see a token, as in the paper, which favours old tokens; hence `recent`. Rows of pruned tokens go on through
     the model and still vote: they read what is left, and themselves. What is generated later is held, not pruned.
-    Progressive quantisation of keys saves memory traffic of its accelerator and is left out.
+    With `msb`, generated tokens first look at the upper bits of quantised keys, and at all bits where their attention
+    comes out flat. That shows what it costs in accuracy; the traffic it saves is that of the paper's accelerator.
 
     Args:
         last: share of tokens that is left in the last layer. A budget decides it instead.
         start, recent: first and newest prompt tokens that are never pruned (class default and demo of the release).
         heads: share of query heads that is left in the last layer.
         values: share of the values that each head and row reads.
+        msb, lsb: upper and lower bits of a key's numbers (paper: 4 to 12, and 4), one scale per key; msb None: no look.
+        threshold: a head and row takes all bits if none of its probabilities reaches this (ours; the paper calibrates).
 
     A prompt given in pieces is pruned piece by piece on what was seen up to then. A second prompt is dense.
     Source: 2012.09852, sections III-A to III-C.
@@ -58,6 +60,9 @@ class SpAtten(Method):
     recent: int = 128
     heads: float = 1.0
     values: float = 1.0
+    msb: int | None = None
+    lsb: int = 4
+    threshold: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,8 +71,17 @@ class SpAtten(Method):
                 raise BadArgument(name, getattr(self, name), "give a share above 0 and at most 1")
         if self.start < 0:
             raise BadArgument("start", self.start, "give 0 or more tokens")
+        if self.lsb < 0 or (self.msb is not None and not 1 <= self.msb <= 24 - self.lsb):
+            raise BadArgument("msb" if self.lsb >= 0 else "lsb", (self.msb, self.lsb), "give 1 to 24 bits together")
+        if not 0 <= self.threshold <= 1:
+            raise BadArgument("threshold", self.threshold, "give a probability")
         if self.recent < 1:
             raise BadArgument("recent", self.recent, "give at least 1 token, the one that generation goes on from")
+
+    @property
+    def fills(self) -> frozenset[str]:
+        """Where rows are edited in decode, nobody else may leave parts of them unread."""
+        return self.slots if self.values == 1 and self.msb is None else self.slots | {"decode"}
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         layers = [layer for layer in shape.layers if layer.kind == "full"]
@@ -143,7 +157,8 @@ class SpAtten(Method):
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> Tensor | None:
         if ctx.role.name != "cascade":
             return None
-        out = result.out if self.values == 1 else self._local(q, view, ctx)
+        exact = self.values == 1 and (self.msb is None or ctx.phase == "prompt")
+        out = result.out if exact else self._local(q, view, ctx)
         if ctx.role.extra["heads"] < out.shape[1] or self.heads < 1:
             out = self._gated(out, view, ctx)
         if ctx.phase == "prompt" and view.aligned:
@@ -172,21 +187,14 @@ class SpAtten(Method):
 
     def _local(self, q: Tensor, view: View, ctx: Context) -> Tensor:
         """Attention over what is read, of which each head and row leaves out the least probable values."""
-        k, v = view.k().unsqueeze(2).float(), view.v().unsqueeze(2).float()
-        grouped, slot = q.float().unflatten(1, (k.shape[1], -1)), torch.arange(k.shape[3], device=q.device)
+        slot, keys = torch.arange(view.capacity, device=q.device), view.k()
         own = (view.lengths - view.fresh[:, None]).unsqueeze(-1) + torch.arange(q.shape[2], device=q.device)
         own = torch.minimum(own, view.lengths.unsqueeze(-1) - 1).unsqueeze(-1)
         alive = ctx.forward.get("alive") if ctx.phase == "prompt" and view.aligned else None
-        outs = []
-        for some in torch.arange(q.shape[2], device=q.device).split(ROWS):
-            seen = slot <= own[:, :, some]
-            if alive is not None:
-                seen = seen & (alive[:, None, None] | (slot == own[:, :, some]))
-            logits = grouped[:, :, :, some] @ k.transpose(-1, -2) * ctx.scale
-            if ctx.softcap is not None:
-                logits = torch.tanh(logits / ctx.softcap) * ctx.softcap
-            p = logits.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(-1)
-            rank = p.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            read = (self.values * seen.sum(-1, keepdim=True) - 1e-6).ceil().unsqueeze(2)
-            outs.append((p * (rank < read)) @ v)
-        return torch.cat(outs, dim=3).flatten(1, 2).to(q.dtype)
+
+        def seen(some: Tensor) -> Tensor:
+            past = slot <= own[:, :, some]
+            return past if alive is None else past & (alive[:, None, None] | (slot == own[:, :, some]))
+
+        looks = (keys,) if self.msb is None or ctx.phase == "prompt" else rough_and_fine(keys, self.msb, self.lsb)
+        return pruned_attention(q, looks, view.v(), seen, ctx, values=self.values, threshold=self.threshold)

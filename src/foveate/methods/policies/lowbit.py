@@ -26,6 +26,21 @@ def low_bit(x: Tensor, tile: int, bits: int = 4) -> tuple[Tensor, Tensor]:
     return (x / safe.unsqueeze(-1)).round().clamp(-top, top), scale
 
 
+def split_bits(codes: Tensor, low: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers as (most, least significant bits) of their two's complement: most * 2^low + least = codes, and
+    least is in 0..2^low - 1."""
+    most = torch.floor(codes / 2**low)
+    return most, codes - most * 2**low
+
+
+def rough_and_fine(x: Tensor, msb: int, lsb: int) -> tuple[Tensor, Tensor]:
+    """x [B, H, n, D] in msb + lsb bits, a scale per vector: what its upper bits alone say, and all of them, float32."""
+    codes, scale = low_bit(x.flatten(0, 1).float(), 1, msb + lsb)
+    most, least = split_bits(codes, lsb)
+    rough, fine = (y * scale.unsqueeze(-1) for y in (most * 2**lsb, most * 2**lsb + least))
+    return rough.view_as(x), fine.view_as(x)
+
+
 @torch.no_grad()
 def block_peaks(
     q: Tensor,
