@@ -45,7 +45,9 @@ def config(dtype: torch.dtype, k_dim: int, v_dim: int, k_block: int) -> Config:
         return Config(64, 32, 8, 1, tma=False)
     if widest > 128:
         return Config(128, 64, 8, 2, tma=k_block >= 64)
-    return Config(128, 128 if k_block >= 128 else 64, 8, 2, tma=k_block >= 64)
+    if k_block >= 64:
+        return Config(128, 64, 4, 2)
+    return Config(128, 64, 8, 2, tma=False, registers=128)
 
 
 def forward(
