@@ -92,7 +92,7 @@ def clock(
     # A graph takes some microseconds to start, so that it holds several calls; what flushing takes is timed alone.
     seconds = _timed(_record(both, device), device, repeats)
     spent = _flush_seconds(device) if cold else 0.0
-    return Timing.of([max(0.0, each - spent) / _IN_A_GRAPH for each in seconds])
+    return Timing.of([max(1e-9, each - spent) / _IN_A_GRAPH for each in seconds])
 
 
 def _timed(

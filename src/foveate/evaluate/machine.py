@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ import torch
 
 def versions() -> dict[str, str]:
     """Versions of what decides about results and times."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    with suppress(PackageNotFoundError):  # kernels can be timed without it
+        found["transformers"] = version("transformers")
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found

@@ -7,7 +7,9 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -55,7 +57,10 @@ def bench(
     sizes = sizes or Sizes.of(device)
     rows = run(device, families, sizes=sizes, cold=cold, repeats=repeats, seed=seed, limit=limit, watch=watch)
     facts = {"sizes": sizes.words, "cold": cold and device.type == "cuda", "absent": rivals.absent(device)}
-    return record("kernels", command, device, rows, **facts)
+    data = record("kernels", command, device, rows, **facts)
+    with suppress(PackageNotFoundError):
+        data["versions"]["triton"] = version("triton")
+    return data
 
 
 def run(
