@@ -14,7 +14,11 @@ from foveate.errors import BadArgument
 from foveate.methods import METHODS
 from foveate.methods.profile import load_profile
 
-CALIBRATED = next(name for name, cls in METHODS.items() if "recipe" in inspect.signature(cls.calibrate).parameters)
+CALIBRATED = next(
+    name
+    for name, cls in METHODS.items()
+    if "GateRecipe" in str(inspect.signature(cls.calibrate).parameters.get("recipe"))
+)
 """A method whose calibration can be told how many steps to make."""
 
 

@@ -232,7 +232,12 @@ def test_assisted_decoding(case: Case, how: str, family: str, seed: int) -> None
             assert case.id in str(refusal.value)
             return
         with Widths(net) as seen:
-            out = generate(net, ids, do_sample=False, new=16, **extra)
+            try:
+                out = generate(net, ids, do_sample=False, new=16, **extra)
+            except Refused as refusal:  # layers are held together only behind a prompt that comes alone
+                assert case.cls.joint and case.id in str(refusal)
+                assert_refusal(refusal)
+                return
         assert any(1 < width < 8 for width in seen[1:]), "nothing was ever proposed"
         assert_used(net, out.past_key_values, less=case.holds_less)
     assert torch.equal(out.sequences, want.sequences)
@@ -259,7 +264,7 @@ def test_an_assistant_with_a_compressed_cache_of_its_own(case: Case, seed: int) 
     draft = helper("llama", seed, torch.float32)
     want = generate(net, ids, do_sample=False, new=16)
     with applied(draft, case) as handle:
-        if not handle.binding.croppable:
+        if not handle.binding.croppable or case.cls.joint:  # a draft's prompt comes with a token that may be taken back
             with pytest.raises(Refused) as refusal:
                 generate(net, ids, do_sample=False, new=16, assistant_model=draft)
             assert_refusal(refusal.value)

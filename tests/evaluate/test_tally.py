@@ -10,7 +10,6 @@ import pytest
 from tests.evaluate.small import Brief, small
 from tests.evaluate.test_runner import request, start
 
-from foveate.errors import FoveateError
 from foveate.evaluate import batch as batching
 from foveate.evaluate import runner as running
 from foveate.evaluate.answer import Answer
@@ -94,16 +93,20 @@ def test_a_torn_line_is_measured_again(opened: Loaded, tmp_path: Path, monkeypat
     assert facts(records) == facts(whole)
 
 
-def test_a_full_disk_stops_the_run(opened: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no refusal of the method whose batch could not be kept."""
+def test_a_full_disk_takes_no_batches(opened: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no record is not worth stopping for, and is no refusal of the method whose batch could not be kept."""
+    whole = start(opened, tmp_path / "whole", asked(), METHODS)
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    plain = os.write
-    monkeypatch.setattr("foveate.evaluate.tally.os.write", lambda f, d: full() if b'"answers"' in d else plain(f, d))
-    with pytest.raises(FoveateError, match="No space left"):
-        start(opened, tmp_path, asked(), METHODS)
+    monkeypatch.setattr("foveate.evaluate.tally.os.write", lambda f, d: full() if b'"answers"' in d else write(f, d))
+    records = start(opened, tmp_path / "full", asked(), METHODS)
+    assert facts(records) == facts(whole)
+    assert not (tmp_path / "full" / BATCHES).exists()
+
+
+write = os.write
 
 
 def test_batches_come_back_as_they_were(tmp_path: Path) -> None:

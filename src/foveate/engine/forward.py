@@ -60,6 +60,11 @@ class Call:
             extra = max(0, queries - cache.announced)
             cache.announced = max(0, cache.announced - queries)
             self.complete = cache.announced == 0
+            if extra and any(m.joint for m in binding.composition.methods):
+                raise Refused(
+                    f"{binding.id} holds several layers together once the prompt is over, so no candidates can come "
+                    "with it; generate without an assistant"
+                )
             if extra:
                 self.pieces = (self._piece("prompt", queries - extra), self._piece("decode", extra))
         elif queries > 1 and not cache.managed:

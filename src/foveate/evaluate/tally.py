@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from foveate.errors import FoveateError
 from foveate.evaluate.answer import Answer
 from foveate.evaluate.batch import Batch
 
@@ -83,10 +82,8 @@ class Batches:
         return self._found.get((cell, start, count))
 
     def add(self, cell: str, start: int, tally: Tally) -> None:
-        """Keep a batch's tally; when this returns it is on the disk.
-
-        Raises:
-            FoveateError: the disk is full, or the file cannot be written.
+        """Keep a batch's tally; when this returns it is on the disk. Where it cannot be written none is kept any more:
+        the run goes on, and the log says when not even records can be written.
         """
         if self.path is None:
             return
@@ -98,8 +95,9 @@ class Batches:
                 line = b"\n" + line  # behind what may be torn
             os.write(self._file, line)
             os.fsync(self._file)
-        except OSError as error:
-            raise FoveateError(f"{self.path}: {error.strerror or error}; what is complete stays") from None
+        except OSError:
+            self.drop()
+            self.path = None
 
     def drop(self) -> None:
         """Every cell of the group is in the log: forget its batches."""

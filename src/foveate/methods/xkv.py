@@ -29,8 +29,8 @@ class XKV(Method):
     released code multiplies back at once and stores what it had before.
 
     Under latent attention (MLA) the latents are held so, under `rank_k`; the rotated channels beside them stay exact.
-    The last group may be smaller. With `group` 1 it is a decomposition of each layer alone. Candidates of assisted
-    decoding that come with the prompt itself still read it exactly, but in the last layer of a group.
+    The last group may be smaller. With `group` 1 it is a decomposition of each layer alone. Assisted decoding whose
+    candidates come with the prompt itself is refused: the first layers of a group would still read it exactly.
 
     Args:
         group: layers that share a basis.
