@@ -22,7 +22,9 @@ FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def blocks(page: Path, language: str) -> list[tuple[int, str, str]]:
     """(line, words behind the language, text) of the fenced blocks of a page, without what generate.py put in."""
     text = page.read_text()
-    generated = [m.span() for m in re.finditer(r"<!-- (source|records|bench|sweep|claims): .*?<!-- end -->", text, re.DOTALL)]
+    generated = [
+        m.span() for m in re.finditer(r"<!-- (source|records|bench|sweep|claims): .*?<!-- end -->", text, re.DOTALL)
+    ]
     return [
         (text.count("\n", 0, m.start()) + 2, m[2].strip(), m[3])
         for m in FENCE.finditer(text)

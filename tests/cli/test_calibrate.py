@@ -14,11 +14,8 @@ from foveate.errors import BadArgument
 from foveate.methods import METHODS
 from foveate.methods.profile import load_profile
 
-CALIBRATED = next(
-    name
-    for name, cls in METHODS.items()
-    if "GateRecipe" in str(inspect.signature(cls.calibrate).parameters.get("recipe"))
-)
+RECIPES = {name: inspect.signature(cls.calibrate).parameters.get("recipe") for name, cls in METHODS.items()}
+CALIBRATED = next(name for name, recipe in RECIPES.items() if "GateRecipe" in str(recipe))
 """A method whose calibration can be told how many steps to make."""
 
 

@@ -131,8 +131,8 @@ class SALE(Method):
         return (self._peaks(q, k, lse, scale, softcap) > log_tau[:, None, None]) & far
 
     def _peaks(self, q: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
-        sizes = {"q_block": self.q_block, "k_block": self.k_block, "tile": self.tile}
-        return block_peaks(q, k, lse, **sizes, scale=scale, softcap=softcap)
+        q_block, k_block, tile = self.q_block, self.k_block, self.tile
+        return block_peaks(q, k, lse, q_block=q_block, k_block=k_block, tile=tile, scale=scale, softcap=softcap)
 
     def _listed(self, blocks: Tensor) -> Selection:
         return Selection(lists=mask_lists(blocks), q_block=self.q_block, k_block=self.k_block)
