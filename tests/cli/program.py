@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def invoke(capsys: pytest.CaptureFixture[str], words: Sequence[object]) -> Outco
 
 
 def spawn(words: Sequence[object], folder: Path, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """The program in a process of its own."""
+    """The program in a process of its own, which hears Ctrl-C even where these tests run in a shell's background."""
     return subprocess.Popen(
         [*prefix, *PROGRAM, *map(str, words)],
         cwd=folder,
@@ -47,6 +48,7 @@ def spawn(words: Sequence[object], folder: Path, prefix: Sequence[str] = ()) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
