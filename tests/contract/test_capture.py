@@ -53,13 +53,14 @@ def test_recorded_steps_are_eager_steps(case: Case, family: str, seed: int) -> N
     new = torch.stack([tokens(seed + 2, 40), tokens(seed + 3, 40)])
     with applied(net, case) as handle:
         if not handle.binding.graph:
-            pytest.skip("its hooks of a decode step look at values on the host")
+            new = new[:, :5]  # nothing is recorded: a few steps show that nothing is touched either
         eager, want = steps(net, handle, ids, mask, new)
         with recording(net, handle):
             cache, got = steps(net, handle, ids, mask, new)
-        if cache.step is None:
+        if not handle.binding.graph:
+            assert cache.step is None and not cache.unrecorded
+        elif cache.step is None:
             assert cache.unrecorded, "nothing was recorded, and nobody said why"
-            pytest.skip(cache.unrecorded)
         assert_close(got, want, EXACT)
         for layer, other in zip(cache.couriers(), eager.couriers(), strict=True):
             cache.owner.settle(layer)

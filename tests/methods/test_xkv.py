@@ -17,7 +17,7 @@ from foveate.compat import rotary
 from foveate.engine import seal as sealing
 from foveate.errors import Refused
 from foveate.methods import XKV
-from foveate.methods.base import Codec, Joint
+from foveate.methods.declared import Codec, Joint
 from foveate.methods.xkv import LowRank
 from foveate.models import tiny
 from foveate.models.shape import ModelShape

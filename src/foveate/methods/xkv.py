@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from foveate.errors import BadArgument, Infeasible, Refused
-from foveate.methods.base import Codec, Joint, Method, Profile, Role, register, tries
+from foveate.methods.base import Codec, Method, Profile, Role, register, tries
 from foveate.methods.budget import Budget
+from foveate.methods.declared import Joint
 from foveate.models.shape import LayerShape, ModelShape
 
 
