@@ -136,11 +136,12 @@ def kernels(
     from foveate.bench.plot import check_name
     from foveate.bench.plot import plot as draw
     from foveate.bench.record import write
+    from foveate.models.placement import resolve_device
 
     given = locals()
     if plot is not None:
         check_name(plot)
-    where = _device(device, cpu)
+    where = resolve_device("cpu" if cpu else device)
     names = [name.strip() for name in families.split(",") if name.strip()] or None
     sizes = timed.Sizes.of(
         where,
@@ -167,22 +168,6 @@ def kernels(
         _show_kernels(data)
 
 
-def _device(name: str, cpu: bool) -> Any:
-    """The device that is meant."""
-    import torch
-
-    chosen = "cpu" if cpu else name
-    if chosen == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(chosen)
-    except RuntimeError:
-        raise BadArgument("device", name, "give auto, cpu, cuda or cuda:1") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise BadArgument("device", name, "PyTorch sees no GPU here; give --cpu")
-    return found
-
-
 def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
     """Run one of the commands above on a model, show it, write it."""
     from foveate.bench.crossing import crossings
@@ -191,6 +176,7 @@ def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
     from foveate.errors import FoveateError
     from foveate.evaluate.setting import parse_budgets, parse_methods, settings_of
     from foveate.models.named import named
+    from foveate.models.placement import resolve_device
     from foveate.models.shape import ModelShape
 
     lengths = whole_numbers("lengths", given["lengths"])
@@ -202,7 +188,7 @@ def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
     settings = settings_of(parse_methods(given["methods"]), parse_budgets(given["budgets"] or None))
     if any(not setting.reader.whole for setting in settings):
         raise BadArgument("methods", given["methods"], "retrieval reads passages of a text; give attention methods")
-    device = _device(given["device"], given["cpu"])
+    device = resolve_device("cpu" if given["cpu"] else given["device"])
     say(f"{given['shape']} with random weights on {device}")
     model = named(given["shape"], layers=given["layers"], device=device)
     geometry = ModelShape.of(model)
