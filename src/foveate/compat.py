@@ -16,11 +16,12 @@ from transformers.cache_utils import CacheLayerMixin as CacheLayerBase
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.hub import cached_file
 
 from foveate.errors import Refused
 
-__all__ = ["CacheBase", "CacheLayerBase"]
+__all__ = ["ALL_ATTENTION_FUNCTIONS", "CacheBase", "CacheLayerBase"]
 
 NAME = "foveate"
 """The attention implementation's name. Never with "flash" in it: transformers tests for that substring."""
@@ -302,6 +303,38 @@ def companion_file(source: str, name: str) -> str:
     if found is None:
         raise OSError(f"{source} has no {name}")
     return found
+
+
+def causal_classes(family: str) -> tuple[Any, Any]:
+    """The configuration and the language model class of a model type such as "llama"."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = CONFIG_MAPPING[family]
+    return config, MODEL_FOR_CAUSAL_LM_MAPPING[config]
+
+
+def has_family(family: str) -> bool:
+    """Whether this version of transformers knows the model type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return family in CONFIG_MAPPING
+
+
+def register_causal(config: type[Any], model: type[Any]) -> None:
+    """Make AutoConfig and AutoModelForCausalLM know a type of ours."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def layer_types(model: Any) -> list[str]:
+    """What transformers' caches take each decoder layer for, where the configuration does not say it itself."""
+    config = text_config(model)
+    window = getattr(config, "sliding_window", None)
+    kind = "full_attention" if window is None else "sliding_attention"
+    return [kind] * config.num_hidden_layers
 
 
 def is_latent(module: nn.Module) -> bool:

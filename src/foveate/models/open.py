@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from foveate.errors import BadArgument, FoveateError, Refused
-from foveate.models import builtin, gguf_weights
+from foveate.models import builtin, converted, gguf_weights
 from foveate.models.placement import resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def load(
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
     path, local = _locate(str(source))
+    _register_type(path)
     config = _open_config(str(source), path, local)
     tokenizer = _open_tokenizer(str(source), path, local)
     model = _open_model(str(source), path, local, config, precision).to(place).eval()
@@ -69,6 +71,16 @@ def _locate(source: str) -> tuple[str, bool]:
     if elsewhere or not _HUB_ID.fullmatch(source) or _close(source):
         raise BadArgument("source", source, f"no such file or folder; {_choices(source)}")
     return source, not _reach_hub(source)
+
+
+def _register_type(path: str) -> None:
+    """Models of a converted type are of classes that transformers learns of only when one is opened."""
+    try:
+        family = json.loads((Path(path) / "config.json").read_text()).get("model_type", "")
+    except (OSError, ValueError, AttributeError):
+        return  # not a folder, or one that transformers will find fault with
+    if str(family).startswith(converted.PREFIX):
+        converted.registered(family)
 
 
 def _close(source: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,9 +192,15 @@ def _without_shared(text: Any, types: list[str]) -> list[str]:
 
 def _layers(text: Any) -> list[LayerShape]:
     configs = _layer_configs(text)
-    return [
+    layers = [
         _layer(index, attention, config)
         for index, (attention, config) in enumerate(zip(_layer_types(text, configs), configs, strict=True))
+    ]
+    # Layers that a conversion replaced say themselves what they hold.
+    replaced = getattr(text, "attention_layers", None) or [None] * len(layers)
+    return [
+        layer if entry is None else replace(layer, **entry["holds"])
+        for layer, entry in zip(layers, replaced, strict=True)
     ]
 
 

@@ -1,0 +1,139 @@
+"""Models some of whose attention layers were replaced: registered types that transformers loads without remote code."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from foveate import compat
+from foveate.errors import BadArgument, Refused
+from foveate.layers.mixer import Mixer, build
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFIX = "foveate_"
+KEY = "attention_layers"
+"""In the configuration: for each layer None, or its kind, the numbers that rebuild it and what it holds."""
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "deepseek_v2", "deepseek_v3")
+"""Model types whose decoder layers keep their attention at `model.layers[i].self_attn`."""
+
+
+def registered(model_type: str) -> type[PreTrainedModel]:
+    """The class of converted models of this family; the first call makes and registers it with transformers' Auto
+    classes, so that `AutoModelForCausalLM` opens what `save_pretrained` wrote.
+
+    Raises:
+        Refused: a family that Foveate does not convert.
+    """
+    family = model_type.removeprefix(PREFIX)
+    if family not in FAMILIES:
+        raise Refused(f"{family} models cannot be converted; Foveate converts {', '.join(FAMILIES)}")
+    return _class_of(family)
+
+
+@functools.cache
+def _class_of(family: str) -> type[PreTrainedModel]:
+    config_base, model_base = compat.causal_classes(family)
+    config_class = type(
+        f"Foveate{config_base.__name__}",
+        (config_base,),
+        {"model_type": PREFIX + family, "__module__": __name__, KEY: None, "__annotations__": {KEY: "list | None"}},
+    )
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        layers = decoder_layers(self)
+        for index, entry in enumerate(getattr(config, KEY, None) or [None] * len(layers)):
+            if entry is not None:
+                layers[index].self_attn = build(entry["kind"], config, index, entry["spec"])
+        self.post_init()
+
+    model_class = type(
+        f"Foveate{model_base.__name__}",
+        (model_base,),
+        {"config_class": config_class, "__init__": init, "__module__": __name__},
+    )
+    compat.register_causal(config_class, model_class)
+    return model_class
+
+
+def register_all() -> None:
+    """Make every converted type known to transformers' Auto classes."""
+    for family in FAMILIES:
+        if compat.has_family(family):
+            registered(family)
+
+
+def decoder_layers(model: Any) -> Any:
+    """The decoder's layers, first to last."""
+    return compat.base_model(model).layers
+
+
+def is_converted(model_or_config: Any) -> bool:
+    """Whether the model is of a converted type, be its layers replaced or not."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return str(getattr(config, "model_type", "")).startswith(PREFIX)
+
+
+def container(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model as one of the converted type of its family: weights copied, no layer replaced.
+
+    Raises:
+        Refused: a family that Foveate does not convert.
+    """
+    cls = registered(model.config.model_type)
+    state = {
+        name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")
+    }
+    config = cls.config_class(**state)  # type: ignore[misc]
+    config.attention_layers = getattr(config, KEY, None) or [None] * config.num_hidden_layers
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        made: Any = cls(config)
+    made = made.to(dtype=model.dtype).to_empty(device=model.device)
+    made.load_state_dict(model.state_dict(), strict=True, assign=False)
+    # What no state dict holds, such as rotation frequencies.
+    given = dict(model.named_buffers())
+    for name in dict(made.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        made.get_submodule(owner)._buffers[leaf] = given[name].clone()
+    if model.generation_config is not None:
+        made.generation_config = copy.deepcopy(model.generation_config)
+    made.config.name_or_path = model.config.name_or_path
+    made.tie_weights()
+    return made.train(model.training)
+
+
+def replace(model: PreTrainedModel, layer: int, kind: str, **spec: Any) -> Mixer:
+    """Put a new layer of this kind in the place of one decoder layer's attention, weights not yet set.
+
+    Args:
+        model: of a converted type (see `container`).
+        spec: the numbers of this kind.
+
+    Raises:
+        BadArgument: no such layer or kind, or numbers that do not fit.
+    """
+    if not is_converted(model):
+        raise BadArgument("model", type(model).__name__, "give what container(model) returned")
+    layers = decoder_layers(model)
+    if not 0 <= layer < len(layers):
+        raise BadArgument("layer", layer, f"give 0 to {len(layers) - 1}")
+    old = layers[layer].self_attn
+    parameter = next(old.parameters())
+    made = build(kind, model.config, layer, spec).to(device=parameter.device, dtype=parameter.dtype)
+    made.train(old.training)
+    layers[layer].self_attn = made
+    listed: list[Any] = list(getattr(model.config, KEY, None) or [None] * len(layers))
+    listed[layer] = {"kind": kind, "spec": made.spec, "holds": made.holds}
+    setattr(model.config, KEY, listed)
+    types = list(getattr(model.config, "layer_types", None) or compat.layer_types(model))
+    if made.layer_type != "full_attention" or types[layer] not in ("full_attention", "sliding_attention"):
+        types[layer] = made.layer_type
+    model.config.layer_types = types
+    return made
