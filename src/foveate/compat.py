@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache as CacheBase
 from transformers.cache_utils import CacheLayerMixin as CacheLayerBase
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.hub import cached_file
 
@@ -50,15 +50,15 @@ def _dispatch(
         return call.attention(module, query, key, value, attention_mask, **kwargs)
     if call is None or _attention is None or not call.manages(module):
         if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = _four_d(attention_mask, query, key, kwargs.get("sliding_window"))
+            attention_mask = four_d(attention_mask, query.shape[2], key.shape[2], kwargs.get("sliding_window"))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return _attention(call, module, query, key, value, attention_mask, **kwargs)
 
 
-def _four_d(mask: Tensor, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    n, m = query.shape[2], key.shape[2]
-    i = torch.arange(m - n, m, device=query.device).unsqueeze(-1)
-    j = torch.arange(m, device=query.device)
+def four_d(mask: Tensor, n: int, m: int, window: int | None) -> Tensor:
+    """A padding mask [B, M] as one over pairs, bool [B, 1, n, m]: the n queries are the last of m keys."""
+    i = torch.arange(m - n, m, device=mask.device).unsqueeze(-1)
+    j = torch.arange(m, device=mask.device)
     seen = (j <= i) if window is None else (j <= i) & (i - j < window)
     seen = seen & mask[:, None, None, :m].bool()
     return seen | (j == i)  # a padded query sees itself, so that no row is empty
@@ -249,14 +249,25 @@ def rotary(model: Any) -> Rotary:
     attention = next(attention_modules(model))
     rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
     probe = torch.arange(4.0)
-    if rotate is None or not torch.equal(rotate(probe), torch.tensor([-2.0, -3.0, 0.0, 1.0])):
+    own = hasattr(attention, "frequency_indices")  # Foveate's layers hold half-split pairs
+    if not own and (rotate is None or not torch.equal(rotate(probe), torch.tensor([-2.0, -3.0, 0.0, 1.0]))):
         raise Refused(f"{name}: its rotary layout is not half-split, so positions cannot be moved")
     inv_freq = getattr(module, "inv_freq", None)
     if inv_freq is None:
         inv_freq = getattr(module, "full_attention_inv_freq", None)
     if inv_freq is None:
         raise Refused(f"{name}: no rotary frequencies were found for its full-attention layers")
-    return Rotary(inv_freq, last=is_latent(attention))
+    picks = {_frequencies(m, inv_freq.numel()) for m in attention_modules(model)}
+    if len(picks) > 1:
+        raise Refused(f"{name}: its layers rotate with different frequencies, so positions cannot be moved")
+    pick = picks.pop()
+    return Rotary(inv_freq if pick is None else inv_freq[list(pick)], last=is_latent(attention))
+
+
+def _frequencies(module: Any, count: int) -> tuple[int, ...] | None:
+    """Which of the model's rotary frequencies an attention module turns its pairs with; None: each one once."""
+    pick = getattr(module, "frequency_indices", None)
+    return None if pick is None else tuple(pick(count))
 
 
 class LatentProjection:
@@ -267,20 +278,19 @@ class LatentProjection:
         self.rank, self.rope_dim = module.kv_lora_rank, module.qk_rope_head_dim
         self.nope, self.v_dim = module.qk_nope_head_dim, module.v_head_dim
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """W_UK [H, nope, r] and W_UV [H, v, r], adapters included."""
+    def weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """W_UK [H, nope, r] and W_UV [H, v, r], adapters included, for tensors like this one."""
         linear = self.module.kv_b_proj
         if type(linear) is nn.Linear and linear.weight.device.type != "meta":
             weight = linear.weight
         else:
-            device, dtype = self.module.kv_a_layernorm.weight.device, self.module.kv_a_layernorm.weight.dtype
-            weight = linear(torch.eye(self.rank, device=device, dtype=dtype)).transpose(0, 1)
+            weight = linear(torch.eye(self.rank, device=like.device, dtype=like.dtype)).transpose(0, 1)
         weight = weight.view(-1, self.nope + self.v_dim, self.rank)
         return weight[:, : self.nope], weight[:, self.nope :]
 
     def absorb(self, q: Tensor) -> Tensor:
         """Queries [B, H, N, nope + rope] moved into latent space [B, H, N, r + rope]."""
-        w_uk, _ = self.weights()
+        w_uk, _ = self.weights(q)
         latent = torch.einsum("bhnd,hdr->bhnr", q[..., : self.nope], w_uk)
         return torch.cat([latent, q[..., self.nope :]], dim=-1)
 
@@ -290,7 +300,7 @@ class LatentProjection:
 
     def values(self, out: Tensor) -> Tensor:
         """Attention over latents [B, H, N, r] -> head outputs [B, H, N, v]."""
-        _, w_uv = self.weights()
+        _, w_uv = self.weights(out)
         return torch.einsum("bhnr,hvr->bhnv", out, w_uv)
 
 
@@ -335,6 +345,34 @@ def layer_types(model: Any) -> list[str]:
     window = getattr(config, "sliding_window", None)
     kind = "full_attention" if window is None else "sliding_attention"
     return [kind] * config.num_hidden_layers
+
+
+def masks_by_type(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A forward pre-hook of a decoder that looks masks up by layer type: makes those of types that it does not know.
+
+    Layers that hold a state get the padding mask of the new tokens [B, N], or None.
+    """
+    types, given = set(module.config.layer_types), kwargs.get("attention_mask")
+    inputs = kwargs.get("inputs_embeds")
+    inputs = kwargs.get("input_ids", args[0] if args else None) if inputs is None else inputs
+    if types <= set(_MASKS) or isinstance(given, dict) or inputs is None:
+        return None
+    asked = {
+        "config": module.config,
+        # Read for its shape, dtype and device alone.
+        "inputs_embeds": torch.empty(*inputs.shape[:2], 1, dtype=module.dtype, device=inputs.device),
+        "attention_mask": given,
+        "past_key_values": kwargs.get("past_key_values"),
+        "position_ids": kwargs.get("position_ids"),
+    }
+    local = given[:, -inputs.shape[1] :] if given is not None and given.ndim == 2 else given
+    masks = {name: _MASKS[name](**asked) if name in _MASKS else local for name in types}
+    return args, {**kwargs, "attention_mask": masks}
+
+
+_MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 def is_latent(module: nn.Module) -> bool:
