@@ -12,12 +12,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from foveate.errors import Refused
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 Report = Callable[[str, float], None]
 """`report(step, share)`: how much of a named step is done, 0 to 1."""
@@ -37,7 +39,9 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foveate"
 
 
-def artifact(key: str, name: str, build: Callable[[Path, Path, Report], None], *, space: int) -> Path:
+def artifact(
+    key: str, name: str, build: Callable[[Path, Path, Report], None], *, space: int, kind: str = "models"
+) -> Path:
     """The folder called `name` of the cache entry `key`; built first if it is missing or damaged.
 
     `build(folder, scratch, report)` fills `folder`; `scratch` is a second folder for downloads. Both lie in the cache
@@ -46,11 +50,12 @@ def artifact(key: str, name: str, build: Callable[[Path, Path, Report], None], *
 
     Args:
         space: bytes that must be free for the build to have a chance.
+        kind: the folder of the cache directory that the entry is in.
 
     Raises:
         Refused: the cache directory cannot be written or has not enough room.
     """
-    entry = cache_root() / "models" / key
+    entry = cache_root() / kind / key
     if (found := _complete(entry)) is not None:
         return found
     with _explained(entry.parent, space):
@@ -110,7 +115,7 @@ def _locked(entry: Path, name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        Console(stderr=True).print(f"another process is preparing {name}; waiting for it")
+        print(f"another process is preparing {name}; waiting for it", file=sys.stderr)
         lock.acquire()
     try:
         yield
@@ -159,7 +164,14 @@ def _disk_reason(error: Exception) -> str | None:
 
 @contextmanager
 def _progress(name: str) -> Iterator[Report]:
-    """A bar a step on stderr, so that stdout stays free for results."""
+    """A bar a step on stderr, so that stdout stays free for results. Without rich, as where the package was copied
+    without what it brings, nothing is shown."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield lambda step, share: None
+        return
     columns = (TextColumn(f"{name}: {{task.description:<12}}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
