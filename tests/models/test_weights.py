@@ -13,6 +13,8 @@ from tests.families import FAMILIES, LATENT, family_model
 from torch import Tensor
 
 from foveate.errors import BadArgument, Refused
+from foveate.models.converted import container
+from foveate.models.converted import replace as replace_layer
 from foveate.models.weights import HeadWeights, LatentWeights, read_heads, read_latent, write_heads, write_latent
 
 
@@ -67,15 +69,17 @@ def by_latents(x: Tensor, w: LatentWeights, cos: Tensor, sin: Tensor) -> Tensor:
     def plus(y: Tensor, bias: Tensor | None) -> Tensor:
         return y if bias is None else y + bias
 
-    c = rms_norm(plus(x @ w.w_dkv.T, w.dkv_bias), w.kv_norm, w.eps)
+    c = plus(x @ w.w_dkv.T, w.dkv_bias)
+    c = c if w.kv_norm is None else rms_norm(c, w.kv_norm, w.eps)
     key = rotate(plus(x @ w.w_kr.T, w.kr_bias), cos, sin, w.interleaved)
     source, heads = x, w.q
     if heads is None:
-        assert w.q_a is not None and w.q_norm is not None and w.q_b is not None
-        source, heads = rms_norm(plus(x @ w.q_a.T, w.q_a_bias), w.q_norm, w.eps), w.q_b
+        assert w.q_a is not None and w.q_b is not None
+        source, heads = plus(x @ w.q_a.T, w.q_a_bias), w.q_b
+        source = source if w.q_norm is None else rms_norm(source, w.q_norm, w.eps)
     out, nope = torch.zeros_like(x), w.w_uk.shape[1]
     for h in range(heads.shape[0]):
-        q = source @ heads[h].T
+        q = plus(source @ heads[h].T, None if w.q_bias is None else w.q_bias[h])
         q = torch.cat([q[:, :nope], rotate(q[:, nope:], cos, sin, w.interleaved)], dim=1)
         k = torch.cat([c @ w.w_uk[h].T, key], dim=1)
         out += attend(q, k, c @ w.w_uv[h].T, w.scale, None, None) @ w.o[h].T
@@ -151,6 +155,40 @@ def test_latent_weights_compute_what_the_module_computes(family, changes, seed):
         if "rope_parameters" in changes:
             assert weights.scale > 1.1 * 24**-0.5
         assert_close(by_latents(x.double(), weights, cos.double(), sin.double()), out, limit(family))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"rope_dim": 4, "q_rank": None, "biases": ["q_proj", "o_proj", "kv_a_proj_with_mqa"], "interleaved": True},
+        {
+            "rope_dim": 6,
+            "q_rank": 20,
+            "biases": ["q_a_proj", "q_b_proj"],
+            "norm": "none",
+            "frequencies": [1, 0, 5],
+            "scale": 0.3,
+        },
+    ],
+)
+def test_latent_layers_of_converted_models_are_read_and_written_like_deepseek_s(spec, seed):
+    model = container(family_model("llama", seed=seed))
+    for layer in range(2):
+        replace_layer(model, layer, "latent", num_heads=4, rank=12, nope_dim=5, v_dim=7, **spec)
+    model = model.double()
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(3, 250, (1, 13), generator=torch.Generator().manual_seed(seed))
+    for module, (x, cos, sin, out) in zip(modules(model), seen(model, ids), strict=True):
+        weights = read_latent(module)
+        chosen = module.frequency_indices(8)
+        assert_close(by_latents(x, weights, cos[:, chosen].double(), sin[:, chosen].double()), out, 1e-11)
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        for parameter in module.parameters():
+            parameter.data.zero_()
+        write_latent(module, weights)
+        assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

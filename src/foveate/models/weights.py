@@ -57,15 +57,15 @@ class LatentWeights:
 
     A token x [d] has the latent c = rmsnorm(w_dkv @ x + dkv_bias) * kv_norm and one rotated key w_kr @ x + kr_bias for
     all heads; head h has the key w_uk[h] @ c without a position, and the value w_uv[h] @ c. Its query, dn dims without
-    a position before dr rotated ones, is q[h] @ x, or q_b[h] @ (rmsnorm(q_a @ x + q_a_bias) * q_norm).
+    a position before dr rotated ones, is q[h] @ x, or q_b[h] @ (rmsnorm(q_a @ x + q_a_bias) * q_norm), plus q_bias[h].
 
     Args:
         q: [H, dn + dr, d], or None where queries have a latent of their own.
-        q_a, q_norm, q_b: [rq, d], [rq] and [H, dn + dr, rq]; None where q is not.
-        w_dkv: [r, d]. w_kr: [dr, d]. kv_norm: [r].
+        q_a, q_norm, q_b: [rq, d], [rq] and [H, dn + dr, rq]; None where q is not. q_norm: None without that norm.
+        w_dkv: [r, d]. w_kr: [dr, d]. kv_norm: [r], None where the latent is not normed.
         w_uk: [H, dn, r]. w_uv: [H, dv, r].
         o: [H, d, dv]: the output is the sum over heads of o[h] @ head, plus o_bias [d].
-        q_a_bias, dkv_bias, kr_bias: [rq], [r], [dr], or None.
+        q_bias, q_a_bias, dkv_bias, kr_bias: [H, dn + dr], [rq], [r], [dr], or None.
         eps: what both norms add to the mean square.
         scale: what scores are multiplied by, YaRN's factor included.
         interleaved: whether rotated pairs are (2i, 2i + 1), as DeepSeek lays them out, or half-split.
@@ -77,10 +77,11 @@ class LatentWeights:
     q_b: Tensor | None
     w_dkv: Tensor
     w_kr: Tensor
-    kv_norm: Tensor
+    kv_norm: Tensor | None
     w_uk: Tensor
     w_uv: Tensor
     o: Tensor
+    q_bias: Tensor | None
     q_a_bias: Tensor | None
     dkv_bias: Tensor | None
     kr_bias: Tensor | None
@@ -193,29 +194,31 @@ def read_latent(module: Any, dtype: torch.dtype = torch.float64) -> LatentWeight
     nope, total = module.qk_nope_head_dim, module.qk_nope_head_dim + module.qk_rope_head_dim
     up_weight = up.weight(dtype).unflatten(0, (-1, nope + module.v_head_dim))
     direct = module.q_lora_rank is None
-    if not direct and _eps(module.q_a_layernorm) != _eps(module.kv_a_layernorm):
+    norms = [_weighted(module.kv_a_layernorm), None if direct else _weighted(module.q_a_layernorm)]
+    eps = {_eps(norm) for norm in norms if norm is not None}
+    if len(eps) > 1:
         raise Refused(f"{type(module).__name__}: its norms have two different eps")
-    heads = _whole(module.q_proj if direct else module.q_b_proj).weight(dtype).unflatten(0, (-1, total))
-    query = None if direct else _whole(module.q_a_proj)
+    heads, query = _whole(module.q_proj if direct else module.q_b_proj), None if direct else _whole(module.q_a_proj)
+    rows, q_bias = heads.weight(dtype).unflatten(0, (-1, total)), heads.bias(dtype)
     return LatentWeights(
-        q=heads if direct else None,
+        q=rows if direct else None,
         q_a=None if query is None else query.weight(dtype),
-        q_norm=None if direct else _gain(module.q_a_layernorm, module.q_lora_rank, dtype),
-        q_b=None if direct else heads,
+        q_norm=_gain(norms[1], module.q_lora_rank, dtype),
+        q_b=None if direct else rows,
         w_dkv=down.weight(dtype),
         w_kr=rope.weight(dtype),
-        kv_norm=_gain(module.kv_a_layernorm, module.kv_lora_rank, dtype),  # pyright: ignore[reportArgumentType]
+        kv_norm=_gain(norms[0], module.kv_lora_rank, dtype),
         w_uk=up_weight[:, :nope].contiguous(),
         w_uv=up_weight[:, nope:].contiguous(),
         o=o.weight(dtype).unflatten(1, (-1, module.v_head_dim)).transpose(0, 1).contiguous(),
+        q_bias=None if q_bias is None else q_bias.unflatten(0, (-1, total)),
         q_a_bias=None if query is None else query.bias(dtype),
         dkv_bias=down.bias(dtype),
         kr_bias=rope.bias(dtype),
         o_bias=o.bias(dtype),
-        eps=_eps(module.kv_a_layernorm),
+        eps=next(iter(eps), 0.0),
         scale=float(module.scaling),
-        # The older of the two families has no other layout and no name for it.
-        interleaved=bool(getattr(module.config, "rope_interleave", True)),
+        interleaved=_interleaved(module),
     )
 
 
@@ -229,30 +232,29 @@ def write_latent(module: Any, weights: LatentWeights) -> None:
             module takes those from its configuration.
     """
     down, rope, up, o = _latent_parts(module)
+    direct = module.q_lora_rank is None
+    gains = [("kv_norm", _weighted(module.kv_a_layernorm), weights.kv_norm)]
+    gains += [("q_norm", None if direct else _weighted(module.q_a_layernorm), weights.q_norm)]
     for name, want in (
         ("scale", float(module.scaling)),
-        ("eps", _eps(module.kv_a_layernorm)),
-        ("interleaved", bool(getattr(module.config, "rope_interleave", True))),
+        ("eps", next((_eps(norm) for _, norm, _ in gains if norm is not None), 0.0)),
+        ("interleaved", _interleaved(module)),
     ):
         if getattr(weights, name) != want:
             raise BadArgument(name, getattr(weights, name), f"the module's configuration makes it {want}")
-    heads = weights.q if module.q_lora_rank is None else weights.q_b
-    if heads is None or (module.q_lora_rank is not None and (weights.q_a is None or weights.q_norm is None)):
-        raise BadArgument("q", None, "give q, or q_a, q_norm and q_b: those that the module has")
+    rows = weights.q if direct else weights.q_b
+    if rows is None or (weights.q_a is None) != direct:
+        raise BadArgument("q", None, "give q, or q_a and q_b: those that the module has")
     up_rows = torch.cat([weights.w_uk, weights.w_uv], dim=1).flatten(0, 1)
     todo: list[tuple[str, _Rows, Tensor, Tensor | None]] = [
         ("w_dkv", down, weights.w_dkv, weights.dkv_bias),
         ("w_kr", rope, weights.w_kr, weights.kr_bias),
         ("w_uk and w_uv", up, up_rows, None),
         ("o", o, weights.o.transpose(0, 1).flatten(1), weights.o_bias),
+        ("q", _whole(module.q_proj if direct else module.q_b_proj), rows.flatten(0, 1), weights.q_bias),
     ]
-    gains = [("kv_norm", module.kv_a_layernorm, weights.kv_norm)]
-    if module.q_lora_rank is None:
-        todo.append(("q", _whole(module.q_proj), heads.flatten(0, 1), None))
-    else:
-        todo.append(("q_a", _whole(module.q_a_proj), weights.q_a, weights.q_a_bias))  # type: ignore[arg-type]
-        todo.append(("q_b", _whole(module.q_b_proj), heads.flatten(0, 1), None))
-        gains.append(("q_norm", module.q_a_layernorm, weights.q_norm))  # type: ignore[arg-type]
+    if weights.q_a is not None:
+        todo.append(("q_a", _whole(module.q_a_proj), weights.q_a, weights.q_a_bias))
     for name, norm, gain in gains:
         _check_gain(name, norm, gain)
     for name, part, weight, bias in todo:
@@ -309,10 +311,21 @@ def _rotary_dim(module: Any) -> int:
     return int(module.head_dim * rope.get("partial_rotary_factor", 1.0))
 
 
+def _interleaved(module: Any) -> bool:
+    """DeepSeek-V2 has no other layout and no name for it."""
+    held = module if hasattr(module, "interleaved") else module.config
+    return bool(getattr(held, "interleaved", getattr(held, "rope_interleave", True)))
+
+
 def _window(module: Any) -> int | None:
     """Modules whose layers differ hold their own; the others take that of the whole model."""
     held = module if hasattr(module, "sliding_window") else module.config
     return getattr(held, "sliding_window", None)
+
+
+def _weighted(norm: Any) -> Any:
+    """The norm, or None for a module in its place that leaves everything as it is."""
+    return None if isinstance(norm, nn.Identity) else norm
 
 
 def _eps(norm: Any) -> float:
