@@ -49,6 +49,9 @@ def _dispatch(
     if call is not None and hasattr(call, "attention") and call.manages(module):
         return call.attention(module, query, key, value, attention_mask, **kwargs)
     if call is None or _attention is None or not call.manages(module):
+        if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+            # Our mask function says nothing of a chunk without padding; SDPA would let its i-th query see i keys.
+            attention_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = four_d(attention_mask, query.shape[2], key.shape[2], kwargs.get("sliding_window"))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -69,10 +72,16 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     q_length = kwargs.get("q_length", args[1] if len(args) > 1 else None)
     if kwargs.get("allow_is_causal_skip") is False and q_length != 1:
         return sdpa_mask(*args, **kwargs)
-    if q_length == 1:
+    if q_length == 1 and not _keys_elsewhere(kwargs.get("config")):
         # Every row got one real token and the store knows its older ones; None keeps shapes constant over steps.
         return None
     return kwargs.get("attention_mask")
+
+
+def _keys_elsewhere(config: Any) -> bool:
+    """Whether some layers that a conversion made keep keys in transformers' own cache, which knows of no padding."""
+    entries = getattr(config, "attention_layers", None) or ()
+    return any(entry and entry["holds"].get("kind") == "other" and entry["holds"]["store_heads"] for entry in entries)
 
 
 # Together, and as soon as anybody may announce a call: one without the other loses causality.
@@ -267,7 +276,8 @@ def rotary(model: Any) -> Rotary:
 def _frequencies(module: Any, count: int) -> tuple[int, ...] | None:
     """Which of the model's rotary frequencies an attention module turns its pairs with; None: each one once."""
     pick = getattr(module, "frequency_indices", None)
-    return None if pick is None else tuple(pick(count))
+    picked = tuple(range(count)) if pick is None else tuple(pick(count))
+    return None if picked == tuple(range(count)) else picked
 
 
 class LatentProjection:

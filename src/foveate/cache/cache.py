@@ -273,6 +273,12 @@ class FoveateCache(CacheBase):
         return total
 
     @property
+    def state_nbytes(self) -> int:
+        """Bytes in `nbytes` that no context adds to: recurrent states and windows of convolutions."""
+        states = [getattr(layer, name, {}) for layer in self.layers for name in ("conv_states", "recurrent_states")]
+        return sum(t.numel() * t.element_size() for held in states for t in held.values() if t is not None)
+
+    @property
     def host_nbytes(self) -> int:
         """Bytes that methods have put into the host's memory, beside `nbytes`; counted apart on a CPU, too."""
         return sum(layer.host_nbytes for layer in self.couriers())

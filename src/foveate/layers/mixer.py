@@ -30,6 +30,8 @@ class Mixer(nn.Module):
     kind: ClassVar[str]
     layer_type: ClassVar[str] = "full_attention"
     """What transformers' caches take this layer for; "linear_attention" for one that holds a state."""
+    keeps_float32: ClassVar[tuple[str, ...]] = ()
+    """Parameters that stay in float32 when the model is opened in half precision."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()

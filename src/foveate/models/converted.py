@@ -39,6 +39,8 @@ def registered(model_type: str) -> type[PreTrainedModel]:
 @functools.cache
 def _class_of(family: str) -> type[PreTrainedModel]:
     config_base, model_base = compat.causal_classes(family)
+    # Decoders of such families look their masks up by layer type, and know the types alone that they were written for.
+    by_type = hasattr(config_base, "layer_types")
     config_class = type(
         f"Foveate{config_base.__name__}",
         (config_base,),
@@ -48,9 +50,14 @@ def _class_of(family: str) -> type[PreTrainedModel]:
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         model_base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
         layers = decoder_layers(self)
+        strict = set(self._keep_in_fp32_modules_strict or ())
         for index, entry in enumerate(getattr(config, KEY, None) or [None] * len(layers)):
             if entry is not None:
-                layers[index].self_attn = build(entry["kind"], config, index, entry["spec"])
+                made = layers[index].self_attn = build(entry["kind"], config, index, entry["spec"])
+                strict |= {f"self_attn.{name}" for name in made.keeps_float32}
+        self._keep_in_fp32_modules_strict = strict
+        if by_type:
+            compat.base_model(self).register_forward_pre_hook(compat.masks_by_type, with_kwargs=True)
         self.post_init()
 
     model_class = type(
