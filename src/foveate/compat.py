@@ -280,6 +280,12 @@ def _frequencies(module: Any, count: int) -> tuple[int, ...] | None:
     return None if picked == tuple(range(count)) else picked
 
 
+def rotary_factor(model: Any) -> float:
+    """What the decoder's rotary embedding multiplies scores by beside turning queries and keys (YaRN, LongRoPE)."""
+    module = next((m for m in base_model(model).modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+    return float(getattr(module, "attention_scaling", 1.0)) ** 2
+
+
 class LatentProjection:
     """The up-projection of an MLA layer: latent [.., r] -> keys without position [H, n] and values [H, v]."""
 
