@@ -1,0 +1,129 @@
+"""Latent attention from weights alone."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from foveate.convert.latent_init import joint_svd, largest_rank, put_latent, stacked
+from foveate.errors import BadArgument, Refused
+from foveate.models.converted import container, decoder_layers
+from foveate.models.tiny import tiny
+from foveate.models.weights import read_heads
+
+
+def qwen2():
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            hidden_size=48,
+            intermediate_size=64,
+            vocab_size=256,
+            pad_token_id=0,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def weights_of(kv_heads=2, dim=16, biased=False):
+    module = decoder_layers(qwen2() if biased else tiny("llama", kv_heads=kv_heads, head_dim=dim))[0].self_attn
+    return read_heads(module)
+
+
+def with_bias(weight, bias, x):
+    return x @ weight.flatten(0, 1).T + (0 if bias is None else bias.flatten())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("biased", [False, True])
+def test_full_rank_keeps_keys_without_position_and_all_values(kv_heads, biased):
+    weights = weights_of(kv_heads, dim=4, biased=biased)
+    heads, dim, width = weights.q.shape
+    made = joint_svd(weights, rank=largest_rank(weights), rope_dim=2, rope_rows="fastest").weights
+    x = torch.randn(7, width, dtype=torch.float64)
+    latent = x @ made.w_dkv.T + (0 if made.dkv_bias is None else made.dkv_bias)
+    values = torch.einsum("nr,hvr->nhv", latent, made.w_uv)
+    keys = torch.einsum("nr,hkr->nhk", latent, made.w_uk)
+    want_v = with_bias(weights.v, weights.v_bias, x).view(7, -1, dim).repeat_interleave(weights.groups, 1)
+    want_k = with_bias(weights.k, weights.k_bias, x).view(7, -1, dim).repeat_interleave(weights.groups, 1)
+    plain = [row for row in range(dim) if row not in (0, dim // 2)]
+    torch.testing.assert_close(values, want_v, rtol=0, atol=1e-10)
+    torch.testing.assert_close(keys, want_k[..., plain], rtol=0, atol=1e-10)
+    queries = with_bias(made.q, made.q_bias, x).view(7, heads, dim)
+    want_q = with_bias(weights.q, weights.q_bias, x).view(7, heads, dim)
+    torch.testing.assert_close(queries, want_q[..., [*plain, 0, dim // 2]], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rope_rows", ["last", "fastest"])
+def test_the_shared_key_is_the_mean_of_the_heads(rope_rows):
+    weights = weights_of(kv_heads=4)
+    made = joint_svd(weights, rank=8, rope_dim=6, rope_rows=rope_rows).weights
+    rows = [10, 11, 12, 13, 14, 15] if rope_rows == "last" else [0, 1, 2, 8, 9, 10]
+    torch.testing.assert_close(made.w_kr, weights.k[:, rows].mean(0), rtol=0, atol=1e-12)
+
+
+def test_the_rank_of_the_stack_is_that_of_the_heads_before_repeating():
+    for kv_heads, dim in ((1, 16), (2, 16), (8, 16)):
+        weights = weights_of(kv_heads, dim)
+        assert int(torch.linalg.matrix_rank(stacked(weights))) == largest_rank(weights) == min(64, 2 * kv_heads * dim)
+        with pytest.raises(BadArgument, match="rank"):
+            joint_svd(weights, rank=largest_rank(weights) + 1, rope_dim=8)
+
+
+def test_query_ranks():
+    weights = weights_of(4)
+    full = joint_svd(weights, rank=9, rope_dim=8, q_rank=64)
+    torch.testing.assert_close(
+        torch.einsum("hqr,rd->hqd", full.weights.q_b, full.weights.q_a), weights.q, rtol=0, atol=1e-10
+    )
+    assert full.q_energy == pytest.approx(1.0) and 0 < full.kv_energy < 1
+    less = joint_svd(weights, rank=9, rope_dim=8, q_rank=20)
+    assert less.weights.q_a.shape == (20, 64) and less.q_energy < 1
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("numbers", [{}, {"q_rank": 20}, {"rope_rows": "fastest"}])
+def test_a_layer_takes_the_weights(numbers, biased):
+    """With one position, where rotation does nothing, and full rank it is the same layer."""
+    model = (qwen2() if biased else tiny("llama", kv_heads=2, head_dim=8)).double()
+    made = container(model)
+    ids = torch.randint(3, 250, (3, 1))
+    for index, layer in enumerate(decoder_layers(model)):
+        full = largest_rank(read_heads(layer.self_attn))
+        put_latent(made, index, rank=full, rope_dim=4, **numbers)
+    with torch.no_grad():
+        out, want = made(ids).logits, model(ids).logits
+        if "q_rank" in numbers:
+            assert torch.isfinite(out).all()
+        torch.testing.assert_close(out, want, rtol=0, atol=1e-10)  # one key: queries do not matter
+        assert torch.isfinite(made(torch.randint(3, 250, (2, 13))).logits).all()
+
+
+def test_all_pairs_kept_and_heads_alike_is_the_same_function():
+    """One key head, every pair rotated as before: the shared key is that head's, and nothing is lost."""
+    model = tiny("llama", kv_heads=1).double()
+    made = container(model)
+    for index in range(3):
+        put_latent(made, index, rank=32, rope_dim=16, rope_rows="fastest")
+    ids = torch.randint(3, 250, (2, 29))
+    with torch.no_grad():
+        torch.testing.assert_close(made(ids).logits, model(ids).logits, rtol=0, atol=1e-9)
+
+
+def test_refusals():
+    with pytest.raises(Refused, match="norms"):
+        joint_svd(read_heads(decoder_layers(tiny("qwen3"))[0].self_attn), rank=4, rope_dim=4)
+    weights = weights_of()
+    for numbers, word in (
+        ({"rank": 0}, "rank"),
+        ({"rope_dim": 3}, "rope_dim"),
+        ({"rope_dim": 18}, "rope_dim"),
+        ({"q_rank": 65}, "q_rank"),
+        ({"rope_rows": "best"}, "rope_rows"),
+    ):
+        with pytest.raises(BadArgument, match=word):
+            joint_svd(weights, **{"rank": 4, "rope_dim": 4, **numbers})
