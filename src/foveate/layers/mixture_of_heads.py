@@ -45,10 +45,10 @@ class MixtureOfHeads(Routed, SoftmaxHeads):
             checkpoints: the heads whose query, as projected, is longest work with gate 1, and the gradient of the gate
             goes to the softmax of these lengths.
         compute: "masked" computes all heads and multiplies by the gates; "gathered" computes the pairs of token and
-            head that are active and no others. They agree. Products with gathered queries are slower than a fused causal
-            kernel, so that on a CPU it pays where fewer than about 40 % of the heads work. Where the gradient asks what the heads that were not taken
-            would have given (router "norm" in training), where dropout is at work, and where a Foveate method attends,
-            "gathered" computes all heads as well.
+            head that are active and no others. They agree. Products with gathered queries are slower than a fused
+            causal kernel: on a CPU they pay where fewer than about 40 % of the heads work. Where the gradient asks
+            what the heads that were not taken would have given (router "norm" in training), where dropout is at work,
+            and where a Foveate method attends, "gathered" computes all heads as well.
 
     Raises:
         BadArgument: heads or numbers that the layer does not have.
