@@ -128,3 +128,19 @@ def test_columns(seed: int) -> None:
     lse = attend(q, k, v).lse
     want = columns(q.double(), k.double(), lse.double())
     assert_close(columns(q.cuda(), k.cuda(), lse.cuda()).cpu(), want, 1e-5)
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+def test_long_prompts(seed: int, heads: tuple[int, int]) -> None:
+    """From some length on another library's kernel reads all causal pairs."""
+    torch.manual_seed(seed)
+    n = 8192
+    q, k, v = (
+        torch.randn(1, count, n, 64, device="cuda", dtype=torch.bfloat16) for count in (heads[0], *[heads[1]] * 2)
+    )
+    got = attend(q, k, v, lse=False).out
+    rows = torch.cat([torch.arange(3), torch.randint(3, n, (40,)), torch.tensor([n - 1])]).cuda()
+    wide = [x.double().repeat_interleave(heads[0] // x.shape[1], dim=1) for x in (q, k, v)]
+    scores = wide[0][:, :, rows] @ wide[1].transpose(-1, -2) * 64**-0.5
+    scores = scores.masked_fill(torch.arange(n, device="cuda") > rows[:, None], -torch.inf)
+    assert_close(got[:, :, rows].double().cpu(), (scores.softmax(-1) @ wide[2]).cpu(), LIMIT[torch.bfloat16])

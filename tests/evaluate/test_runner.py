@@ -283,3 +283,38 @@ def test_the_model_is_left_as_it_was(opened: Loaded, tmp_path: Path) -> None:
     start(opened, tmp_path, request(tasks=(Brief("perplexity"),), samples=1), "snapkv")
     assert torch.equal(opened.model(ids).logits, before)
     assert "_foveate_stack" not in opened.model.__dict__
+
+
+def test_what_does_not_fit_side_by_side_is_read_in_halves(
+    opened: Loaded, finished, tmp_path: Path, monkeypatch
+) -> None:
+    read, widest = Batch._read, []
+
+    def narrow(self, rows, phase):
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        widest.append(len(rows))
+        return read(self, rows, phase)
+
+    monkeypatch.setattr(Batch, "_read", narrow)
+    again = by_method(start(opened, tmp_path / "narrow", request()))
+    assert widest and max(widest) <= 2
+    for method, record in by_method(finished[1]).items():
+        assert again[method].status == record.status
+        assert [o["index"] for o in again[method].outcomes] == [o["index"] for o in record.outcomes]
+        assert again[method].scores == pytest.approx(record.scores, abs=1e-3)
+        assert again[method].pairs_read == pytest.approx(record.pairs_read, rel=0.05)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_alone(opened: Loaded, tmp_path: Path, monkeypatch) -> None:
+    fork = Batch.fork
+
+    def full(self, binding=None):
+        if binding is not None and binding.id != DENSE:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fork(self, binding)
+
+    monkeypatch.setattr(Batch, "fork", full)
+    found = by_method(start(opened, tmp_path / "none", request(), "snapkv"))
+    assert found[DENSE].status == "done" and len(found) == 2
+    assert "memory" in found["snapkv"].refused

@@ -7,7 +7,7 @@ that no answer sees another; or, as a conversation, one after the other on one c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
 
@@ -256,3 +256,19 @@ class _Writer:
 
     def prediction(self, row: int) -> str | list[float]:
         return self.logprobs[row] if self.given else self.text(row)
+
+
+def outcome(sample: Sample, one: Answer) -> dict[str, Any]:
+    """One sample of a record, as JSON values."""
+    values = {f.name: getattr(one, f.name) for f in fields(one) if f.name != "turns"}
+    if one.turns:
+        values["turns"] = [float(turn.score) for turn in one.turns]
+        values["turns_held"] = [turn.evidence_held for turn in one.turns]
+        values["turns_read"] = [turn.evidence_read for turn in one.turns]
+        values["turns_kv_bytes"] = [turn.kv_bytes for turn in one.turns]
+    return {
+        "index": sample.index,
+        "depths": list(sample.depths),
+        "references": list(sample.references),
+        **values,
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,9 +14,9 @@ import torch
 from foveate.engine.apply import Handle, apply, compose
 from foveate.engine.binding import Binding
 from foveate.engine.plan import unite
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, Refused
 from foveate.evaluate import cost as costing
-from foveate.evaluate.answer import Answer, answer, read_prompts
+from foveate.evaluate.answer import answer, outcome, read_prompts
 from foveate.evaluate.batch import Batch, rows_at_once
 from foveate.evaluate.machine import describe, versions
 from foveate.evaluate.record import DENSE, Log, Record
@@ -27,6 +27,9 @@ from foveate.evaluate.work import Draft, Known, Records, Work
 from foveate.methods.base import Profile
 from foveate.models.shape import ModelShape
 from foveate.tasks import Sample, Task
+
+Shared = tuple[Batch, torch.Tensor | None]
+"""A prompt read densely, and the logits behind it."""
 
 
 def run(
@@ -267,7 +270,7 @@ class Runner:
         rows = rows_at_once(length, self.model.device.type)
         for start in range(0, len(samples), rows):
             some = samples[start : start + rows]
-            shared: tuple[Batch, torch.Tensor | None] | None = None
+            shared: Shared | None = None
             for key, bound in state.items():
                 if bound.binding is None:
                     continue
@@ -279,33 +282,57 @@ class Runner:
                     tallies[key].add(known_batch)
                     continue
                 try:
-                    read = [bound.read(sample) for sample in some]
-                    if bound.shares_prefill:
-                        if shared is None:
+                    fresh = shared is None or not bound.shares_prefill
+                    if bound.shares_prefill and shared is None:
+                        with suppress(torch.OutOfMemoryError):  # the halves will fit
                             shared = self._read_shared(some)
-                            self._advance(length * len(some), what)
-                        batch, logits = shared[0].fork(bound.binding), shared[1]
-                        batch.cache.meter = {}
-                    else:
-                        skipped = [len(a.context_ids) - len(b.context_ids) for a, b in zip(some, read, strict=True)]
-                        batch = Batch(self.model, bound.binding.cache(), len(some), self.shape, skipped)
-                        batch.cache.meter = {}
-                        logits = read_prompts(batch, read, self.request.question_seen, part="context")
-                        self._advance(length * len(some), what)
-                    assert logits is not None
-                    unread = not self.request.question_seen
-                    answers = answer(batch, logits, some, task, self.tokenizer, read, unread)
+                    tally = self._tally(bound, some, task, shared)
+                    self._advance(fresh * length * len(some), what)
                 except FoveateError as error:
                     state[key] = bound.refuse(error)
                 else:
-                    tally = Tally.of(answers, batch, shared[0] if bound.shares_prefill and shared else None)
                     self.batches.add(cell, start, tally)
                     tallies[key].add(tally)
                 self._advance(self._answer_work(length, task) * len(some) / len(samples), what)
         self._write(length, task, state, tallies, known)
         self.batches.drop()
 
-    def _read_shared(self, samples: Sequence[Sample]) -> tuple[Batch, torch.Tensor | None]:
+    def _tally(self, bound: Bound, some: Sequence[Sample], task: Task, shared: Shared | None) -> Tally:
+        """Read and answer samples side by side where the device's memory allows it, else in halves; `shared` if read.
+
+        Raises:
+            Refused: a single sample does not fit into it.
+        """
+        try:
+            return self._side_by_side(bound, some, task, shared)
+        except torch.OutOfMemoryError as error:
+            if len(some) == 1:
+                raise Refused(f"one prompt of this length does not fit into the device's memory ({error})") from None
+        # Only here, where the failed attempt's frames and their tensors are gone.
+        torch.cuda.empty_cache()
+        half = len(some) // 2
+        tally = Tally()
+        for part in (some[:half], some[half:]):
+            tally.add(self._tally(bound, part, task, None))
+        return tally
+
+    def _side_by_side(self, bound: Bound, some: Sequence[Sample], task: Task, shared: Shared | None) -> Tally:
+        assert bound.binding is not None
+        read = [bound.read(sample) for sample in some]
+        if bound.shares_prefill:
+            shared = shared or self._read_shared(some)
+            batch, logits = shared[0].fork(bound.binding), shared[1]
+            batch.cache.meter = {}
+        else:
+            skipped = [len(a.context_ids) - len(b.context_ids) for a, b in zip(some, read, strict=True)]
+            batch = Batch(self.model, bound.binding.cache(), len(some), self.shape, skipped)
+            batch.cache.meter = {}
+            logits = read_prompts(batch, read, self.request.question_seen, part="context")
+        assert logits is not None
+        answers = answer(batch, logits, some, task, self.tokenizer, read, not self.request.question_seen)
+        return Tally.of(answers, batch, shared[0] if bound.shares_prefill and shared else None)
+
+    def _read_shared(self, samples: Sequence[Sample]) -> Shared:
         batch = Batch(self.model, self.shared.cache(), len(samples), self.shape)
         batch.cache.meter = {}
         return batch, read_prompts(batch, samples, self.request.question_seen, part="context")
@@ -341,7 +368,7 @@ class Runner:
                     cell=cell,
                     scores=[float(one.score) for one in tally.answers],
                     outcomes=[
-                        _outcome(sample, one)
+                        outcome(sample, one)
                         for sample, one in zip(self.samples[length, task.name], tally.answers, strict=True)
                     ],
                     higher_is_better=task.higher_is_better,
@@ -358,19 +385,3 @@ class Runner:
     def _dense_record(self, length: int, task: Task) -> Record:
         setting = next(b.setting for b in self.bounds if b.setting.method == DENSE)
         return self.log.done()[self.request.cell(setting, length, task).key()]
-
-
-def _outcome(sample: Sample, one: Answer) -> dict[str, Any]:
-    """One sample of a record, as JSON values."""
-    values = {f.name: getattr(one, f.name) for f in fields(one) if f.name != "turns"}
-    if one.turns:
-        values["turns"] = [float(turn.score) for turn in one.turns]
-        values["turns_held"] = [turn.evidence_held for turn in one.turns]
-        values["turns_read"] = [turn.evidence_read for turn in one.turns]
-        values["turns_kv_bytes"] = [turn.kv_bytes for turn in one.turns]
-    return {
-        "index": sample.index,
-        "depths": list(sample.depths),
-        "references": list(sample.references),
-        **values,
-    }
