@@ -47,7 +47,8 @@ def save(
     folder = Path(folder)
     check_free(folder)
     with staged(folder, weight_bytes(model)) as partial:
-        model.save_pretrained(partial)
+        with _without_bar():
+            model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if ladder is not None:
@@ -111,6 +112,20 @@ def staged(folder: Path, space: int = 0) -> Iterator[Path]:
         raise _explained(folder, error) or error from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Without transformers' bar over the files of weights, which stands between a program and its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _prefix(folder: Path) -> str:
