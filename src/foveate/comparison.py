@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import BadArgument, FoveateError
+from foveate.evaluate.checkpoint import Checkpoint
+from foveate.evaluate.notation import Part
 from foveate.evaluate.record import Record
 from foveate.evaluate.request import Request, Watch
 from foveate.evaluate.scale import Here, Spread
-from foveate.evaluate.setting import CORE, MethodLike, Part, parse_budgets, parse_methods, settings_of, text_of
+from foveate.evaluate.setting import CORE, MethodLike, parse_budgets, parse_methods, settings_of, text_of
 from foveate.methods.base import Profile
 from foveate.methods.budget import Budget
 from foveate.models import Loaded, load
@@ -169,6 +171,7 @@ def compare(
         records = place.run(request, settings, folder, profiles=given, watch=watch)
         shared = place.shared(request)
     cards = [card(part) for entry in entries for part in entry.parts]
+    cards += [checkpoint_card(entry.checkpoint) for entry in entries if entry.checkpoint is not None]
     page = write_report(records, cards, folder, shared)
     return Comparison(tuple(records), folder, page)
 
@@ -185,6 +188,12 @@ def card(part: Part) -> MethodCard:
         summary=summary,
         settings=settings,
     )
+
+
+def checkpoint_card(checkpoint: Checkpoint) -> MethodCard:
+    """A converted model in words, for the report."""
+    summary = f"Another checkpoint in the place of the model, from {checkpoint.folder}."
+    return MethodCard(id=checkpoint.id, name=checkpoint.id, slots=("weights",), summary=summary)
 
 
 def lengths_of(lengths: int | Iterable[int]) -> tuple[int, ...]:

@@ -186,7 +186,7 @@ def _decode(
     for one in answers:
         one.kv_bytes = one.kv_bytes_prompt = held
     evidence = Evidence(samples, read)
-    full = [layer.index for layer in batch.shape.layers if layer.kind == "full"]
+    full = [layer.index for layer in batch.cache.owner.shape.layers if layer.kind == "full"]
     for one, share in zip(answers, evidence.held(batch.cache, full), strict=True):
         one.evidence_held = share
     writer = _Writer(samples, task, tokenizer, stop_tokens(batch.model, tokenizer))

@@ -64,7 +64,6 @@ class Costs:
 
 
 def measure(
-    model: Any,
     shape: ModelShape,
     dense: Binding,
     bounds: Sequence[Bound],
@@ -87,12 +86,12 @@ def measure(
     short = _cut(sample, _WARM_UP)
     for binding, read in [(dense, same), *((b.binding, b.read) for b in bounds if b.binding is not None)]:
         try:
-            batch, _ = _prompt(model, shape, binding, read, short, question_seen)
+            batch, _ = _prompt(shape, binding, read, short, question_seen)
             batch.step(short.context_ids[:1])
         except FoveateError:
             continue  # said below, at the length that counts
     for repeat in range(repeats):
-        base, seconds = _prompt(model, shape, dense, same, sample, question_seen)
+        base, seconds = _prompt(shape, dense, same, sample, question_seen)
         costs.dense.prefill.append(seconds)
         costs.dense.peak = max(costs.dense.peak, base.cache.peak_nbytes)
         done()
@@ -103,7 +102,7 @@ def measure(
                 continue
             cost = costs.found[key]
             try:
-                batch, seconds = _prompt(model, shape, bound.binding, bound.read, sample, question_seen)
+                batch, seconds = _prompt(shape, bound.binding, bound.read, sample, question_seen)
                 mine, theirs = _take_turns(batch, base, sample)
             except FoveateError as error:
                 costs.refused[key] = error
@@ -121,13 +120,13 @@ def measure(
 
 
 def _prompt(
-    model: Any, shape: ModelShape, binding: Binding, read: Read, sample: Sample, question_seen: bool
+    shape: ModelShape, binding: Binding, read: Read, sample: Sample, question_seen: bool
 ) -> tuple[Batch, float]:
-    batch = Batch(model, binding.cache(), 1, shape)
-    _settle(model)
+    batch = Batch(binding.model, binding.cache(), 1, shape)
+    _settle(binding.model)
     start = time.perf_counter()
     read_prompts(batch, [read(sample)], question_seen)
-    _settle(model)
+    _settle(binding.model)
     return batch, time.perf_counter() - start
 
 

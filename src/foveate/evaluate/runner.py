@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -81,7 +82,8 @@ def prepare(
     shape = ModelShape.of(model)
     check_lengths(request, shape, tokenizer)
     given = open_profiles(profiles, settings, shape)
-    bounds = [bind(handle, setting, given, tokenizer) for setting in settings]
+    opened = cache(lambda checkpoint: checkpoint.open(model))
+    bounds = [bind(handle, setting, given, tokenizer, opened) for setting in settings]
     samples = make_samples(request, tokenizer, watch)
     return Runner(model, tokenizer, shape, request, handle, bounds, samples, Draft(), watch)
 
@@ -231,7 +233,6 @@ class Runner:
         work = self._timing_work(length, todo) / (self.request.repeats * self._timed_prompts(todo))
         others = [b for b in todo if b.setting.method != DENSE]
         costs = costing.measure(
-            self.model,
             self.shape,
             self.dense,
             others,
@@ -325,7 +326,7 @@ class Runner:
             batch.cache.meter = {}
         else:
             skipped = [len(a.context_ids) - len(b.context_ids) for a, b in zip(some, read, strict=True)]
-            batch = Batch(self.model, bound.binding.cache(), len(some), self.shape, skipped)
+            batch = Batch(bound.binding.model, bound.binding.cache(), len(some), self.shape, skipped)
             batch.cache.meter = {}
             logits = read_prompts(batch, read, self.request.question_seen, part="context")
         assert logits is not None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ from foveate.engine.apply import Handle, find_profiles
 from foveate.engine.binding import Binding
 from foveate.engine.tuned import Tuned, is_file, read_tuned
 from foveate.errors import BadArgument, FoveateError, Infeasible
+from foveate.evaluate.checkpoint import Checkpoint, is_checkpoint
+from foveate.evaluate.notation import Part, parse_part, part_text, split
 from foveate.evaluate.reader import READERS, WHOLE, Read, Reader, same
 from foveate.evaluate.record import DENSE
 from foveate.methods import METHODS
@@ -28,8 +28,6 @@ CORE = "core"
 """Stands for every registered method, in the list of methods."""
 
 MethodLike = str | os.PathLike | Method | Composition | Retrieval
-Part = Method | Reader
-"""What stands between the bars of `retrieval|snapkv`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Entry:
         named: whether the user named it; what came in through "all" may be refused by a model without stopping the run.
         reader: what the methods are given of a prompt.
         file, tuned: the tuned file that it was read from, if it was, and what that holds.
+        checkpoint: another model that runs in the place of the compared one.
     """
 
     composition: Composition
@@ -50,12 +49,15 @@ class Entry:
     reader: Reader = WHOLE
     file: str = ""
     tuned: Tuned | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """What was asked for: a reader, unless it reads everything, and the methods, unless dense stands behind it."""
-        if self.reader.whole:
+        if self.reader.whole and self.checkpoint is None:
             return self.composition.methods
+        if self.reader.whole:
+            return tuple(method for method in self.composition.methods if method.id != DENSE)
         return (self.reader, *(method for method in self.composition.methods if method.id != DENSE))
 
 
@@ -68,7 +70,7 @@ class Setting:
         settings: parameters that differ from the defaults, JSON values; of a composition as `"kivi.bits"`.
         budget: as printed; None where nothing takes one.
         composition: the methods, budget included.
-        named, reader, file, tuned: as in `Entry`.
+        named, reader, file, tuned, checkpoint: as in `Entry`.
     """
 
     method: str
@@ -79,6 +81,7 @@ class Setting:
     reader: Reader = WHOLE
     file: str = ""
     tuned: Tuned | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def key(self) -> tuple[str, str, str | None]:
@@ -106,16 +109,21 @@ def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entr
     entries = [Entry(Composition((METHODS[DENSE](),)), None, True)]
     for item in listed:
         if isinstance(item, str):
-            for text in _split(item, ","):
+            for text in split(item, ","):
                 if text in (ALL, CORE):
                     group = [cls for cls in METHODS.values() if text == ALL or cls.core]
                     entries += [_entry([(cls(), False)], named=False) for cls in group]
                 elif is_file(text):
                     entries.append(_tuned_entry(text))
+                elif is_checkpoint(text.partition("|")[0].strip()):
+                    entries.append(_checkpoint_entry(text))
+                elif "/" in text.partition("(")[0]:
+                    raise BadArgument("methods", text, "no folder with a model (config.json and weights) is there")
                 else:
-                    entries.append(_entry([_parse(part) for part in _split(text, "|")]))
+                    entries.append(_entry([parse_part(part) for part in split(text, "|")]))
         elif isinstance(item, os.PathLike):
-            entries.append(_tuned_entry(os.fspath(item)))
+            text = os.fspath(item)
+            entries.append(_checkpoint_entry(text) if is_checkpoint(text) else _tuned_entry(text))
         elif isinstance(item, Method | Composition | Retrieval):
             parts = item.methods if isinstance(item, Composition) else (item,)
             entries.append(_entry([(part, False) for part in parts]))
@@ -125,7 +133,7 @@ def parse_methods(methods: str | MethodLike | Iterable[MethodLike]) -> list[Entr
         raise BadArgument("methods", str(methods), f"give at least one of {', '.join([ALL, CORE, *METHODS, *READERS])}")
     unique: dict[str, Entry] = {}
     for entry in entries:
-        unique.setdefault(repr(entry.parts) + repr(entry.free is None) + entry.file, entry)
+        unique.setdefault(repr((entry.parts, entry.free is None, entry.file, entry.checkpoint)), entry)
     return list(unique.values())
 
 
@@ -135,7 +143,7 @@ def parse_one(text: str) -> Method:
     Raises:
         BadArgument: a name or parameter that is not known, or a composition.
     """
-    part, _ = _parse(text)
+    part, _ = parse_part(text)
     if not isinstance(part, Method):
         raise BadArgument("methods", text, "give one method")
     return part
@@ -150,18 +158,11 @@ def text_of(entries: Sequence[Entry]) -> str:
         if entry.file:
             parts.append(entry.file)
         elif entry.named:
-            parts.append("|".join(_part_text(part, entry.free) for part in entry.parts))
+            before = [] if entry.checkpoint is None else [entry.checkpoint.folder]
+            parts.append("|".join([*before, *(part_text(part, entry.free) for part in entry.parts)]))
         elif group not in parts:
             parts.append(group)
     return ",".join(parts) or DENSE
-
-
-def _part_text(part: Part, free: Part | None) -> str:
-    values = part.settings()
-    if part.budget is None and part.budgeted and part is not free:
-        values["budget"] = None
-    inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
-    return f"{part.id}({inside})" if inside else part.id
 
 
 def settings_of(entries: Sequence[Entry], budgets: Sequence[Budget]) -> list[Setting]:
@@ -197,7 +198,7 @@ def parse_budgets(budgets: str | float | Budget | Iterable[Budget | float | int 
     listed = [budgets] if isinstance(budgets, str | float | int | Budget) else list(budgets)
     found: dict[str, Budget] = {}
     for item in listed:
-        for one in _split(item, ",") if isinstance(item, str) else [item]:
+        for one in split(item, ",") if isinstance(item, str) else [item]:
             budget = Budget.of(one)
             if budget is not None:
                 found.setdefault(str(budget), budget)
@@ -225,7 +226,8 @@ class Bound:
     @property
     def shares_prefill(self) -> bool:
         """Whether one dense pass over the whole prompts serves this setting as well as others."""
-        return self.binding is not None and self.binding.shares_prefill and self.setting.reader.whole
+        own = not self.setting.reader.whole or self.setting.checkpoint is not None
+        return self.binding is not None and self.binding.shares_prefill and not own
 
     @property
     def calibration_s(self) -> float | None:
@@ -239,8 +241,15 @@ class Bound:
         return replace(self, binding=None, refused=str(error), floor=getattr(error, "floor", None))
 
 
-def bind(handle: Handle, setting: Setting, profiles: Mapping[str, Profile], tokenizer: Any = None) -> Bound:
-    """Bind a setting to the handle's model; a reader other than the whole needs its tokenizer.
+def bind(
+    handle: Handle,
+    setting: Setting,
+    profiles: Mapping[str, Profile],
+    tokenizer: Any = None,
+    opened: Callable[[Checkpoint], Handle] | None = None,
+) -> Bound:
+    """Bind a setting to the handle's model, or to its checkpoint's, which `opened` may have open; a reader other than
+    the whole needs the tokenizer.
 
     What the method cannot do at any length is refused: as an error if the user named the method, else in the result,
     so that a comparison of all methods goes on without it. A budget below the floor is always in the result.
@@ -251,6 +260,8 @@ def bind(handle: Handle, setting: Setting, profiles: Mapping[str, Profile], toke
     bound = Bound(setting)
     try:
         known = dict(profiles)
+        if setting.checkpoint is not None:
+            handle = opened(setting.checkpoint) if opened is not None else setting.checkpoint.open(handle.model)
         if setting.tuned is not None:
             setting.tuned.check(handle.binding.shape, setting.file)
             known |= {profile.method: profile for profile in setting.tuned.profiles}
@@ -311,6 +322,15 @@ def _tuned_entry(file: str) -> Entry:
     return Entry(tuned.composition, None, True, file=file.strip(), tuned=tuned)
 
 
+def _checkpoint_entry(text: str) -> Entry:
+    """`runs/mla|kivi(bits=4)`: a folder, and methods on the model in it."""
+    folder, _, rest = text.partition("|")
+    checkpoint = Checkpoint(folder.strip())
+    if not rest.strip():
+        return Entry(Composition((METHODS[DENSE](),)), None, True, checkpoint=checkpoint)
+    return replace(_entry([parse_part(part) for part in split(rest, "|")]), checkpoint=checkpoint)
+
+
 def _entry(parts: Sequence[tuple[Part, bool]], named: bool = True) -> Entry:
     """Methods, a reader before them perhaps, with whether their budget was stated -> an entry."""
     (first, _), *rest = parts
@@ -333,7 +353,8 @@ def _entry(parts: Sequence[tuple[Part, bool]], named: bool = True) -> Entry:
 
 def _setting(entry: Entry, granted: Composition, reader: Reader, budget: Budget | None) -> Setting:
     """One row: what the entry says of itself, and the budget it was granted besides."""
-    name = "|".join(part.id for part in entry.parts)
+    before = [] if entry.checkpoint is None else [entry.checkpoint.id]
+    name = "|".join([*before, *(part.id for part in entry.parts)])
     asked = None if budget is None else str(budget)
     if len(entry.parts) == 1:
         settings = entry.parts[0].settings()
@@ -342,47 +363,6 @@ def _setting(entry: Entry, granted: Composition, reader: Reader, budget: Budget 
     else:
         settings = {f"{part.id}.{key}": value for part in entry.parts for key, value in part.settings().items()}
     settings |= reader.facts
-    return Setting(name, settings, asked, granted, entry.named, reader, entry.file, entry.tuned)
-
-
-_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
-
-
-def _parse(text: str) -> tuple[Part, bool]:
-    """`kivi(bits=2)` -> the method (or the reader), and whether its budget was stated."""
-    match = _NAMED.fullmatch(text)
-    if match is None:
-        raise BadArgument("methods", text, "write a method as name or name(parameter=value, ...)")
-    name, inside = match[1], match[2] or ""
-    known_parts: dict[str, type[Any]] = {**METHODS, **READERS}
-    if name not in known_parts:
-        raise BadArgument("methods", name, f"no such method; there are {', '.join(known_parts)}")
-    parameters = dict(_parameters(text, inside))
-    try:
-        return known_parts[name](**parameters), "budget" in parameters
-    except TypeError:
-        known = ", ".join(known_parts[name].__dataclass_fields__)
-        raise BadArgument("methods", text, f"{name} has the parameters {known}") from None
-
-
-def _parameters(text: str, inside: str) -> Iterator[tuple[str, Any]]:
-    for part in _split(inside, ","):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise BadArgument("methods", text, f"write {part!r} as parameter=value")
-        try:
-            yield name.strip(), ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            yield name.strip(), value.strip()
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Parts at the separators that stand outside brackets, blanks trimmed, empty ones left out."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "([") - (char in ")]")
-        if char == separator and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
+    if entry.checkpoint is not None:
+        settings |= entry.checkpoint.settings
+    return Setting(name, settings, asked, granted, entry.named, reader, entry.file, entry.tuned, entry.checkpoint)
