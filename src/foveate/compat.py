@@ -355,6 +355,23 @@ def register_causal(config: type[Any], model: type[Any]) -> None:
     AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
+def encoder_classes(family: str) -> tuple[Any, Any]:
+    """The configuration and the class, without a task's head, of a model type such as "bert"."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    config = CONFIG_MAPPING[family]
+    return config, MODEL_MAPPING[config]
+
+
+def register_encoder(config: type[Any], model: type[Any]) -> None:
+    """Make AutoConfig and AutoModel know a type of ours."""
+    from transformers import AutoConfig, AutoModel
+
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+
+
 def layer_types(model: Any) -> list[str]:
     """What transformers' caches take each decoder layer for, where the configuration does not say it itself."""
     config = text_config(model)
