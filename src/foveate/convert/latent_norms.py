@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from foveate.convert.base import Calibration, Conversion, Stage
+from foveate.convert.base import Stage
 from foveate.layers.latent import LatentAttention
 from foveate.models.converted import decoder_layers, replace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from foveate.models.shape import ModelShape
 
 NAMES = ("kv_a_layernorm", "q_a_layernorm")
 EPSILON = 1e-6
@@ -112,21 +110,3 @@ def fit_norms(model: PreTrainedModel, batches: Iterable[Tensor]) -> Stage | None
         if any(each == name for _, each in fits)
     }
     return Stage("norms on latents", False, {"norm_error": errors})
-
-
-@dataclass(frozen=True)
-class WithNorms(Conversion):
-    """A conversion with one stage more: `fit_norms`."""
-
-    id: ClassVar[str] = "with-norms"
-    what: ClassVar[str] = "another conversion, then norms on its latents"
-    first: Conversion
-
-    def check(self, model: PreTrainedModel, shape: ModelShape) -> None:
-        self.first.check(model, shape)
-
-    def stages(self, model: PreTrainedModel, calibration: Calibration) -> Iterator[Stage]:
-        yield from self.first.stages(model, calibration)
-        stage = fit_norms(model, calibration.batches())
-        if stage is not None:
-            yield stage

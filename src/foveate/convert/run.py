@@ -106,7 +106,7 @@ def convert(
         shape = ModelShape.of(model)
         conversion.check(model, shape)
         made = container(model)
-        ladder = [_rung(made, Stage("original", True), model, shape, probe, 0.0)]
+        ladder = [measure(made, Stage("original", True), model, shape, probe, 0.0)]
         measured(ladder[0])
         stages = iter(_with_grad(conversion.stages(made, calibration)))
         while True:
@@ -117,7 +117,7 @@ def convert(
             seconds = time.perf_counter() - begin
             watch(f"measuring after: {stage.name}")
             made.eval()
-            rung = _rung(made, stage, model, shape, probe, seconds)
+            rung = measure(made, stage, model, shape, probe, seconds)
             _check(rung, made.dtype, ladder[-1])
             ladder.append(rung)
             measured(rung)
@@ -147,7 +147,15 @@ def _check(rung: Rung, dtype: torch.dtype, before: Rung) -> None:
         )
 
 
-def _rung(made: Any, stage: Stage, model: Any, shape: ModelShape, probe: Tensor, seconds: float) -> Rung:
+@torch.no_grad()
+def measure(made: Any, stage: Stage, model: Any, shape: ModelShape, probe: Tensor, seconds: float) -> Rung:
+    """The rung of a converted model after a stage.
+
+    Args:
+        model: the original, and its shape.
+        probe: [S, N] token ids, read 4 sequences at a time.
+        seconds: that the stage took.
+    """
     error = norm = kl = loss = 0.0
     count = 0
     for batch in probe.to(model.device).split(4):
