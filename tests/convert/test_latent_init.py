@@ -1,5 +1,7 @@
 """Latent attention from weights alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -11,12 +13,12 @@ from foveate.models.tiny import tiny
 from foveate.models.weights import read_heads
 
 
-def qwen2():
+def qwen2(kv_heads=2):
     model = Qwen2ForCausalLM(
         Qwen2Config(
             num_hidden_layers=2,
             num_attention_heads=4,
-            num_key_value_heads=2,
+            num_key_value_heads=kv_heads,
             hidden_size=48,
             intermediate_size=64,
             vocab_size=256,
@@ -45,11 +47,12 @@ def test_full_rank_keeps_keys_without_position_and_all_values(kv_heads, biased):
     heads, dim, width = weights.q.shape
     made = joint_svd(weights, rank=largest_rank(weights), rope_dim=2, rope_rows="fastest").weights
     x = torch.randn(7, width, dtype=torch.float64)
-    latent = x @ made.w_dkv.T + (0 if made.dkv_bias is None else made.dkv_bias)
+    assert made.dkv_bias is None
+    latent = x @ made.w_dkv.T
     values = torch.einsum("nr,hvr->nhv", latent, made.w_uv)
     keys = torch.einsum("nr,hkr->nhk", latent, made.w_uk)
-    want_v = with_bias(weights.v, weights.v_bias, x).view(7, -1, dim).repeat_interleave(weights.groups, 1)
-    want_k = with_bias(weights.k, weights.k_bias, x).view(7, -1, dim).repeat_interleave(weights.groups, 1)
+    want_v = with_bias(weights.v, None, x).view(7, -1, dim).repeat_interleave(weights.groups, 1)
+    want_k = with_bias(weights.k, None, x).view(7, -1, dim).repeat_interleave(weights.groups, 1)
     plain = [row for row in range(dim) if row not in (0, dim // 2)]
     torch.testing.assert_close(values, want_v, rtol=0, atol=1e-10)
     torch.testing.assert_close(keys, want_k[..., plain], rtol=0, atol=1e-10)
@@ -58,12 +61,38 @@ def test_full_rank_keeps_keys_without_position_and_all_values(kv_heads, biased):
     torch.testing.assert_close(queries, want_q[..., [*plain, 0, dim // 2]], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("rope_rows", ["last", "fastest"])
-def test_the_shared_key_is_the_mean_of_the_heads(rope_rows):
+@pytest.mark.parametrize(
+    ("rope_rows", "rows"), [("last", [12, 13, 14, 15]), ("even", [0, 4, 8, 12]), ("fastest", [0, 1, 8, 9])]
+)
+def test_the_shared_key_is_the_mean_of_the_heads(rope_rows, rows):
     weights = weights_of(kv_heads=4)
-    made = joint_svd(weights, rank=8, rope_dim=6, rope_rows=rope_rows).weights
-    rows = [10, 11, 12, 13, 14, 15] if rope_rows == "last" else [0, 1, 2, 8, 9, 10]
-    torch.testing.assert_close(made.w_kr, weights.k[:, rows].mean(0), rtol=0, atol=1e-12)
+    made = joint_svd(weights, rank=8, rope_dim=4, rope_rows=rope_rows)
+    torch.testing.assert_close(made.weights.w_kr, weights.k[:, rows].mean(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(made.weights.q[:, -4:], weights.q[:, rows], rtol=0, atol=0)
+    # "last" and "even" turn by every fourth of the 8 frequencies, which is what None says; "fastest" by the first two.
+    assert made.spec["frequencies"] == ([0, 1] if rope_rows == "fastest" else None)
+
+
+def test_fewer_dims_without_position():
+    weights = weights_of(kv_heads=4)
+    all_rows, fewer = (joint_svd(weights, rank=8, rope_dim=4, nope_dim=n, q_rank=30) for n in (None, 7))
+    assert (all_rows.spec["nope_dim"], fewer.spec["nope_dim"]) == (12, 7)
+    torch.testing.assert_close(fewer.weights.w_uk, all_rows.weights.w_uk[:, :7], rtol=0, atol=0)
+    torch.testing.assert_close(fewer.weights.q_b, all_rows.weights.q_b[:, [*range(7), *range(12, 16)]], rtol=0, atol=0)
+
+
+def test_biases_cost_no_rank():
+    """A value's bias is exact at any rank, however large; a key's is where it has a position."""
+    weights = weights_of(biased=True)
+    groups = weights.groups
+    made = joint_svd(weights, rank=3, rope_dim=4)
+    louder = replace(weights, k_bias=100 * weights.k_bias, v_bias=100 * weights.v_bias)
+    again = joint_svd(louder, rank=3, rope_dim=4)
+    assert again.kv_energy == made.kv_energy
+    torch.testing.assert_close(again.weights.w_dkv, made.weights.w_dkv, rtol=0, atol=0)
+    torch.testing.assert_close(again.weights.kr_bias, louder.k_bias[:, -4:].mean(0), rtol=0, atol=1e-12)
+    want = sum(weights.o[h] @ louder.v_bias[h // groups] for h in range(len(weights.q)))
+    torch.testing.assert_close(again.weights.o_bias, want, rtol=0, atol=1e-10)
 
 
 def test_the_rank_of_the_stack_is_that_of_the_heads_before_repeating():
@@ -114,6 +143,20 @@ def test_all_pairs_kept_and_heads_alike_is_the_same_function():
         torch.testing.assert_close(made(ids).logits, model(ids).logits, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("rope_rows", ["last", "even", "fastest"])
+def test_biases_are_exact_where_positions_are_alike(rope_rows):
+    """One key head and no rotation: dropping the bias of keys without a position changes no attention."""
+    model = qwen2(kv_heads=1).double()
+    made = container(model)
+    for index in range(2):
+        put_latent(made, index, rank=24, rope_dim=4, rope_rows=rope_rows)
+    ids, nowhere = torch.randint(3, 250, (2, 13)), torch.zeros(2, 13, dtype=torch.long)
+    with torch.no_grad():
+        want = model(ids, position_ids=nowhere).logits
+        torch.testing.assert_close(made(ids, position_ids=nowhere).logits, want, rtol=0, atol=1e-7)
+        assert not torch.allclose(model(ids).logits, want, atol=1e-2)
+
+
 def test_refusals():
     with pytest.raises(Refused, match="norms"):
         joint_svd(read_heads(decoder_layers(tiny("qwen3"))[0].self_attn), rank=4, rope_dim=4)
@@ -123,6 +166,7 @@ def test_refusals():
         ({"rope_dim": 3}, "rope_dim"),
         ({"rope_dim": 18}, "rope_dim"),
         ({"q_rank": 65}, "q_rank"),
+        ({"nope_dim": 13}, "nope_dim"),
         ({"rope_rows": "best"}, "rope_rows"),
     ):
         with pytest.raises(BadArgument, match=word):
