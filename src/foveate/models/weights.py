@@ -118,6 +118,18 @@ class _Rows(NamedTuple):
             self.linear.bias[self.rows].copy_(torch.zeros(()) if bias is None else bias.flatten())
 
 
+def check_readable(module: Any) -> None:
+    """Refuse, without copying anything, an attention module that neither `read_heads` nor `read_latent` reads.
+
+    Raises:
+        Refused: with the reason.
+    """
+    if is_latent(module):
+        _latent_parts(module)
+    else:
+        _parts(module)
+
+
 def read_heads(module: Any, dtype: torch.dtype = torch.float64) -> HeadWeights:
     """A copy of an attention module's weights, head by head.
 
