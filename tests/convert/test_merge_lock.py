@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
+from tests.convert.skills import Recall, trained, untrained
 from tests.families import FAMILIES, LATENT, family_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import foveate
 from foveate.compat import output_projection
@@ -159,55 +160,10 @@ def test_models_locked_alike_still_merge_and_others_do_not(seed):
     assert relative_rms(logits(averaged(locked(a, 7), locked(b, 8)), ids), want) > 0.5
 
 
-class Recall:
-    """Two skills that only attention has: to say the token `back` places ago. The first token names the skill."""
-
-    def __init__(self, back: int) -> None:
-        self.back = back
-
-    def batch(self, generator: torch.Generator, rows: int = 32) -> tuple[Tensor, Tensor]:
-        ids = torch.randint(4, 20, (rows, 14), generator=generator)
-        ids[:, 0] = self.back
-        labels = ids.roll(self.back, 1)
-        labels[:, : self.back + 1] = -100
-        return ids, labels
-
-    @torch.no_grad()
-    def loss(self, model: Any) -> float:
-        """Nats per token; by chance it is log(16) = 2.8."""
-        ids, labels = self.batch(torch.Generator().manual_seed(99), 64)
-        return float(torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten()))
-
-
-def trained(model: Any, skills: list[Recall], steps: int, rate: float, seed: int) -> Any:
-    model = copy.deepcopy(model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        loss: Any = 0.0
-        for skill in skills:
-            ids, labels = skill.batch(generator)
-            loss = loss + torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
 def test_two_trained_siblings_merge_and_a_locked_one_does_not():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=32,
-    )
     skills = [Recall(3), Recall(5)]
-    base = trained(LlamaForCausalLM(config), skills, 130, 3e-3, 0)
-    siblings = [trained(base, [skill], 20, 1e-3, 1) for skill in skills]
+    base, _ = trained(untrained(), skills, 130, 3e-3, 0)
+    siblings = [trained(base, [skill], 20, 1e-3, 1)[0] for skill in skills]
 
     def loss(model: Any) -> float:
         return sum(skill.loss(model) for skill in skills) / 2
