@@ -10,7 +10,7 @@ import foveate
 from foveate.errors import BadArgument
 from foveate.layers.mixer import build
 from foveate.layers.mixture_of_heads import gathered
-from foveate.layers.routing import balance_losses
+from foveate.layers.routing import routing_losses
 from foveate.layers.softmax import HeadGeometry
 from foveate.models.converted import container, decoder_layers, replace
 from foveate.models.weights import read_heads
@@ -197,7 +197,7 @@ def test_linear_routing_gathered_has_the_gradient_of_masked():
 def test_balance_loss_is_functional_and_k_for_even_routing(router):
     made = mixed(family_model("llama"), [0, 1], 4, router)
     made(IDS)
-    loss = balance_losses(made)
+    loss = routing_losses(made).balance
     assert loss.requires_grad and loss.isfinite()
     if router == "linear":  # equal scores: P_i = 1/6 whatever is taken
         assert loss.item() == pytest.approx(2 * 4.0, rel=1e-5)

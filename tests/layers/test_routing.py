@@ -12,8 +12,8 @@ from foveate.layers.routing import (
     Routing,
     TwoStageRouter,
     balance_loss,
-    balance_losses,
     norm_scores,
+    routing_losses,
     straight_through,
     top_k,
     z_loss,
@@ -102,25 +102,22 @@ class _Even(Routed):
         chosen = top_k(soft, 1)
         self.note(Routing(soft, chosen, soft, chosen, x))
 
-    def balance_loss(self):
-        routing = self.noted()
-        return balance_loss(routing.probabilities, routing.chosen)
-
 
 def test_losses_are_of_one_forward_and_asked_once():
     model = nn.ModuleList([_Even(), _Even()])
     x = torch.randn(9, 4, requires_grad=True)
     for layer in model:
         layer(x)
-    once = balance_losses(model)
+    once = routing_losses(model)
     soft = x.softmax(-1)
-    torch.testing.assert_close(once, 2 * balance_loss(soft, top_k(soft, 1)))
-    assert torch.autograd.grad(once, x)[0].abs().sum() > 0
+    torch.testing.assert_close(once.balance, 2 * 4 * balance_loss(soft, top_k(soft, 1)))
+    torch.testing.assert_close(once.z, 2 * z_loss(x))
+    assert torch.autograd.grad(once.balance, x)[0].abs().sum() > 0
     with pytest.raises(FoveateError, match="no forward"):
-        balance_losses(model)
+        routing_losses(model)
     with torch.no_grad():
         model[0](x)
     with pytest.raises(FoveateError, match="no forward"):
         model[0].balance_loss()
     with pytest.raises(FoveateError, match="routes"):
-        balance_losses(nn.Linear(2, 2))
+        routing_losses(nn.Linear(2, 2))

@@ -2,7 +2,7 @@
 
 Source: Jin et al., "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv:2410.11842, section 3.4: half of the
 heads always work, the longest queries choose among the others, 75 % of the heads work for a token. The paper then
-trains on 100 B tokens, with `foveate.layers.routing.balance_losses` times 0.01 in the loss.
+trains on 100 B tokens, with `foveate.layers.routing.routing_losses` times 0.01 in the loss.
 """
 
 from __future__ import annotations

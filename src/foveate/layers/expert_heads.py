@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import BadArgument
-from foveate.layers.routing import Routed, Routing, balance_loss, straight_through, top_k
+from foveate.layers.routing import Routed, Routing, straight_through, top_k, widened
 
 
 class ExpertHeads(Routed):
@@ -49,7 +49,7 @@ class ExpertHeads(Routed):
     def route(self, hidden_states: Tensor, out: Tensor) -> Routing:
         """Gates [B, N, H] of tokens [B, N, d] for which the heads give out [B, N, H, D]."""
         if self.gate is not None:
-            logits = self.gate(hidden_states).float()
+            logits = widened(self.gate(hidden_states))
         elif self.router == "norm":
             logits = self.inner.query(hidden_states).unflatten(-1, (self.heads, -1)).float().norm(dim=-1)
         else:
@@ -69,11 +69,6 @@ class ExpertHeads(Routed):
             first = routing.logits.argmax(-1)[_real(attention_mask, hidden_states)]
             self.usage += torch.bincount(first, minlength=self.heads)
         return (out * routing.gates.unsqueeze(-1).to(out.dtype)).flatten(2), weights
-
-    def balance_loss(self) -> Tensor:
-        """Of the last forward with gradients: `k` when tokens spread evenly over the heads, more otherwise."""
-        routing = self.noted()
-        return self.heads * balance_loss(routing.probabilities, routing.chosen)
 
 
 def _real(mask: Tensor | None, hidden_states: Tensor) -> Tensor:

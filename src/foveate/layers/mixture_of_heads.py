@@ -19,7 +19,6 @@ from foveate.layers.routing import (
     Routed,
     Routing,
     TwoStageRouter,
-    balance_loss,
     norm_scores,
     straight_through,
     top_k,
@@ -141,11 +140,6 @@ class MixtureOfHeads(Routed, SoftmaxHeads):
             out = self.attended(q, k, v, attention_mask, **kwargs)
         out = out * routing.gates.unsqueeze(-1).to(out.dtype)
         return self.o_proj(out.flatten(2)), None
-
-    def balance_loss(self) -> Tensor:
-        """Of the last forward with gradients, as in MoH's code: `top_k` when tokens spread evenly, more otherwise."""
-        routing = self.noted()
-        return len(self.routed) * balance_loss(routing.probabilities, routing.chosen)
 
     def _gathers(self) -> bool:
         if self.compute != "gathered" or self.config._attn_implementation not in ("sdpa", "eager"):

@@ -7,7 +7,7 @@ sections 3.2 and 3.3); the balance loss is that of Switch Transformers (Fedus et
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,11 @@ class Routing:
     probabilities: Tensor
     chosen: Tensor
     logits: Tensor
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In float32 at least: what a softmax is taken of."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -96,23 +101,36 @@ class TwoStageRouter(nn.Module):
 
     def forward(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., d] -> gates of the shared heads [..., S], of the routed ones [..., R], and these's logits."""
-        logits = self.among(x).float()
+        logits = widened(self.among(x))
         probabilities = logits.softmax(-1)
         taken = probabilities * top_k(logits, k)
         routed = k * taken / taken.sum(-1, keepdim=True)
         if self.parts is None:
             return routed.new_zeros(*x.shape[:-1], 0), routed, logits
-        alpha = 2 * self.parts(x).float().softmax(-1)
-        within = alpha.new_ones(*x.shape[:-1], 1) if self.within is None else self.within(x).float().softmax(-1)
+        alpha = 2 * widened(self.parts(x)).softmax(-1)
+        within = alpha.new_ones(*x.shape[:-1], 1) if self.within is None else widened(self.within(x)).softmax(-1)
         return alpha[..., :1] * self.shared * within, alpha[..., 1:] * routed, logits
 
 
 def norm_scores(q: Tensor) -> Tensor:
     """MoH's router without parameters: lengths of a token's queries [..., R, D], over their deviation, [..., R]."""
-    lengths = torch.linalg.vector_norm(q.float(), dim=-1)
+    lengths = torch.linalg.vector_norm(widened(q), dim=-1)
     if lengths.shape[-1] == 1:
         return lengths
     return lengths / lengths.std(-1, keepdim=True).clamp(min=1e-6)
+
+
+class RoutingLosses(NamedTuple):
+    """What training adds to its loss, each times a weight of its own.
+
+    Args:
+        balance: R sum P_i f_i over the R experts of a router: how many a token takes when tokens spread evenly, more
+            otherwise.
+        z: mean over tokens of logsumexp(logits)².
+    """
+
+    balance: Tensor
+    z: Tensor
 
 
 class Routed(nn.Module):
@@ -135,22 +153,32 @@ class Routed(nn.Module):
             FoveateError: there was none with gradients since it was last asked for.
         """
         if self._noted is None:
-            raise FoveateError("no forward with gradients was routed since the balance loss was last asked for")
+            raise FoveateError("no forward with gradients was routed since its losses were last asked for")
         routing, self._noted = self._noted, None
         return routing
 
+    def losses(self) -> RoutingLosses:
+        """Of the last forward with gradients; each forward can be asked once.
+
+        Raises:
+            FoveateError: there was none since.
+        """
+        routing = self.noted()
+        experts = routing.probabilities.shape[-1]
+        return RoutingLosses(experts * balance_loss(routing.probabilities, routing.chosen), z_loss(routing.logits))
+
     def balance_loss(self) -> Tensor:
-        """How unevenly the last forward spread its tokens, a scalar; each forward can be asked once."""
-        raise TypeError(f"{type(self).__name__} states no balance loss")
+        """The first of `losses`."""
+        return self.losses().balance
 
 
-def balance_losses(model: nn.Module) -> Tensor:
-    """The sum over a model's routed layers of their balance losses of the last forward; each forward counts once.
+def routing_losses(model: nn.Module) -> RoutingLosses:
+    """The sums over a model's routed layers of their losses of the last forward; each forward counts once.
 
     Raises:
         FoveateError: the model routes nothing, or there was no forward with gradients since.
     """
-    parts: list[Any] = [module for module in model.modules() if isinstance(module, Routed)]
+    parts = [module.losses() for module in model.modules() if isinstance(module, Routed)]
     if not parts:
         raise FoveateError("no layer of this model routes tokens")
-    return torch.stack([part.balance_loss() for part in parts]).sum()
+    return RoutingLosses(*(torch.stack(each).sum() for each in zip(*parts, strict=True)))

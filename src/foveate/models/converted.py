@@ -10,6 +10,7 @@ import torch
 
 from foveate import compat
 from foveate.errors import BadArgument, Refused
+from foveate.layers.feedforward import FeedForwardExperts, build_feed_forward
 from foveate.layers.mixer import Mixer, build
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 PREFIX = "foveate_"
 KEY = "attention_layers"
 """In the configuration: for each layer None, or its kind, the numbers that rebuild it and what it holds."""
+FEED_FORWARD_KEY = "feed_forward_layers"
+"""In the configuration: for each layer None, or the kind of its feed-forward network and the numbers of it."""
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "deepseek_v2", "deepseek_v3")
 """Model types whose decoder layers keep their attention at `model.layers[i].self_attn`."""
@@ -44,7 +47,13 @@ def _class_of(family: str) -> type[PreTrainedModel]:
     config_class = type(
         f"Foveate{config_base.__name__}",
         (config_base,),
-        {"model_type": PREFIX + family, "__module__": __name__, KEY: None, "__annotations__": {KEY: "list | None"}},
+        {
+            "model_type": PREFIX + family,
+            "__module__": __name__,
+            KEY: None,
+            FEED_FORWARD_KEY: None,
+            "__annotations__": {KEY: "list | None", FEED_FORWARD_KEY: "list | None"},
+        },
     )
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -56,6 +65,9 @@ def _class_of(family: str) -> type[PreTrainedModel]:
                 made = layers[index].self_attn = build(entry["kind"], config, index, entry["spec"])
                 strict |= {f"self_attn.{name}" for name in made.keeps_float32}
         self._keep_in_fp32_modules_strict = strict
+        for index, entry in enumerate(getattr(config, FEED_FORWARD_KEY, None) or ()):
+            if entry is not None:
+                layers[index].mlp = build_feed_forward(entry["kind"], layers[index].mlp, entry["spec"])
         if by_type:
             compat.base_model(self).register_forward_pre_hook(compat.masks_by_type, with_kwargs=True)
         self.post_init()
@@ -126,11 +138,7 @@ def replace(model: PreTrainedModel, layer: int, kind: str, **spec: Any) -> Mixer
     Raises:
         BadArgument: no such layer or kind, or numbers that do not fit.
     """
-    if not is_converted(model):
-        raise BadArgument("model", type(model).__name__, "give what container(model) returned")
-    layers = decoder_layers(model)
-    if not 0 <= layer < len(layers):
-        raise BadArgument("layer", layer, f"give 0 to {len(layers) - 1}")
+    layers = _replaceable(model, layer)
     old = layers[layer].self_attn
     parameter = next(old.parameters())
     made = build(kind, model.config, layer, spec).to(device=parameter.device, dtype=parameter.dtype)
@@ -144,3 +152,32 @@ def replace(model: PreTrainedModel, layer: int, kind: str, **spec: Any) -> Mixer
         types[layer] = made.layer_type
     model.config.layer_types = types
     return made
+
+
+def replace_feed_forward(model: PreTrainedModel, layer: int, kind: str, **spec: Any) -> FeedForwardExperts:
+    """Put a new layer of this kind in the place of one decoder layer's feed-forward network, made of copies of it.
+
+    Args:
+        model: of a converted type (see `container`).
+        spec: the numbers of this kind.
+
+    Raises:
+        BadArgument: no such layer or kind, or numbers that do not fit.
+    """
+    layers = _replaceable(model, layer)
+    old = layers[layer].mlp
+    made = build_feed_forward(kind, old, spec).train(old.training)
+    layers[layer].mlp = made
+    listed: list[Any] = list(getattr(model.config, FEED_FORWARD_KEY, None) or [None] * len(layers))
+    listed[layer] = {"kind": kind, "spec": made.spec}
+    setattr(model.config, FEED_FORWARD_KEY, listed)
+    return made
+
+
+def _replaceable(model: PreTrainedModel, layer: int) -> Any:
+    if not is_converted(model):
+        raise BadArgument("model", type(model).__name__, "give what container(model) returned")
+    layers = decoder_layers(model)
+    if not 0 <= layer < len(layers):
+        raise BadArgument("layer", layer, f"give 0 to {len(layers) - 1}")
+    return layers
