@@ -135,6 +135,12 @@ class Mamba2(Mixer):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        return self.out_proj(self.heads_of(hidden_states, attention_mask, past_key_values)), None
+
+    def heads_of(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None
+    ) -> Tensor:
+        """What the output projection reads, [B, N, H P]: where attention has its heads side by side."""
         length = hidden_states.shape[1]
         z, x, b, c, dt = self.in_proj(hidden_states).split(self.widths, dim=-1)
         if self.repeat_first:
@@ -164,7 +170,7 @@ class Mamba2(Mixer):
             held.update_recurrent_state(state)
         if order is not None:
             y = _take(y, order.argsort(dim=1))
-        return self.out_proj(self.norm(y, z)), None
+        return self.norm(y, z)
 
     @property
     def _wide(self) -> torch.dtype:
