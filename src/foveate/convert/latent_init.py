@@ -76,29 +76,13 @@ def joint_svd(
         Refused: norms on queries and keys, which no linear map holds, or partly rotated heads with "last".
         BadArgument: numbers that do not fit.
     """
-    heads, dim, width = weights.q.shape
-    if weights.q_norm is not None or weights.k_norm is not None:
-        raise Refused("norms on queries and keys stand between a latent and its keys; take a model without them")
-    if rope_rows not in ROPE_ROWS:
-        raise BadArgument("rope_rows", rope_rows, f"give one of {', '.join(ROPE_ROWS)}")
-    if rope_rows == "last" and weights.rotary_dim != dim:
-        raise Refused(
-            f"a head's last rows are not rotated here ({weights.rotary_dim} of {dim} are): rope_rows='fastest'"
-        )
-    if rope_dim < 2 or rope_dim % 2 or rope_dim > weights.rotary_dim:
-        raise BadArgument("rope_dim", rope_dim, f"give an even number up to {weights.rotary_dim}")
-    most = largest_rank(weights)
-    if not 1 <= rank <= most:
-        raise BadArgument("rank", rank, f"keys and values of this model have rank {most}: give 1 to {most}")
-    if q_rank is not None and not 1 <= q_rank <= min(width, heads * dim):
-        raise BadArgument("q_rank", q_rank, f"give 1 to {min(width, heads * dim)}")
+    check_numbers(weights, rank, rope_dim, nope_dim, q_rank, rope_rows)
+    heads, dim, _ = weights.q.shape
     pairs, half = rope_dim // 2, weights.rotary_dim // 2
     picked = list(range(pairs)) if rope_rows == "fastest" else evenly(pairs, half)
     last = rope_rows == "last"
     turned = list(range(dim - rope_dim, dim)) if last else [*picked, *(half + i for i in picked)]
     plain = [row for row in range(dim) if row not in set(turned)]
-    if nope_dim is not None and not 0 <= nope_dim <= len(plain):
-        raise BadArgument("nope_dim", nope_dim, f"beside {rope_dim} rotated dims give 0 to {len(plain)}")
     plain = plain[:nope_dim]
 
     cut = truncated_svd(stacked(weights), rank)
@@ -154,6 +138,32 @@ def joint_svd(
         "biases": [name for name, bias in there.items() if bias is not None],
     }
     return LatentInit(made, spec, cut.share, q_energy)
+
+
+def check_numbers(
+    weights: HeadWeights, rank: int, rope_dim: int, nope_dim: int | None, q_rank: int | None, rope_rows: str
+) -> None:
+    """What `joint_svd` refuses, without its work."""
+    heads, dim, width = weights.q.shape
+    if weights.q_norm is not None or weights.k_norm is not None:
+        raise Refused("norms on queries and keys stand between a latent and its keys; take a model without them")
+    if rope_rows not in ROPE_ROWS:
+        raise BadArgument("rope_rows", rope_rows, f"give one of {', '.join(ROPE_ROWS)}")
+    if rope_rows == "last" and weights.rotary_dim != dim:
+        raise Refused(
+            f"a head's last rows are not rotated here ({weights.rotary_dim} of {dim} are): rope_rows='fastest'"
+        )
+    if rope_dim < 2 or rope_dim % 2 or rope_dim > weights.rotary_dim:
+        raise BadArgument("rope_dim", rope_dim, f"give an even number up to {weights.rotary_dim}")
+    if rope_rows != "fastest":
+        evenly(rope_dim // 2, weights.rotary_dim // 2)
+    if nope_dim is not None and not 0 <= nope_dim <= dim - rope_dim:
+        raise BadArgument("nope_dim", nope_dim, f"beside {rope_dim} rotated dims give 0 to {dim - rope_dim}")
+    most = largest_rank(weights)
+    if not 1 <= rank <= most:
+        raise BadArgument("rank", rank, f"keys and values of this model have rank {most}: give 1 to {most}")
+    if q_rank is not None and not 1 <= q_rank <= min(width, heads * dim):
+        raise BadArgument("q_rank", q_rank, f"give 1 to {min(width, heads * dim)}")
 
 
 def put_latent(model: PreTrainedModel, layer: int, **numbers: Any) -> LatentInit:
