@@ -7,6 +7,7 @@ A page says what it wants between two comments, and everything between them is r
     <!-- bench: results/bench/decode.json -->        a bench's rows as a table, and how they were measured
     <!-- sweep: results/sweep -->                    tables and pictures of a sweep
     <!-- claims: results/sweep -->                   what papers claim beside what a sweep and results/bench show
+    <!-- turns: results/turns -->                    several questions about one context, turn by turn
     <!-- end -->
 
 A folder of records that is not there leaves the part empty, so nothing stands in a page that was not measured.
@@ -34,11 +35,12 @@ from foveate.report.terminal import refused_lines
 from grid import benches, load
 from kernels_page import kernels_part
 from sweep_page import COSTS, SIZE, drawn, picture_name, sweep_part
+from turns_page import turns_part
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PICTURES = ROOT / "docs" / "images"
-PART = re.compile(r"(<!-- (source|records|bench|sweep|claims): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- (source|records|bench|sweep|claims|turns): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BESIDE = "needles"
 """The folder beside a sweep with settings and compositions of their own, on needles with more samples."""
 STYLE = ROOT / "src" / "foveate" / "report" / "page.css"
@@ -191,6 +193,11 @@ def claimed(name: str) -> str:
     return "" if sweep is None else claims_part(sweep, benches(ROOT / "results" / "bench"), papers(), beside)
 
 
+def in_turns(name: str) -> str:
+    """Several questions about one context."""
+    return turns_part(read(ROOT / name)) if (ROOT / name / RECORDS).is_file() else ""
+
+
 def draw(name: str) -> str:
     """The scatter of quality against held bytes of a folder of records, over all lengths."""
     return picture(overall(read(ROOT / name))[0], "bytes", SIZES[0])
@@ -214,7 +221,7 @@ def fill(page: Path) -> str:
         if match[2] in ("records", "sweep"):
             made = {"records": measured, "sweep": swept}[match[2]](match[3], page)
         else:
-            made = {"source": listing, "bench": benched, "claims": claimed}[match[2]](match[3])
+            made = {"source": listing, "bench": benched, "claims": claimed, "turns": in_turns}[match[2]](match[3])
         return f"{match[1]}{made}{match[4]}"
 
     return PART.sub(part, page.read_text(encoding="utf-8"))
