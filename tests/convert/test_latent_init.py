@@ -40,6 +40,10 @@ def with_bias(weight, bias, x):
     return x @ weight.flatten(0, 1).T + (0 if bias is None else bias.flatten())
 
 
+def repeated(weights):
+    return torch.cat([w.repeat_interleave(weights.groups, 0).flatten(0, 1) for w in (weights.k, weights.v)])
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
 @pytest.mark.parametrize("biased", [False, True])
 def test_full_rank_keeps_keys_without_position_and_all_values(kv_heads, biased):
@@ -98,9 +102,24 @@ def test_biases_cost_no_rank():
 def test_the_rank_of_the_stack_is_that_of_the_heads_before_repeating():
     for kv_heads, dim in ((1, 16), (2, 16), (8, 16)):
         weights = weights_of(kv_heads, dim)
-        assert int(torch.linalg.matrix_rank(stacked(weights))) == largest_rank(weights) == min(64, 2 * kv_heads * dim)
+        assert int(torch.linalg.matrix_rank(repeated(weights))) == largest_rank(weights) == min(64, 2 * kv_heads * dim)
+        assert int(torch.linalg.matrix_rank(stacked(weights))) == largest_rank(weights)
         with pytest.raises(BadArgument, match="rank"):
             joint_svd(weights, rank=largest_rank(weights) + 1, rope_dim=8)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_the_latent_is_that_of_heads_repeated_first(kv_heads):
+    """The published decomposition, written out: singular values, latents up to their signs, what they give back."""
+    weights, rank = weights_of(kv_heads), 9
+    left, values, right = torch.linalg.svd(repeated(weights), full_matrices=False)
+    made = joint_svd(weights, rank=rank, rope_dim=4)
+    torch.testing.assert_close(made.weights.w_dkv.norm(dim=1), values[:rank], rtol=1e-9, atol=0)
+    torch.testing.assert_close(made.weights.w_dkv.abs(), (values[:rank, None] * right[:rank]).abs(), rtol=0, atol=1e-9)
+    back = (left[:, :rank] * values[:rank] @ right[:rank]).view(2, 8, 16, -1)
+    torch.testing.assert_close(made.weights.w_uk @ made.weights.w_dkv, back[0, :, :12], rtol=0, atol=1e-9)
+    torch.testing.assert_close(made.weights.w_uv @ made.weights.w_dkv, back[1], rtol=0, atol=1e-9)
+    assert made.kv_energy == pytest.approx(float(values[:rank].square().sum() / values.square().sum()))
 
 
 def test_query_ranks():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import foveate
 from foveate.convert.base import Calibration, conversion
-from foveate.convert.latent_init import largest_rank, stacked
+from foveate.convert.latent_init import largest_rank
 from foveate.convert.run import convert
 from foveate.convert.x_ecomla import XEcoMLA, energy_rank
 from foveate.errors import BadArgument, Infeasible, Refused
@@ -67,8 +67,9 @@ def test_the_share_is_met_in_bytes(kv_heads, kv):
 
 def test_the_rank_is_that_of_the_rows_before_repeating():
     weights = read_heads(tiny("llama", kv_heads=2).model.layers[0].self_attn)
-    assert stacked(weights).shape == (2 * 8 * 16, 64)
-    assert largest_rank(weights) == int(torch.linalg.matrix_rank(stacked(weights))) == 64
+    repeated = torch.cat([w.repeat_interleave(4, 0).flatten(0, 1) for w in (weights.k, weights.v)])
+    assert repeated.shape == (2 * 8 * 16, 64)
+    assert largest_rank(weights) == int(torch.linalg.matrix_rank(repeated)) == 64
     with pytest.raises(BadArgument, match="rank"):
         run(tiny("llama", kv_heads=1), rank=33)
     assert run(tiny("llama", kv_heads=1), rank=32).ladder[-1].facts["kv_energy"] == pytest.approx([1.0] * 3)

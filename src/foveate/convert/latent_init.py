@@ -44,8 +44,12 @@ def largest_rank(weights: HeadWeights) -> int:
 
 
 def stacked(weights: HeadWeights) -> Tensor:
-    """Key rows over value rows, both repeated to H heads, [H (D + Dv), d], without biases."""
-    return torch.cat([w.repeat_interleave(weights.groups, 0).flatten(0, 1) for w in (weights.k, weights.v)])
+    """Key rows over value rows, [Hkv (D + Dv), d], without biases.
+
+    As published they are repeated to H heads first. That multiplies every singular value by sqrt(G), and repeats the
+    left vectors over it: the same latent, by a larger decomposition.
+    """
+    return torch.cat([weights.k.flatten(0, 1), weights.v.flatten(0, 1)])
 
 
 def joint_svd(
@@ -59,7 +63,7 @@ def joint_svd(
 ) -> LatentInit:
     """The initialisation of X-EcoMLA (arXiv 2503.11132, section 3.2), which looks at no text.
 
-    The stacked weights of keys and values, repeated to all query heads, are cut at `rank`; queries, if `q_rank` is
+    The stacked weights of keys and values are cut at `rank`; queries, if `q_rank` is
     given, at that. The rotated key that all heads share is the mean of the key heads' rows. What loses its rotation
     thereby, and what is rotated otherwise than before, makes this another function even at full rank; the path of the
     values is exact there. Biases take no part in it: that of keys without a position adds the same to all scores of a
@@ -86,7 +90,11 @@ def joint_svd(
     plain = plain[:nope_dim]
 
     cut = truncated_svd(stacked(weights), rank)
-    k_up, v_up = cut.left.split([heads * dim, len(cut.left) - heads * dim])
+    size = weights.groups**0.5
+    k_up, v_up = (
+        rows.unflatten(0, (len(weights.k), -1)).repeat_interleave(weights.groups, 0) / size
+        for rows in cut.left.split([len(weights.k) * dim, len(cut.left) - len(weights.k) * dim])
+    )
     o_bias = weights.o_bias
     if weights.v_bias is not None:
         added = torch.einsum("hov,hv->o", weights.o, weights.v_bias.repeat_interleave(weights.groups, 0))
@@ -105,11 +113,11 @@ def joint_svd(
         q_a=q_a,
         q_norm=None,
         q_b=q_b,
-        w_dkv=cut.values[:, None] * cut.right,
+        w_dkv=size * cut.values[:, None] * cut.right,
         w_kr=weights.k[:, turned].mean(0),
         kv_norm=None,
-        w_uk=k_up.unflatten(0, (heads, dim))[:, plain],
-        w_uv=v_up.unflatten(0, (heads, -1)),
+        w_uk=k_up[:, plain],
+        w_uv=v_up,
         o=weights.o,
         q_bias=None if weights.q_bias is None else weights.q_bias[:, order],
         q_a_bias=None,
