@@ -14,11 +14,14 @@ from torch import Tensor
 
 from foveate.errors import BadArgument
 
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 class TensorFolder(Mapping[str, Tensor]):
     """What the safetensors files of a checkpoint hold, by name; a tensor is read when it is asked for, and not kept.
+
+    Of a folder, the files that its index lists; without an index `model.safetensors`; without that all there are.
 
     Args:
         source: a folder, or one file.
@@ -52,6 +55,8 @@ class TensorFolder(Mapping[str, Tensor]):
             if missing:
                 raise BadArgument(self._argument, str(self.source), f"{missing[0]} is missing, which {INDEX} lists")
             paths = [path for path in paths if path.name in listed]
+        elif (self.source / WHOLE).is_file():
+            paths = [self.source / WHOLE]
         if not paths:
             raise BadArgument(self._argument, str(self.source), "no *.safetensors there; give a folder of a checkpoint")
         return paths
