@@ -22,9 +22,9 @@ from transformers.masking_utils import eager_mask
 import foveate
 from foveate.compat import ALL_ATTENTION_FUNCTIONS
 from foveate.convert.base import Calibration, conversion
-from foveate.convert.joint_rank import balanced, cut
+from foveate.convert.joint_rank import balanced, cut, cut_queries
 from foveate.convert.latent_layer import put_latent
-from foveate.convert.rorope import concentrated, divided, leading, lifted
+from foveate.convert.rorope import concentrated, divided, leading, lifted, whole
 from foveate.convert.run import Converted, convert
 from foveate.convert.transmla import TransMLA
 from foveate.errors import BadArgument, Infeasible, Refused
@@ -297,6 +297,19 @@ def test_a_budget_below_the_floor_says_it() -> None:
 def test_models_that_cannot_be_lifted(family: str, why: str) -> None:
     with pytest.raises(Refused, match=why):
         run(tiny(family))
+
+
+def test_linear_algebra_stays_on_the_device_of_the_weights() -> None:
+    """Whatever is made beside the weights would be made on the other device here, and not fit them."""
+    heads, inputs = _layer("qwen2")
+    with torch.device("meta"):
+        for mix in (True, False):
+            turned = concentrated(lifted(heads), inputs, 2, mix)
+            kept, _ = leading(turned, 8, 2, mix)
+            whole(turned)
+            weights, _ = balanced(divided(turned, kept), inputs, 24)
+            weights, _ = cut_queries(cut(weights, inputs, 24, 16).weights, inputs, 16)
+    assert weights.w_dkv.device.type == "cpu"
 
 
 def test_it_has_a_name() -> None:

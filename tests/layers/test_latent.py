@@ -191,6 +191,38 @@ def test_weights_of_deepseek_give_the_same(q_rank: int | None, interleaved: bool
     assert relative(got, want) < 1e-5
 
 
+def test_weights_of_deepseek_v2_give_the_same() -> None:
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+            kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10,
+            vocab_size=256, max_position_embeddings=128, first_k_dense_replace=2, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data.mul_(8 if parameter.ndim == 2 else 1)
+    new = container(model)
+    for index, layer in enumerate(decoder_layers(model)):
+        replace(new, index, "latent", **latent_spec(layer.self_attn)).load_state_dict(layer.self_attn.state_dict())
+    tokens = torch.randint(3, 250, (2, 31), generator=torch.Generator().manual_seed(0))
+    got, _ = stepwise(new, tokens, [20, 21])
+    want, _ = stepwise(model, tokens, [20, 21])
+    assert relative(got, want) < 1e-5
+
+
+def test_a_static_cache() -> None:
+    model = made(tiny("llama", layers=2), torch.float32)
+    tokens = torch.randint(3, 250, (2, 17), generator=torch.Generator().manual_seed(0))
+    ask: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    ask |= {"return_dict_in_generate": True, "output_logits": True}
+    plain = model.generate(tokens, **ask)
+    static = model.generate(tokens, cache_implementation="static", **ask)
+    assert relative(torch.stack(static.logits), torch.stack(plain.logits)) < 1e-5
+
+
 def test_parameters_of_deepseek_v3() -> None:
     class Config:
         hidden_size = 7168

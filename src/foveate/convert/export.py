@@ -19,7 +19,7 @@ from foveate.convert.latent_norms import Fit, fitted
 from foveate.convert.saving import check_free, save
 from foveate.errors import BadArgument, Refused
 from foveate.layers.latent import LatentAttention
-from foveate.models.converted import PREFIX, decoder_layers, is_converted
+from foveate.models.converted import FAMILIES, PREFIX, decoder_layers, is_converted
 from foveate.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -137,28 +137,41 @@ def as_deepseek(
     return made.eval(), facts
 
 
-def _layers(model: Any, pad: bool) -> list[LatentAttention]:
-    """The attention layers, if DeepSeek's decoder has all that this model is made of."""
-    if not is_converted(model):
-        raise BadArgument("model", type(model).__name__, "give a converted model")
+def check_around(model: Any) -> None:
+    """Refuse a model, be it converted or not, if what is around its attention is not what DeepSeek's decoder has.
+
+    Raises:
+        Refused: with the reason.
+    """
     family = model.config.model_type.removeprefix(PREFIX)
     if model.dtype == torch.float16:
         raise Refused("float16 has no room for an export's constants; load the model in bfloat16 or float32")
     if family in _OTHERWISE:
         raise Refused(f"DeepSeek's decoder cannot compute a {family} model: {_OTHERWISE[family]}")
-    blocks = list(decoder_layers(model))
-    layers = [block.self_attn for block in blocks]
+    if family not in FAMILIES:
+        raise Refused(
+            f"{family} models cannot be exported; {', '.join(f for f in FAMILIES if f not in _OTHERWISE)} can"
+        )
+    for index, block in enumerate(decoder_layers(model)):
+        _check_mlp(index, block.mlp)
+
+
+def _layers(model: Any, pad: bool) -> list[LatentAttention]:
+    """The attention layers, if DeepSeek's decoder has all that this model is made of."""
+    if not is_converted(model):
+        raise BadArgument("model", type(model).__name__, "give a converted model")
+    check_around(model)
+    layers = [block.self_attn for block in decoder_layers(model)]
     for index, layer in enumerate(layers):
         if not isinstance(layer, LatentAttention):
             what = type(layer).__name__
             raise Refused(f"only models of latent attention alone can be exported; layer {index} is {what}")
         if layer.softcap is not None:
             raise Refused(f"DeepSeek's attention does not cap its scores, which layer {index} does")
-    windowed = {layer.sliding_window for layer in layers} - {None} or set(model.config.layer_types) - {"full_attention"}
+    stated = getattr(model.config, "layer_types", None) or compat.layer_types(model)
+    windowed = {layer.sliding_window for layer in layers} - {None} or set(stated) - {"full_attention"}
     if windowed:
         raise Refused("DeepSeek's attention has no sliding window, which layers of this model have")
-    for index, block in enumerate(blocks):
-        _check_mlp(index, block.mlp)
     names = ["num_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
     for name in names if pad else [*names, "kv_lora_rank", "q_lora_rank"]:
         values = list(dict.fromkeys(str(getattr(layer, name)) for layer in layers))

@@ -50,9 +50,15 @@ def lifted(heads: HeadWeights) -> JointKeys:
     # Half-split: the dims l and l + D / 2 of a head are a pair.
     rows = heads.k.unflatten(1, (2, pairs)).transpose(1, 2).flatten(0, 1)
     bias = None if heads.k_bias is None else heads.k_bias.unflatten(1, (2, pairs)).transpose(1, 2).flatten(0, 1)
-    own = torch.eye(groups, dtype=rows.dtype).repeat_interleave(heads.groups, dim=0)
-    up = (own[:, None, :, None] * torch.eye(pairs, dtype=rows.dtype)[None, :, None, :]).flatten(2)
-    return JointKeys(heads, rows, bias, up, torch.arange(pairs).repeat(groups))
+    up = _selection(heads.groups, groups, pairs, rows)
+    return JointKeys(heads, rows, bias, up, torch.arange(pairs, device=rows.device).repeat(groups))
+
+
+def _selection(share: int, groups: int, dim: int, like: Tensor) -> Tensor:
+    """Zeros and ones [H, dim, groups * dim] that give each query head the part of its group."""
+    group = torch.eye(groups, dtype=like.dtype, device=like.device).repeat_interleave(share, dim=0)
+    same = torch.eye(dim, dtype=like.dtype, device=like.device)
+    return (group[:, None, :, None] * same[None, :, None, :]).flatten(2)
 
 
 def concentrated(keys: JointKeys, inputs: Moments, fold: int = 1, mix: bool = True) -> JointKeys:
@@ -73,7 +79,12 @@ def concentrated(keys: JointKeys, inputs: Moments, fold: int = 1, mix: bool = Tr
     groups, pairs = keys.heads.k.shape[0], keys.heads.k.shape[1] // 2
     if fold < 1 or pairs % fold:
         raise BadArgument("freqfold", fold, f"give a divisor of the {pairs} frequencies of a head")
-    blocks = torch.arange(groups * pairs).view(groups, pairs // fold, fold).transpose(0, 1).flatten(1)
+    blocks = (
+        torch.arange(groups * pairs, device=keys.rows.device)
+        .view(groups, pairs // fold, fold)
+        .transpose(0, 1)
+        .flatten(1)
+    )
     rows = keys.rows[blocks]
     bias = None if keys.bias is None else keys.bias[blocks]
     turns = []
@@ -84,7 +95,7 @@ def concentrated(keys: JointKeys, inputs: Moments, fold: int = 1, mix: bool = Tr
             turns.append(principal(second).vectors)
         else:
             falling = second.diagonal().argsort(descending=True, stable=True)
-            turns.append(torch.eye(len(second), dtype=rows.dtype)[:, falling])
+            turns.append(torch.eye(len(second), dtype=rows.dtype, device=rows.device)[:, falling])
     turn = torch.stack(turns)
     frequencies = keys.frequencies[blocks]
     frequencies = frequencies[:, :fold].repeat(1, groups) if mix else frequencies.gather(1, turn.argmax(1))
@@ -114,7 +125,7 @@ def leading(keys: JointKeys, rope_dim: int, fold: int, mix: bool = True) -> tupl
     collapse = dim // rope_dim
     if fold % collapse and collapse % fold:
         raise BadArgument("freqfold", fold, f"give a multiple or a divisor of head size / rope_dim = {collapse}")
-    grid = torch.arange(0, dim // 2, collapse)
+    grid = torch.arange(0, dim // 2, collapse, device=keys.frequencies.device)
     pairs = grid // fold * (groups * fold) + grid % fold // collapse
     return pairs, grid if mix else keys.frequencies[pairs]
 
@@ -125,10 +136,8 @@ def whole(keys: JointKeys) -> LatentWeights:
     The module's queries are [H, Hk * D], its frequencies `keys.frequencies`.
     """
     w = keys.heads
-    select = torch.eye(w.v.shape[0], dtype=w.v.dtype).repeat_interleave(w.groups, dim=0)
-    own = torch.eye(w.v.shape[1], dtype=w.v.dtype)
-    up = (select[:, None, :, None] * own[None, :, None, :]).flatten(2)
-    q, q_bias = _turned_queries(keys, torch.arange(len(keys.rows)))
+    up = _selection(w.groups, w.v.shape[0], w.v.shape[1], w.v)
+    q, q_bias = _turned_queries(keys, torch.arange(len(keys.rows), device=keys.rows.device))
     none = w.v.new_zeros(len(w.q), 0, up.shape[2])
     v_bias = None if w.v_bias is None else w.v_bias.flatten()
     return _latent(w, q, q_bias, w.v.flatten(0, 1), v_bias, keys.rows, keys.bias, none, up)
@@ -145,12 +154,12 @@ def divided(keys: JointKeys, kept: Tensor, factor: float = 1.0) -> LatentWeights
             which pairs that it no longer reaches need from the queries.
     """
     w = keys.heads
-    rest = torch.ones(len(keys.rows), dtype=torch.bool)
+    rest = torch.ones(len(keys.rows), dtype=torch.bool, device=keys.rows.device)
     rest[kept] = False
     heads, pairs, values = len(w.q), keys.up.shape[1], w.v.shape[0] * w.v.shape[1]
     up = keys.up[:, :, rest]
     # Dims of a head's key are half-split, [cosines | sines]; those of the latent's keys are pair by pair.
-    both = torch.eye(2, dtype=up.dtype)
+    both = torch.eye(2, dtype=up.dtype, device=up.device)
     w_uk = torch.einsum("hlp,ce->hclpe", up, both).reshape(heads, 2 * pairs, -1)
     base = whole(keys)
     w_uk = torch.cat([w_uk, w_uk.new_zeros(heads, 2 * pairs, values)], dim=2)

@@ -10,7 +10,7 @@ import torch
 
 from foveate import compat
 from foveate.errors import BadArgument, Refused
-from foveate.layers.feedforward import FeedForwardExperts, build_feed_forward
+from foveate.layers.feedforward import build_feed_forward
 from foveate.layers.mixer import Mixer, build
 
 if TYPE_CHECKING:
@@ -147,15 +147,18 @@ def replace(model: PreTrainedModel, layer: int, kind: str, **spec: Any) -> Mixer
     listed: list[Any] = list(getattr(model.config, KEY, None) or [None] * len(layers))
     listed[layer] = {"kind": kind, "spec": made.spec, "holds": made.holds}
     setattr(model.config, KEY, listed)
-    types = list(getattr(model.config, "layer_types", None) or compat.layer_types(model))
+    stated = getattr(model.config, "layer_types", None)
+    types = list(stated or compat.layer_types(model))
     if made.layer_type != "full_attention" or types[layer] not in ("full_attention", "sliding_attention"):
         types[layer] = made.layer_type
-    model.config.layer_types = types
+    # A family that states no types is left without: where they are there, transformers hands over a mask for each.
+    if stated or types != compat.layer_types(model):
+        model.config.layer_types = types
     return made
 
 
-def replace_feed_forward(model: PreTrainedModel, layer: int, kind: str, **spec: Any) -> FeedForwardExperts:
-    """Put a new layer of this kind in the place of one decoder layer's feed-forward network, made of copies of it.
+def replace_feed_forward(model: PreTrainedModel, layer: int, kind: str, **spec: Any) -> Any:
+    """Put a new layer of this kind in the place of one decoder layer's feed-forward network.
 
     Args:
         model: of a converted type (see `container`).
@@ -165,7 +168,7 @@ def replace_feed_forward(model: PreTrainedModel, layer: int, kind: str, **spec: 
         BadArgument: no such layer or kind, or numbers that do not fit.
     """
     layers = _replaceable(model, layer)
-    old = layers[layer].mlp
+    old = layers[layer].mlp  # which some kinds copy
     made = build_feed_forward(kind, old, spec).train(old.training)
     layers[layer].mlp = made
     listed: list[Any] = list(getattr(model.config, FEED_FORWARD_KEY, None) or [None] * len(layers))
