@@ -89,11 +89,30 @@ class FeedForwardExperts(Routed):
         return out.view_as(hidden_states)
 
 
-FEED_FORWARD: dict[str, type[FeedForwardExperts]] = {"experts": FeedForwardExperts}
+class NoFeedForward(nn.Module):
+    """Adds nothing: a decoder layer of attention alone.
+
+    Args:
+        network: what stood here.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The keyword arguments that make this layer again: none."""
+        return {}
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+FEED_FORWARD: dict[str, type[Any]] = {"experts": FeedForwardExperts, "none": NoFeedForward}
 """Every kind of layer by the name that configurations call it by."""
 
 
-def build_feed_forward(kind: str, network: nn.Module, spec: dict[str, Any]) -> FeedForwardExperts:
+def build_feed_forward(kind: str, network: nn.Module, spec: dict[str, Any]) -> Any:
     """The layer of this kind that takes the place of a network; of one that holds experts, of the first of them.
 
     Raises:
