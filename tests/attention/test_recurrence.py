@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foveate.attention.recurrence import chunked, reference, step
+from foveate.attention.recurrence import TOGETHER, chunked, reference, step
 from foveate.errors import BadArgument
 
 
@@ -68,6 +68,15 @@ def test_in_single_precision_over_a_long_text():
     assert y.dtype == state.dtype == torch.float32
     want, left = reference(**given)
     assert (y - want).norm() / want.norm() < 1e-4 and (state - left).norm() / left.norm() < 1e-4
+
+
+def test_a_long_text_is_read_in_parts():
+    given = drawn(length=301)
+    y, state = chunked(**given, chunk=2)
+    want, left = reference(**given)
+    assert given["x"].shape[1] > 2 * TOGETHER
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-10)
+    torch.testing.assert_close(state, left, rtol=0, atol=1e-10)
 
 
 def test_in_bf16_the_state_is_wide():

@@ -17,6 +17,9 @@ from torch.nn.functional import pad
 
 from foveate.errors import BadArgument
 
+TOGETHER = 64
+"""Chunks that are computed at once; their weights take B H chunk^2 numbers each."""
+
 
 def reference(
     x: Tensor,
@@ -74,6 +77,14 @@ def chunked(
     if chunk < 1:
         raise BadArgument("chunk", chunk, "give at least 1 token")
     given, (batch, length, heads, width) = x.dtype, x.shape
+    if length > chunk * TOGETHER:
+        parts = []
+        for start in range(0, length, chunk * TOGETHER):
+            now = slice(start, start + chunk * TOGETHER)
+            y, state = chunked(x[:, now], dt[:, now], log_decay[:, now], b[:, now], c[:, now], skip, state, chunk)
+            parts.append(y)
+        assert state is not None
+        return torch.cat(parts, 1), state
     x, dt, log_decay, b, c = (_wide(t, given) for t in (x, dt, log_decay, b, c))
     held = _begin(x, b, state)
     # A chunk longer than the text would be work for nothing.
