@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from foveate.cli import bench, calibrate, compare, diff, harness, methods, models, papers, show, tune
+from foveate.cli import bench, calibrate, compare, convert, diff, harness, methods, models, papers, show, tune
 from foveate.cli.options import with_ray_named
 from foveate.cli.screen import say
 from foveate.errors import FoveateError
@@ -27,6 +27,7 @@ for command in (
     diff.diff,
     show.show,
     tune.tune,
+    convert.convert,
     harness.harness,
     methods.methods,
     papers.papers,

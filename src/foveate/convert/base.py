@@ -108,15 +108,21 @@ def register(cls: C) -> C:
     return cls
 
 
+def all_conversions() -> dict[str, type[Conversion]]:
+    """Every conversion by its id."""
+    package = import_module("foveate.convert")
+    for module in iter_modules(package.__path__):
+        import_module(f"foveate.convert.{module.name}")
+    return CONVERSIONS
+
+
 def conversion(name: str, **settings: Any) -> Conversion:
     """The conversion of this id with these parameters.
 
     Raises:
         BadArgument: an unknown id or parameter.
     """
-    package = import_module("foveate.convert")
-    for module in iter_modules(package.__path__):
-        import_module(f"foveate.convert.{module.name}")
+    all_conversions()
     if name not in CONVERSIONS:
         raise BadArgument("to", name, f"give one of {', '.join(sorted(CONVERSIONS))}")
     known = {f.name for f in fields(CONVERSIONS[name])}
