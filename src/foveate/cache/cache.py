@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.cache.store import Store, StoreSpec
-from foveate.compat import CacheBase, CacheLayerBase
+from foveate.compat import CacheBase, CacheLayerBase, is_linear_layer
 from foveate.errors import BadArgument, Refused
 
 WARMUP = 2
@@ -332,13 +332,22 @@ class FoveateCache(CacheBase):
         self._select_shared(beam_idx.cpu().numpy())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = next(self.couriers()).store.rows
-        super().batch_repeat_interleave(repeats)
-        self._select_shared(np.arange(rows).repeat(repeats))
+        rows = np.arange(next(self.couriers()).store.rows).repeat(repeats)
+        for layer in self.layers:
+            # Layers with a state know only how to reorder, which any choice of rows is.
+            if is_linear_layer(layer):
+                layer.reorder_cache(torch.from_numpy(rows))
+            else:
+                layer.batch_repeat_interleave(repeats)
+        self._select_shared(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
         rows = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
+        for layer in self.layers:
+            if is_linear_layer(layer):
+                layer.reorder_cache(rows)
+            else:
+                layer.batch_select_indices(indices)
         self._select_shared(rows.cpu().numpy())
 
     def _select_shared(self, rows: np.ndarray) -> None:
