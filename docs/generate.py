@@ -8,6 +8,7 @@ A page says what it wants between two comments, and everything between them is r
     <!-- sweep: results/sweep -->                    tables and pictures of a sweep
     <!-- claims: results/sweep -->                   what papers claim beside what a sweep and results/bench show
     <!-- turns: results/turns -->                    several questions about one context, turn by turn
+    <!-- conversions: results/convert -->            ladders of converted models, and these beside methods
     <!-- end -->
 
 A folder of records that is not there leaves the part empty, so nothing stands in a page that was not measured.
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from claims_page import claims_part
+from conversions_page import conversions_part
 from foveate.bench.crossing import sentence
 from foveate.evaluate.record import MANIFEST, RECORDS, Record, read
 from foveate.papers import papers
@@ -40,7 +42,9 @@ from turns_page import turns_part
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PICTURES = ROOT / "docs" / "images"
-PART = re.compile(r"(<!-- (source|records|bench|sweep|claims|turns): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PART = re.compile(
+    r"(<!-- (source|records|bench|sweep|claims|turns|conversions): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 BESIDE = "needles"
 """The folder beside a sweep with settings and compositions of their own, on needles with more samples."""
 STYLE = ROOT / "src" / "foveate" / "report" / "page.css"
@@ -198,6 +202,11 @@ def in_turns(name: str) -> str:
     return turns_part(read(ROOT / name)) if (ROOT / name / RECORDS).is_file() else ""
 
 
+def converted(name: str) -> str:
+    """Ladders of converted models, and these beside methods."""
+    return conversions_part(ROOT / name) if (ROOT / name).is_dir() else ""
+
+
 def draw(name: str) -> str:
     """The scatter of quality against held bytes of a folder of records, over all lengths."""
     return picture(overall(read(ROOT / name))[0], "bytes", SIZES[0])
@@ -221,7 +230,13 @@ def fill(page: Path) -> str:
         if match[2] in ("records", "sweep"):
             made = {"records": measured, "sweep": swept}[match[2]](match[3], page)
         else:
-            made = {"source": listing, "bench": benched, "claims": claimed, "turns": in_turns}[match[2]](match[3])
+            made = {
+                "source": listing,
+                "bench": benched,
+                "claims": claimed,
+                "turns": in_turns,
+                "conversions": converted,
+            }[match[2]](match[3])
         return f"{match[1]}{made}{match[4]}"
 
     return PART.sub(part, page.read_text(encoding="utf-8"))
