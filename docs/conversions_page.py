@@ -44,7 +44,7 @@ def _ladders(ladders: Sequence[dict[str, Any]]) -> Iterator[str]:
     text, device = ladders[0]["text"], ladders[0]["device"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(ladders[0]["versions"].items()))
     yield (
-        f"smollm2, calibrated on {ladders[0]['calibration_tokens']:,} tokens of the {text['name']}; stages are measured "
+        f"smollm2, calibrated on {ladders[0]['calibration_tokens']:,} tokens of the {text['name']}; stages measured "
         f"on {ladders[0]['probe_tokens']:,} held-out tokens in sequences of 512, healing on 65,536 in sequences of "
         f"1,024. {device}, two healings at a time on it; {versions}."
     )
