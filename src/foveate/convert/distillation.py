@@ -115,7 +115,7 @@ class _Chunked(torch.autograd.Function):
                 whole += part
         ctx.grad, ctx.grads = grad, grads
         ctx.parameters = [(each.requires_grad, each.dtype) for each in parameters]
-        parts = sums / torch.stack([count.new_tensor(len(student)), count])
+        parts = sums / torch.stack([torch.full_like(count, len(student)), count])
         ctx.mark_non_differentiable(parts)
         return loss.kl * parts[0] + loss.ce * parts[1], parts
 

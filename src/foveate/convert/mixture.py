@@ -85,9 +85,14 @@ class Mixture:
         rows, sources = [], []
         for each in range(first, first + self.recipe.batch):
             at = place(each, self.recipe.generated, self.recipe.needles)
-            rows.append(self._sequence(at).to(device, non_blocking=True))
+            rows.append(self._sequence(at))
             sources.append(at.source)
-        return torch.stack(rows), sources
+        if any(row.device != rows[0].device for row in rows):
+            return torch.stack([row.to(device) for row in rows]), sources
+        ids = torch.stack(rows)
+        if device.type == "cuda" and ids.device.type == "cpu":
+            ids = ids.pin_memory()  # so that the copy is not waited for
+        return ids.to(device, non_blocking=True), sources
 
     def _sequence(self, at: Place) -> Tensor:
         length, seed = self.recipe.length, self.recipe.seed
