@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 import foveate
 from foveate.convert.base import Calibration, conversion
-from foveate.convert.minimal_transformer import _mean_turns
+from foveate.convert.minimal_transformer import _turns
 from foveate.convert.run import convert
-from foveate.convert.score_forms import symmetric, triangular
+from foveate.convert.score_forms import form_square, mean_form, mean_square, symmetric, triangular
 from foveate.errors import BadArgument, Refused
 from foveate.layers.rotation import rotate_half
 from foveate.models.converted import container, decoder_layers, replace
@@ -133,7 +133,7 @@ def test_triangles_are_the_nearest_semidefinite_form():
     torch.manual_seed(0)
     whole = torch.randn(2, 5, 5, dtype=torch.float64)
     _, second = _moment(5)
-    made, kept = triangular(whole, second)
+    made, missed = triangular(whole, second)
     assert torch.equal(made, made.tril())
     values, vectors = torch.linalg.eigh(second)
     root = vectors @ torch.diag(values.sqrt()) @ vectors.T
@@ -141,14 +141,35 @@ def test_triangles_are_the_nearest_semidefinite_form():
     positive = torch.linalg.eigvalsh((seen + seen.transpose(1, 2)) / 2).clamp(min=0).square().sum()
     got = root @ (whole - made @ made.transpose(1, 2)) @ root
     assert_close(got.square().sum(), seen.square().sum() - positive, 1e-9)
-    assert kept == pytest.approx(float(positive / seen.square().sum()))
+    assert missed == pytest.approx(float(seen.square().sum() - positive))
+    assert form_square(whole, second) == pytest.approx(float(seen.square().sum()))
+
+
+@pytest.mark.parametrize("rotary", [0, 4, 6])
+def test_mean_forms_and_squares_are_those_over_the_distances(rotary):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 6, 7, dtype=torch.float64), torch.randn(2, 6, 7, dtype=torch.float64)
+    x, second = _moment(7)
+    rates = torch.rand(rotary // 2, dtype=torch.float64)
+    angles = torch.arange(9).unsqueeze(-1) * torch.cat([rates, rates])
+    weights = torch.rand(9, dtype=torch.float64).softmax(0)
+    mean, square = 0.0, 0.0
+    for head in range(2):
+        for n, weight in enumerate(weights):
+            scores = _scores(q[head, :rotary], k[head, :rotary], x, x, n, rates)
+            scores = scores + (x @ q[head, rotary:].T) @ (x @ k[head, rotary:].T).T
+            square = square + weight * scores.square().mean()
+            mean = mean + (weight * scores if head == 0 else 0)
+    given = (angles.cos(), angles.sin(), weights)
+    assert_close(x @ mean_form(q, k, *given)[0] @ x.T, mean, 1e-9)
+    assert mean_square(q, k, second, *given) == pytest.approx(float(square))
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_collapsed_scores_are_the_mean_over_distances(family):
     model = family_model(family, dtype=torch.float64)
     made = container(model)
-    turned = _mean_turns(made, Calibration(TEXT))[0]
+    cos, sin, weights = _turns(made, Calibration(TEXT))[0]
     held = read_heads(decoder_layers(model)[0].self_attn)
     width, length = held.rotary_dim, TEXT.shape[1]
     x, y = torch.randn(8, held.q.shape[-1], dtype=torch.float64).split((3, 5))
@@ -157,8 +178,10 @@ def test_collapsed_scores_are_the_mean_over_distances(family):
     q, k = held.q[0, :width], held.k[0, :width]
     pairs = [(n, length - n) for n in range(length)]
     want = sum(count * _scores(q, k, x, y, n, rates) for n, count in pairs) / sum(count for _, count in pairs)
-    assert_close((x @ q.T) @ turned @ (y @ k.T).T, want, 1e-5)
-    layer = decoder_layers(run(model, qk="collapsed").model)[0].self_attn
+    assert_close(x @ mean_form(q.unsqueeze(0), k.unsqueeze(0), cos, sin, weights)[0] @ y.T, want, 1e-5)
+    done = run(model, qk="collapsed")
+    assert all(0.01 < share < 0.99 for share in done.ladder[-1].facts["kept"]), "distances are lost"
+    layer = decoder_layers(done.model)[0].self_attn
     with torch.no_grad():
         a, b = layer.queries_and_keys(torch.cat([x, y]).unsqueeze(0))
     rest = (x @ held.q[0, width:].T) @ (y @ held.k[0, width:].T).T

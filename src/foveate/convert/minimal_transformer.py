@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.score_forms import symmetric, triangular
+from foveate.convert.score_forms import form_square, mean_form, mean_square, symmetric, triangular
 from foveate.errors import BadArgument, Refused
 from foveate.layers.minimal import MinimalAttention
 from foveate.layers.mixer import Mixer
-from foveate.layers.rotation import rotate_half
 from foveate.models.converted import decoder_layers, replace, replace_feed_forward
 from foveate.models.shape import ModelShape
 from foveate.models.weights import read_heads
@@ -68,7 +67,7 @@ class MinimalTransformer(Conversion):
     def stages(self, model: PreTrainedModel, calibration: Calibration) -> Iterator[Stage]:
         layers = decoder_layers(model)
         moments = calibration.inputs(model)
-        turned = _mean_turns(model, calibration)
+        turns = _turns(model, calibration)
         before = [sum(p.numel() for p in layer.self_attn.parameters()) for layer in layers]
         kept, exact = [], True
         for index, layer in enumerate(layers):
@@ -92,16 +91,17 @@ class MinimalTransformer(Conversion):
                     shared, share = symmetric(old.q, old.k, second, old.rotary_dim)
                     made.k_proj.weight.copy_(shared.flatten(0, 1))
                 else:
-                    keys = old.k
-                    if old.rotary_dim:
-                        keys = torch.cat([turned[index] @ keys[:, : old.rotary_dim], keys[:, old.rotary_dim :]], dim=1)
-                    whole = old.q.transpose(1, 2) @ keys
-                    share = 1.0
+                    cos, sin, weights = turns[index]
+                    cos, sin = cos[:, : old.rotary_dim], sin[:, : old.rotary_dim]
+                    whole = mean_form(old.q, old.k, cos, sin, weights)
+                    missed = 0.0
                     if self.qk == "collapsed":
                         made.q_proj.weight.copy_(whole.transpose(1, 2).flatten(0, 1))
                     else:
-                        triangles, share = triangular(whole, second)
+                        triangles, missed = triangular(whole, second)
                         made.set_triangle(triangles)
+                    total = mean_square(old.q, old.k, second, cos, sin, weights)
+                    share = (form_square(whole, second) - missed) / max(total, 1e-60)
                 if old.v is not None:
                     made.v_proj.weight.copy_(old.v)
                     made.o_proj.weight.copy_(old.o)
@@ -136,12 +136,12 @@ class _Old:
 
 
 @torch.no_grad()
-def _mean_turns(model: Any, calibration: Calibration) -> list[Tensor]:
-    """By layer, the mean over the distances of causal pairs of the rotation between query and key, [R, R]."""
+def _turns(model: Any, calibration: Calibration) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """By layer, cos and sin [N, R] of each distance in a context, and the distances' shares of its causal pairs [N]."""
     seen: dict[int, Any] = {}
     handles = [
         layer.self_attn.register_forward_pre_hook(
-            lambda _, args, kwargs, index=index: seen.update({index: kwargs.get("position_embeddings")}),
+            lambda _, args, kwargs, index=index: seen.update({index: kwargs["position_embeddings"]}),
             with_kwargs=True,
         )
         for index, layer in enumerate(decoder_layers(model))
@@ -151,14 +151,12 @@ def _mean_turns(model: Any, calibration: Calibration) -> list[Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    turns = []
+    made = []
     for index in range(len(seen)):
+        # Angles grow linearly, so those of position n are those of distance n; query and key both bear the scale that
+        # position 0 shows.
         cos, sin = (part[0].double() for part in seen[index])
-        # Angles grow linearly, so those of position n are those of distance n; both sides bear the scale of position 0.
-        length, size = cos.shape
-        pairs = torch.arange(length, 0, -1, dtype=torch.float64, device=cos.device)
-        pairs = pairs * cos[0, 0] / pairs.sum()
-        eye = torch.eye(size, dtype=torch.float64, device=cos.device)
-        # A key n tokens before its query is turned back by n.
-        turns.append(torch.diag(pairs @ cos) @ eye - torch.diag(pairs @ sin) @ rotate_half(eye).T)
-    return turns
+        scale = cos[0, 0].clone()
+        pairs = torch.arange(len(cos), 0, -1, dtype=torch.float64, device=cos.device)
+        made.append((cos * scale, sin * scale, pairs / pairs.sum()))
+    return made

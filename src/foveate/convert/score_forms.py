@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.layers.rotation import rotate_half
+
 
 def symmetric(q: Tensor, k: Tensor, second: Tensor, rotary_dim: int) -> tuple[Tensor, float]:
     """The projection T that serves as queries and keys with scores nearest to those of q and k.
@@ -62,10 +64,44 @@ def _semidefinite(q: Tensor, k: Tensor, second: Tensor) -> tuple[Tensor, float, 
     return made, total, left
 
 
+def mean_form(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, weights: Tensor) -> Tensor:
+    """W [H, d, d] of the mean score of q and k [H, D, d] over distances, which `mean_square` explains."""
+    rotary = cos.shape[1]
+    turned = k[:, :rotary].transpose(1, 2)
+    # A key n tokens before its query is turned back by n.
+    turned = turned * (weights @ cos) - rotate_half(turned) * (weights @ sin)
+    return q.transpose(1, 2) @ torch.cat([turned.transpose(1, 2), k[:, rotary:]], dim=1)
+
+
+def mean_square(q: Tensor, k: Tensor, second: Tensor, cos: Tensor, sin: Tensor, weights: Tensor) -> float:
+    """Mean square of the scores of q and k [H, D, d], over heads' sum and distances.
+
+    Args:
+        cos, sin: [N, R] of the N distances, by which the first R dims of a key are turned back.
+        weights: [N] of the distances; they sum to 1.
+    """
+    rest = q.shape[1] - cos.shape[1]
+    cos, sin = torch.nn.functional.pad(cos, (0, rest), value=1.0), torch.nn.functional.pad(sin, (0, rest))
+    both, mixed, sines = ((weights.unsqueeze(-1) * x).T @ y for x, y in ((cos, cos), (cos, sin), (sin, sin)))
+    queries, keys = (x @ second @ x.transpose(1, 2) for x in (q, k))
+    rotary = q.shape[1] - rest
+    # Rows turned by a quarter; tr(R' A R B) with R = diag(cos) - diag(sin) J, entry by entry.
+    quarter = torch.zeros_like(both)
+    quarter[:rotary, :rotary] = rotate_half(torch.eye(rotary, dtype=q.dtype, device=q.device)).T
+    once = quarter @ keys
+    twice = once @ quarter.T
+    return float((queries * (both * keys - mixed * once.transpose(1, 2) - mixed.T * once + sines * twice)).sum())
+
+
+def form_square(whole: Tensor, second: Tensor) -> float:
+    """Mean square of x_i W x_j, summed over W [H, d, d]."""
+    return float(((second @ whole) * (whole @ second)).sum())
+
+
 def triangular(whole: Tensor, second: Tensor) -> tuple[Tensor, float]:
-    """Lower triangles T [H, d, d] with T T' nearest to W [H, d, d], and the share of the mean square they explain."""
+    """Lower triangles T [H, d, d] with T T' nearest to W [H, d, d], and the mean square that is missed."""
     root = _root(second)
-    made, total, left = [], 0.0, 0.0
+    made, left = [], 0.0
     for form in whole:
         seen = root @ form @ root
         values, vectors = torch.linalg.eigh((seen + seen.T) / 2)
@@ -73,9 +109,8 @@ def triangular(whole: Tensor, second: Tensor) -> tuple[Tensor, float]:
         # S^1/2 T T' S^1/2 is what was found: T' is the R of a QR of its root, brought back.
         upper = torch.linalg.qr(torch.linalg.solve(root, chosen).T).R
         made.append(upper.T)
-        total += float(seen.square().sum())
         left += float((seen - chosen @ chosen.T).square().sum())
-    return torch.stack(made).tril(), 1 - left / max(total, 1e-60)
+    return torch.stack(made).tril(), left
 
 
 def _root(second: Tensor) -> Tensor:
