@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 from foveate.report.axis import Axis, decimals, linear_ticks, padded
 
-_WIDTH, _HEIGHT = 560, 190
+_WIDTH, _HEIGHT = 380, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 28
 
 
