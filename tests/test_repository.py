@@ -187,10 +187,10 @@ def is_text(statement: ast.stmt) -> bool:
 LAYERS = [
     {"errors", "compat"},
     {"attention"},
-    {"cache", "models", "tasks"},
+    {"cache", "layers", "models", "tasks"},
     {"heads"},
     {"methods"},
-    {"diffusion", "engine", "papers", "retrieval"},
+    {"convert", "diffusion", "engine", "papers", "retrieval"},
     {"evaluate"},
     {"bench", "report"},
     {"comparison", "harness"},
