@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from foveate.engine.saved import load
     from foveate.errors import BadArgument, FoveateError, Infeasible, Refused
     from foveate.methods.budget import Budget
+    from foveate.models.registration import register_models
     from foveate.tuning.tune import Tuning, tune
 
 _PUBLIC = {
@@ -26,6 +27,7 @@ _PUBLIC = {
     "compare": "foveate.comparison",
     "compose": "foveate.engine.apply",
     "load": "foveate.engine.saved",
+    "register_models": "foveate.models.registration",
     "tune": "foveate.tuning.tune",
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "compare",
     "compose",
     "load",
+    "register_models",
     "tune",
 ]
 

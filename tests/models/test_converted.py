@@ -1,5 +1,8 @@
 """Converted model types: the same function, saved and opened without remote code."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -45,3 +48,15 @@ def test_methods_apply_to_a_container():
 def test_other_families_are_refused_with_those_that_work():
     with pytest.raises(Refused, match="llama"):
         converted.registered("gpt2")
+
+
+def test_transformers_opens_converted_models_once_they_are_registered(tmp_path):
+    made = converted.container(tiny("llama"))
+    made.save_pretrained(tmp_path)
+    code = f"""
+import foveate, transformers
+foveate.register_models()
+print(type(transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "FoveateLlamaForCausalLM", run.stderr

@@ -36,7 +36,7 @@ def save(
 
     Args:
         model: any transformers model. One of a converted type is opened by `foveate.load`, or by AutoModelForCausalLM
-            once foveate is imported.
+            once `foveate.register_models()` was called.
         folder: new or empty; folders above it are made.
         ladder: plain JSON, written as `ladder.json`.
 
