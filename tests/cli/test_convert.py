@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import foveate
 from foveate.cli.screen import Watcher
 from foveate.convert import saving
-from foveate.convert.serving import decoding, held_bytes
+from foveate.convert.exporting.serving import decoding, held_bytes
 from foveate.convert.settings import amount_of, parse_settings, share_of, type_text
 from foveate.errors import BadArgument
 from foveate.models import tiny

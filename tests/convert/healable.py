@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from foveate.convert.text import TokenText, token_text
+from foveate.convert.healing.text import TokenText, token_text
 from foveate.models import tiny
 from foveate.models.converted import container
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from foveate.convert.deepseek_layout import Latent, common_dim, constants
-from foveate.convert.export import as_deepseek, export_deepseek
-from foveate.convert.latent_norms import EPSILON, fit_norms, fitted
+from foveate.convert.exporting.deepseek_layout import Latent, common_dim, constants
+from foveate.convert.exporting.export import as_deepseek, export_deepseek
+from foveate.convert.surgery.latent_norms import EPSILON, fit_norms, fitted
 from foveate.errors import BadArgument, Refused
 from foveate.models import tiny
 from foveate.models.converted import container, decoder_layers, replace

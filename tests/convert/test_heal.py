@@ -13,10 +13,10 @@ import torch
 from tests.closeness import relative_rms
 from tests.convert.healable import VOCABULARY, byte_tokenizer, pair, same, small_text, values
 
-from foveate.convert.heal import heal
-from foveate.convert.optimizers import Optimizers
-from foveate.convert.recipe import Healing, Progress, Recipe
-from foveate.convert.text import TokenText
+from foveate.convert.healing.heal import heal
+from foveate.convert.healing.optimizers import Optimizers
+from foveate.convert.healing.recipe import Healing, Progress, Recipe
+from foveate.convert.healing.text import TokenText
 from foveate.errors import BadArgument, FoveateError, Refused
 from foveate.layers.softmax import HeadGeometry
 from foveate.models import tiny

@@ -8,7 +8,7 @@ from tests.closeness import relative_rms
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.convert.distillation import LogitLoss, chunk_for, hidden_loss, logit_loss, next_tokens
+from foveate.convert.healing.distillation import LogitLoss, chunk_for, hidden_loss, logit_loss, next_tokens
 
 TOKENS, WIDTH, VOCABULARY = 37, 12, 53
 

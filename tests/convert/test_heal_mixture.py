@@ -11,11 +11,11 @@ import torch
 from tests.convert.healable import VOCABULARY, byte_tokenizer, pair, small_text, write_documents
 from torch import Tensor, nn
 
-from foveate.convert.mixture import Mixture, place
-from foveate.convert.needle_text import NeedleText
-from foveate.convert.recipe import Recipe
-from foveate.convert.sampling import Sampler
-from foveate.convert.text import TokenText, token_text
+from foveate.convert.healing.mixture import Mixture, place
+from foveate.convert.healing.needle_text import NeedleText
+from foveate.convert.healing.recipe import Recipe
+from foveate.convert.healing.sampling import Sampler
+from foveate.convert.healing.text import TokenText, token_text
 from foveate.models import tiny
 from foveate.tasks.needles import NEEDLE_TASKS
 

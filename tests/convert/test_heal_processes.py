@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.convert.healable import byte_tokenizer, pair, small_text, values
 
-from foveate.convert.heal import heal
+from foveate.convert.healing.heal import heal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,8 +30,8 @@ def test_two_processes(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatc
         import os, signal, sys
         from pathlib import Path
         from tests.convert.healable import byte_tokenizer, pair, values
-        from foveate.convert.heal import heal
-        from foveate.convert.text import token_text
+        from foveate.convert.healing.heal import heal
+        from foveate.convert.healing.text import token_text
         import torch
         folder, rank = Path({str(tmp_path)!r}), int(os.environ["RANK"])
         text = token_text(folder / "documents", byte_tokenizer(), held_out=0.1)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from tests.convert.healable import byte_tokenizer, pair, same, small_text, values
 
-from foveate.convert.heal import heal
-from foveate.convert.recipe import Healing, Progress
-from foveate.convert.text import TokenText, token_text
+from foveate.convert.healing.heal import heal
+from foveate.convert.healing.recipe import Healing, Progress
+from foveate.convert.healing.text import TokenText, token_text
 from foveate.errors import BadArgument, FoveateError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,7 +158,7 @@ def test_ctrl_c_between_two_reports(
     text: TokenText, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Is heard after the step."""
-    from foveate.convert.mixture import Mixture
+    from foveate.convert.healing.mixture import Mixture
 
     teacher, student = pair(seed)
     batch = Mixture.batch

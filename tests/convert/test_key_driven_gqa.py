@@ -11,8 +11,8 @@ from tests.convert.head_checks import check_model, converted_by, text
 from tests.families import FAMILIES, family_model
 
 from foveate.convert.base import Calibration, conversion
-from foveate.convert.head_maps import install, layers_of
 from foveate.convert.key_driven_gqa import RULES, dynamics, key_sizes, pooled, shares
+from foveate.convert.surgery.head_maps import install, layers_of
 from foveate.errors import BadArgument, Refused
 from foveate.layers.head_mapped import HeadMappedAttention
 from foveate.models.converted import container, decoder_layers

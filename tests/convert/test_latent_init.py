@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from foveate.convert.latent_init import joint_svd, largest_rank, put_latent, stacked
+from foveate.convert.surgery.latent_init import joint_svd, largest_rank, put_latent, stacked
 from foveate.errors import BadArgument, Refused
 from foveate.models.converted import container, decoder_layers
 from foveate.models.tiny import tiny

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from foveate.convert.layer_distillation import ild, layer_losses
-from foveate.convert.state_init import put_states
+from foveate.convert.surgery.layer_distillation import ild, layer_losses
+from foveate.convert.surgery.state_init import put_states
 from foveate.errors import BadArgument
 from foveate.models.converted import container, decoder_layers
 from foveate.models.tiny import tiny

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from foveate.convert.layer_plan import every, listed, sensitivities, smart, spread, swapped
+from foveate.convert.surgery.layer_plan import every, listed, sensitivities, smart, spread, swapped
 from foveate.errors import BadArgument
 from foveate.models.converted import container, decoder_layers, replace
 from foveate.models.tiny import tiny

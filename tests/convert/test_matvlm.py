@@ -15,8 +15,8 @@ from transformers import (
 
 import foveate
 from foveate.convert.base import Calibration, conversion
-from foveate.convert.layer_distillation import layer_losses
 from foveate.convert.run import convert
+from foveate.convert.surgery.layer_distillation import layer_losses
 from foveate.errors import BadArgument, Refused
 from foveate.models.converted import container, decoder_layers
 from foveate.models.shape import ModelShape

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 import foveate
 from foveate.compat import output_projection
 from foveate.convert.base import Calibration, conversion
-from foveate.convert.keyed_matrices import KeyedMatrices
 from foveate.convert.merge_lock import MergeLock, merge_lock, unlock
 from foveate.convert.run import convert
+from foveate.convert.surgery.keyed_matrices import KeyedMatrices
 from foveate.errors import BadArgument, Refused
 from foveate.models.converted import container, decoder_layers
 from foveate.models.converted import replace as replace_layer

@@ -10,7 +10,7 @@ import foveate
 from foveate.convert.base import Calibration, conversion
 from foveate.convert.minimal_transformer import _turns
 from foveate.convert.run import convert
-from foveate.convert.score_forms import form_square, mean_form, mean_square, symmetric, triangular
+from foveate.convert.surgery.score_forms import form_square, mean_form, mean_square, symmetric, triangular
 from foveate.errors import BadArgument, Refused
 from foveate.layers.rotation import rotate_half
 from foveate.models.converted import container, decoder_layers, replace

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.convert.spectrum import energy_rank, principal, truncated_svd
+from foveate.convert.surgery.spectrum import energy_rank, principal, truncated_svd
 from foveate.errors import BadArgument
 
 

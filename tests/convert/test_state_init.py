@@ -6,7 +6,7 @@ from torch.nn.functional import silu
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from foveate.attention.recurrence import chunked
-from foveate.convert.state_init import VALUE_TAP, check_states, put_states, state_bytes
+from foveate.convert.surgery.state_init import VALUE_TAP, check_states, put_states, state_bytes
 from foveate.errors import BadArgument, Refused
 from foveate.models.converted import container, decoder_layers
 from foveate.models.tiny import tiny

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from tests.convert.healable import byte_tokenizer, small_text, write_documents
 
-from foveate.convert.documents import documents
-from foveate.convert.text import TokenText, token_text
+from foveate.convert.healing.documents import documents
+from foveate.convert.healing.text import TokenText, token_text
 from foveate.errors import BadArgument
 from foveate.tasks import corpus
 
@@ -132,7 +132,7 @@ def test_tokens_are_made_once(tmp_path: Path, seed: int, monkeypatch: pytest.Mon
     text = small_text(tmp_path, seed)
     folder = tmp_path / "documents"
     with monkeypatch.context() as patch:
-        patch.setattr("foveate.convert.text._write", None)
+        patch.setattr("foveate.convert.healing.text._write", None)
         again = token_text(folder, byte_tokenizer(), held_out=0.1)
     assert again.facts == text.facts
     assert np.array_equal(again.train, text.train)

@@ -8,8 +8,8 @@ from tests.families import family_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from foveate.convert.base import Calibration, conversion
-from foveate.convert.latent_slices import SCALES, Slices, basis, hadamard
 from foveate.convert.run import convert
+from foveate.convert.surgery.latent_slices import SCALES, Slices, basis, hadamard
 from foveate.convert.tpla import TPLA
 from foveate.errors import BadArgument, Refused
 from foveate.models import converted

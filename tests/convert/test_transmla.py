@@ -22,10 +22,10 @@ from transformers.masking_utils import eager_mask
 import foveate
 from foveate.compat import ALL_ATTENTION_FUNCTIONS
 from foveate.convert.base import Calibration, conversion
-from foveate.convert.joint_rank import balanced, cut, cut_queries
-from foveate.convert.latent_layer import put_latent
-from foveate.convert.rorope import concentrated, divided, leading, lifted, whole
 from foveate.convert.run import Converted, convert
+from foveate.convert.surgery.joint_rank import balanced, cut, cut_queries
+from foveate.convert.surgery.latent_layer import put_latent
+from foveate.convert.surgery.rorope import concentrated, divided, leading, lifted, whole
 from foveate.convert.transmla import TransMLA
 from foveate.errors import BadArgument, Infeasible, Refused
 from foveate.layers.eager import eager

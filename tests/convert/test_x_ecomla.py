@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import foveate
 from foveate.convert.base import Calibration, conversion
-from foveate.convert.latent_init import largest_rank
 from foveate.convert.run import convert
+from foveate.convert.surgery.latent_init import largest_rank
 from foveate.convert.x_ecomla import XEcoMLA, energy_rank
 from foveate.errors import BadArgument, Infeasible, Refused
 from foveate.layers.latent import LatentAttention

@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2Fo
 
 import foveate
 from foveate.convert.base import Calibration, conversion
-from foveate.convert.latent_init import put_latent
-from foveate.convert.layer_plan import sensitivities
 from foveate.convert.run import convert
-from foveate.convert.state_init import put_states
+from foveate.convert.surgery.latent_init import put_latent
+from foveate.convert.surgery.layer_plan import sensitivities
+from foveate.convert.surgery.state_init import put_states
 from foveate.errors import BadArgument, Infeasible, Refused
 from foveate.models.converted import container, decoder_layers
 from foveate.models.shape import ModelShape

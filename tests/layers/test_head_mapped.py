@@ -12,7 +12,7 @@ from tests.families import FAMILIES, family_model
 from transformers import AutoModelForCausalLM
 
 import foveate
-from foveate.convert.head_maps import install, layers_of, ordered, read, take
+from foveate.convert.surgery.head_maps import install, layers_of, ordered, read, take
 from foveate.errors import BadArgument, Refused
 from foveate.layers import sparse_query as presets
 from foveate.layers.head_mapped import HeadMappedAttention

@@ -85,7 +85,7 @@ def convert(
         raise BadArgument(option, value, "give the tokens to heal with too: --heal 10M")
     recipe: dict[str, Any] | None = None
     if heal:
-        from foveate.convert.recipe import Recipe
+        from foveate.convert.healing.recipe import Recipe
 
         recipe = {"seed": seed, "tokens": amount_of("--heal", heal)}
         recipe |= parse_settings(Recipe, heal_sets or [], "--heal-set")

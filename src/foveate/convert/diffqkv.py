@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.head_maps import check_heads, floor_map, install, layers_of
-from foveate.convert.head_merge import merge
-from foveate.convert.replay import refit_all
+from foveate.convert.surgery.head_maps import check_heads, floor_map, install, layers_of
+from foveate.convert.surgery.head_merge import merge
+from foveate.convert.surgery.replay import refit_all
 from foveate.errors import BadArgument
 from foveate.models.converted import decoder_layers, replace
 
@@ -29,7 +29,7 @@ class DiffQKV(Conversion):
     """Few key heads, more value heads, and if wanted queries through two matrices.
 
     Query head h reads key head floor(h * k_heads / H) and value head floor(h * v_heads / H) (section 2.1). The paper
-    pre-trains; here the heads that come to be read as one are merged (`foveate.convert.head_merge`), and each layer's
+    pre-trains; here the heads that come to be read as one are merged (`surgery.head_merge`), and each layer's
     output matrix is solved for anew on the calibration text. Equal numbers of key and value heads make plain GQA.
 
     Args:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foveate.convert.base import Calibration, Conversion, Stage, conversion
-from foveate.convert.export import as_deepseek, check_around
+from foveate.convert.exporting.export import as_deepseek, check_around
+from foveate.convert.exporting.serving import decoding, needles
 from foveate.convert.run import Rung, convert, measure
 from foveate.convert.sample_text import SampleText, sample_text
 from foveate.convert.saving import LADDER, check_free, save
-from foveate.convert.serving import decoding, needles
 from foveate.errors import BadArgument
 from foveate.models.open import load
 from foveate.models.shape import ModelShape
@@ -186,8 +186,8 @@ class Job:
         record: dict[str, Any],
         watch: Watch,
     ) -> None:
-        from foveate.convert.heal import heal
-        from foveate.convert.recipe import Progress, Recipe
+        from foveate.convert.healing.heal import heal
+        from foveate.convert.healing.recipe import Progress, Recipe
 
         recipe = Recipe.of(self.heal or {})
 

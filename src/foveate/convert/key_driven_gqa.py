@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.head_maps import check_heads, heads_for, install, layers_of
-from foveate.convert.replay import hidden_states
+from foveate.convert.surgery.head_maps import check_heads, heads_for, install, layers_of
+from foveate.convert.surgery.replay import hidden_states
 from foveate.errors import BadArgument
 
 if TYPE_CHECKING:

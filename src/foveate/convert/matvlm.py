@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.layer_distillation import ild
-from foveate.convert.layer_plan import every, listed
-from foveate.convert.state_init import check_states, put_states, state_bytes
+from foveate.convert.surgery.layer_distillation import ild
+from foveate.convert.surgery.layer_plan import every, listed
+from foveate.convert.surgery.state_init import check_states, put_states, state_bytes
 from foveate.errors import BadArgument
 from foveate.models.converted import container, decoder_layers
 from foveate.models.shape import ModelShape

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate.compat import is_latent
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.keyed_matrices import KeyedMatrices
+from foveate.convert.surgery.keyed_matrices import KeyedMatrices
 from foveate.errors import BadArgument, Refused
 from foveate.layers.mixer import Mixer
 from foveate.models.converted import decoder_layers

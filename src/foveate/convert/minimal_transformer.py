@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.score_forms import form_square, mean_form, mean_square, symmetric, triangular
+from foveate.convert.surgery.score_forms import form_square, mean_form, mean_square, symmetric, triangular
 from foveate.errors import BadArgument, Refused
 from foveate.layers.minimal import MinimalAttention
 from foveate.layers.mixer import Mixer

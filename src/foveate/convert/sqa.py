@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate.compat import output_projection
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.head_maps import check_heads, heads_for, install, layers_of, take
+from foveate.convert.surgery.head_maps import check_heads, heads_for, install, layers_of, take
 from foveate.errors import BadArgument
 from foveate.heads.moments import collect
 from foveate.models.converted import decoder_layers

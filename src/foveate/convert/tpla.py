@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from foveate.compat import is_latent
-from foveate.convert.alignment import OPTIMIZERS, align
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.latent_slices import BASES, SCALES, basis, choose
+from foveate.convert.surgery.alignment import OPTIMIZERS, align
+from foveate.convert.surgery.latent_slices import BASES, SCALES, basis, choose
 from foveate.errors import BadArgument, Refused
 from foveate.heads.moments import collect
 from foveate.layers.latent import LatentAttention, latent_spec

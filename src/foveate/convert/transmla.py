@@ -12,10 +12,10 @@ from torch import Tensor
 
 from foveate.compat import is_latent, rotary_factor
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.joint_rank import balanced, cut, cut_queries
-from foveate.convert.latent_layer import put_latent
-from foveate.convert.latent_norms import fit_norms
-from foveate.convert.rorope import JointKeys, concentrated, divided, leading, lifted, whole
+from foveate.convert.surgery.joint_rank import balanced, cut, cut_queries
+from foveate.convert.surgery.latent_layer import put_latent
+from foveate.convert.surgery.latent_norms import fit_norms
+from foveate.convert.surgery.rorope import JointKeys, concentrated, divided, leading, lifted, whole
 from foveate.errors import BadArgument, Infeasible, Refused
 from foveate.models.converted import decoder_layers
 from foveate.models.shape import ModelShape

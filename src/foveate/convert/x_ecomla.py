@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.compat import is_latent
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.latent_init import ROPE_ROWS, check_numbers, largest_rank, put_latent, stacked
+from foveate.convert.surgery.latent_init import ROPE_ROWS, check_numbers, largest_rank, put_latent, stacked
 from foveate.errors import BadArgument, Infeasible, Refused
 from foveate.models.converted import decoder_layers
 from foveate.models.weights import HeadWeights, read_heads

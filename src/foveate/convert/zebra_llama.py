@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.latent_init import joint_svd, largest_rank, put_latent
-from foveate.convert.layer_distillation import ild
-from foveate.convert.layer_plan import every, listed, sensitivities, smart, spread
-from foveate.convert.state_init import check_states, put_states, state_bytes
+from foveate.convert.surgery.latent_init import joint_svd, largest_rank, put_latent
+from foveate.convert.surgery.layer_distillation import ild
+from foveate.convert.surgery.layer_plan import every, listed, sensitivities, smart, spread
+from foveate.convert.surgery.state_init import check_states, put_states, state_bytes
 from foveate.errors import BadArgument, Infeasible, Refused
 from foveate.models.converted import KEY, container, decoder_layers, replace
 from foveate.models.shape import ModelShape

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveate.convert.text import TokenText
+from foveate.convert.healing.text import TokenText
 from foveate.tasks.chat import chat_turn, encode, leading_ids, without_special
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate import compat
-from foveate.convert.distillation import LogitLoss, chunk_for, hidden_loss, logit_loss, next_tokens
-from foveate.convert.recipe import Recipe
+from foveate.convert.healing.distillation import LogitLoss, chunk_for, hidden_loss, logit_loss, next_tokens
+from foveate.convert.healing.recipe import Recipe
 from foveate.errors import Refused
 from foveate.models.converted import decoder_layers
 

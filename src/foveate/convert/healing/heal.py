@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveate.convert.documents import Documents
-from foveate.convert.healing_state import HealingState, digest
-from foveate.convert.learner import PARTS, Learner, Teacher
-from foveate.convert.mixture import Mixture
-from foveate.convert.optimizers import Optimizers
-from foveate.convert.recipe import Evaluation, Healing, Progress, Recipe, Watch
-from foveate.convert.text import TokenText, token_text
-from foveate.convert.trained import compared_layers, trained
+from foveate.convert.healing.documents import Documents
+from foveate.convert.healing.healing_state import HealingState, digest
+from foveate.convert.healing.learner import PARTS, Learner, Teacher
+from foveate.convert.healing.mixture import Mixture
+from foveate.convert.healing.optimizers import Optimizers
+from foveate.convert.healing.recipe import Evaluation, Healing, Progress, Recipe, Watch
+from foveate.convert.healing.text import TokenText, token_text
+from foveate.convert.healing.trained import compared_layers, trained
 from foveate.errors import BadArgument, FoveateError, Refused
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.compat import rotary_factor
-from foveate.convert.spectrum import truncated_svd
+from foveate.convert.surgery.spectrum import truncated_svd
 from foveate.errors import BadArgument, Refused
 from foveate.layers.rotation import evenly
 from foveate.models.converted import decoder_layers, replace

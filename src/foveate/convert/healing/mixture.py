@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from foveate.convert.needle_text import NeedleText
-from foveate.convert.recipe import Recipe
-from foveate.convert.sampling import Sampler
-from foveate.convert.text import TokenText
+from foveate.convert.healing.needle_text import NeedleText
+from foveate.convert.healing.recipe import Recipe
+from foveate.convert.healing.sampling import Sampler
+from foveate.convert.healing.text import TokenText
 from foveate.errors import BadArgument
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.convert.documents import Documents, documents
+from foveate.convert.healing.documents import Documents, documents
 from foveate.errors import BadArgument
 from foveate.models.artifacts import Report, artifact
 from foveate.tasks.chat import leading_ids, without_special

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.convert.spectrum import principal
+from foveate.convert.surgery.spectrum import principal
 from foveate.errors import BadArgument
 from foveate.heads.moments import Moments
 from foveate.models.weights import HeadWeights, LatentWeights

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from foveate.convert.text import TokenText
+from foveate.convert.healing.text import TokenText
 from foveate.tasks.corpora import Corpus
 from foveate.tasks.needles import NEEDLE_TASKS
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate import compat
-from foveate.convert.deepseek_layout import Latent, bias_of, common_dim, interleaved, query_rows
-from foveate.convert.latent_norms import Fit, fitted
+from foveate.convert.exporting.deepseek_layout import Latent, bias_of, common_dim, interleaved, query_rows
 from foveate.convert.saving import check_free, save
+from foveate.convert.surgery.latent_norms import Fit, fitted
 from foveate.errors import BadArgument, Refused
 from foveate.layers.latent import LatentAttention
 from foveate.models.converted import FAMILIES, PREFIX, decoder_layers, is_converted

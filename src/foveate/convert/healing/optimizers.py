@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.convert.recipe import Recipe
+from foveate.convert.healing.recipe import Recipe
 
 FLOAT32 = ("A_log", "D", "dt_bias")
 """Parameters of state-space layers: small errors in them grow over a sequence. Always fp32, never decayed."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from foveate.convert.optimizers import FLOAT32
-from foveate.convert.recipe import Recipe
+from foveate.convert.healing.optimizers import FLOAT32
+from foveate.convert.healing.recipe import Recipe
 from foveate.errors import BadArgument, Refused
 from foveate.models.converted import KEY, decoder_layers
 

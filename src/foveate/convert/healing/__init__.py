@@ -1,0 +1,1 @@
+"""The short distillation after a conversion."""

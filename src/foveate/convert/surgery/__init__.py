@@ -1,0 +1,1 @@
+"""Linear algebra and replacements that several conversions share."""
