@@ -23,31 +23,41 @@ def conversions_part(folder: Path) -> str:
 
 
 def _ladders(ladders: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """One table for each machine and amount of text."""
     yield "### Before and after healing"
-    yield ""
-    yield "| conversion | settings | cache | perplexity, stage by stage | healed on | seconds | perplexity | KL |"
-    yield "|---|---|--:|---|--:|--:|---|---|"
-    for data in ladders:
-        settings = ", ".join(f"{name}={value}" for name, value in data["set"].items()) or q.MISSING
-        stages = " → ".join(f"{rung['perplexity']:,.1f}" for rung in data["ladder"])
-        healed = [q.MISSING] * 4
-        if (healing := data.get("healing")) is not None:
-            first, last = healing["evaluations"][0], healing["evaluations"][-1]
-            healed = [
-                f"{healing['tokens'] / 1e6:.1f} M",
-                f"{healing['seconds']:.0f}",
-                f"{first['perplexity']:,.2f} → {last['perplexity']:.2f} (teacher {healing['teacher_perplexity']:.2f})",
-                f"{first['kl']:.2f} → {last['kl']:.3f}",
-            ]
-        yield f"| {' | '.join([data['to'], settings, q.percent(data['ladder'][-1]['share']), stages, *healed])} |"
-    yield ""
-    text, device = ladders[0]["text"], ladders[0]["device"]
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(ladders[0]["versions"].items()))
-    yield (
-        f"smollm2, calibrated on {ladders[0]['calibration_tokens']:,} tokens of the {text['name']}; stages measured "
-        f"on {ladders[0]['probe_tokens']:,} held-out tokens in sequences of 512, healing on 65,536 in sequences of "
-        f"1,024. {device}, two healings at a time on it; {versions}."
-    )
+    for key in dict.fromkeys(_place(data) for data in ladders):
+        mine = [data for data in ladders if _place(data) == key]
+        device, calibrated, probed = key
+        yield ""
+        yield "| conversion | settings | cache | perplexity, stage by stage | healed on | seconds | perplexity | KL |"
+        yield "|---|---|--:|---|--:|--:|---|---|"
+        yield from (f"| {' | '.join(_row(data))} |" for data in mine)
+        yield ""
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(mine[0]["versions"].items()))
+        yield (
+            f"smollm2, calibrated on {calibrated:,} tokens of the {mine[0]['text']['name']}; stages measured on "
+            f"{probed:,} held-out tokens in sequences of 512, healing on 65,536 in sequences of 1,024. {device}; "
+            f"{versions}."
+        )
+
+
+def _place(data: dict[str, Any]) -> tuple[str, int, int]:
+    return data["device"], data["calibration_tokens"], data["probe_tokens"]
+
+
+def _row(data: dict[str, Any]) -> list[str]:
+    settings = ", ".join(f"{name}={value}" for name, value in data["set"].items()) or q.MISSING
+    stages = " → ".join(f"{rung['perplexity']:,.1f}" for rung in data["ladder"])
+    healed = [q.MISSING] * 4
+    if (healing := data.get("healing")) is not None:
+        first, last = healing["evaluations"][0], healing["evaluations"][-1]
+        healed = [
+            f"{healing['tokens'] / 1e6:.1f} M",
+            f"{healing['seconds']:.0f}",
+            f"{first['perplexity']:,.2f} → {last['perplexity']:.2f} (teacher {healing['teacher_perplexity']:.2f})",
+            f"{first['kl']:.2f} → {last['kl']:.3f}",
+        ]
+    return [data["to"], settings, q.percent(data["ladder"][-1]["share"]), stages, *healed]
 
 
 def _beside(records: Sequence[Record]) -> Iterator[str]:
