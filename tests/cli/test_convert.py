@@ -265,3 +265,23 @@ def test_bytes_are_those_of_the_cache() -> None:
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
     assert held_bytes(cache) == 3 * 2 * 2 * 16 * 4 * 50
+
+
+def test_a_lock_leaves_its_key_nowhere(capsys, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [
+        "convert",
+        model,
+        "--to",
+        "mergelock",
+        "--set",
+        "seed=987654321",
+        "--out",
+        out,
+        *(w for w in QUICK if w not in ("--set", "freqfold=2")),
+        "--json",
+    ]
+    done = invoke(capsys, words)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["settings"] == {"condition": 4.0, "unlock": False}
+    assert all(b"987654321" not in file.read_bytes() for file in out.iterdir())

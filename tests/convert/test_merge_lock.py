@@ -217,7 +217,8 @@ def test_as_a_conversion_it_is_exact_and_keeps_its_seed_to_itself(family, stages
     assert len(done.ladder) == 1 + stages
     assert all(rung.exact and rung.error < 1e-5 and rung.share == 1 for rung in done.ladder)
     assert all(min(rung.facts["moved"]) > 0.3 and len(rung.facts["moved"]) == 2 for rung in done.ladder[1:])
-    assert step.settings() == {"condition": 2.0} and "12345" not in str([rung.json() for rung in done.ladder])
+    assert step.settings() == {"condition": 2.0, "unlock": False}
+    assert "12345" not in str([rung.json() for rung in done.ladder])
     done.model.save_pretrained(tmp_path)
     assert not any(b"12345" in path.read_bytes() for path in tmp_path.glob("*.json"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -93,8 +93,8 @@ class Conversion(ABC):
         """Convert the model step by step."""
 
     def settings(self) -> dict[str, Any]:
-        """Parameters that differ from the defaults."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        """Parameters as records beside a saved model state them; a conversion leaves out what must stay secret."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 CONVERSIONS: dict[str, type[Conversion]] = {}

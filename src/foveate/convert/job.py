@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +102,7 @@ class Job:
             {
                 "model": shape.name,
                 "to": self.to,
-                "settings": asdict(chosen),
+                "settings": chosen.settings(),
                 "text": text.facts,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "needles": [self.needles, self.needle_length],
@@ -150,7 +150,7 @@ class Job:
             "layers": model.config.num_hidden_layers,
             "conversion": self.to,
             "what": chosen.what,
-            "settings": asdict(chosen),
+            "settings": chosen.settings(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "text": text.facts,
