@@ -89,7 +89,6 @@ def test_an_export_is_a_stock_checkpoint(capsys, model: Path, tmp_path: Path) ->
 def test_healing_goes_on_where_it_was_stopped(
     capsys, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("accelerate")
     out, work = tmp_path / "out", tmp_path / "out.healing"
     words = ["convert", model, "--to", "mla", "--kv", "0.4", "--out", out, *QUICK, *HEAL, "--heal-text", text]
     called = Watcher.__call__

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from tests.families import family_model
 from torch.nn.functional import silu
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from foveate.attention.recurrence import chunked
 from foveate.convert.surgery.state_init import VALUE_TAP, check_states, put_states, state_bytes
@@ -11,27 +11,6 @@ from foveate.errors import BadArgument, Refused
 from foveate.models.converted import container, decoder_layers
 from foveate.models.tiny import tiny
 from foveate.models.weights import read_heads
-
-
-def qwen2(dtype=torch.float32):
-    """A tiny model with biases on queries, keys and values."""
-    config = Qwen2Config(
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        hidden_size=48,
-        intermediate_size=64,
-        vocab_size=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter + 0.1 * torch.randn_like(parameter))
-            parameter.data = parameter.data.to(dtype)
-    return model.eval()
 
 
 def first_inputs(model, ids):
@@ -52,7 +31,7 @@ def first_inputs(model, ids):
 @pytest.mark.parametrize("repeat_first", [False, True])
 @pytest.mark.parametrize("which", ["llama", "qwen2"])
 def test_projections_are_the_attention_s(which, repeat_first):
-    model = tiny("llama", kv_heads=2) if which == "llama" else qwen2()
+    model = tiny("llama", kv_heads=2) if which == "llama" else family_model("qwen2", layers=3)
     made, ids = container(model), torch.randint(3, 250, (2, 15))
     put_states(made, [0], [ids], repeat_first=repeat_first)
     weights, module = read_heads(decoder_layers(model)[0].self_attn, torch.float32), decoder_layers(made)[0].self_attn
@@ -93,7 +72,7 @@ def test_it_begins_as_linear_attention_with_forgetting_heads():
 @pytest.mark.parametrize("which", ["llama", "qwen2", "qwen3", "mistral"])
 def test_gains_are_those_of_least_squares(which):
     """No other gain of any channel is nearer to the heads, and what is left is what was reported."""
-    model = qwen2() if which == "qwen2" else tiny(which, kv_heads=2)
+    model = family_model("qwen2", layers=3) if which == "qwen2" else tiny(which, kv_heads=2)
     made, ids = container(model), torch.randint(3, 250, (2, 33))
     facts = put_states(made, [0], ids.split(1))
     hidden, heads = first_inputs(model, ids)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
+from tests.families import family_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import foveate
 from foveate.convert.base import Calibration, conversion
@@ -27,25 +28,6 @@ def made_of(model, calibration=None, **settings):
     chosen.check(model, ModelShape.of(model))
     stages = list(chosen.stages(made, calibration or text()))
     return made.eval(), stages
-
-
-def qwen2():
-    config = Qwen2Config(
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        hidden_size=64,
-        intermediate_size=64,
-        vocab_size=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 PUBLISHED = [
@@ -189,7 +171,11 @@ def test_layers_distilled_by_score_are_assembled_from_what_they_learned():
 @pytest.mark.parametrize("which", ["llama", "mistral", "qwen2", "llama-bf16"])
 def test_the_hybrid_is_a_model_like_any_other(which, tmp_path):
     dtype = torch.bfloat16 if which == "llama-bf16" else torch.float32
-    model = qwen2() if which == "qwen2" else tiny(which.split("-")[0], layers=4, kv_heads=2, dtype=dtype)
+    model = (
+        family_model("qwen2", layers=4)
+        if which == "qwen2"
+        else tiny(which.split("-")[0], layers=4, kv_heads=2, dtype=dtype)
+    )
     made, _ = made_of(model, mla_layers=[1, 2], q_rank=40)
     ids = torch.randint(3, 250, (2, 13))
     mask = torch.ones_like(ids)
