@@ -1,8 +1,8 @@
 """Which of all combinations of method and model are tried when not all are.
 
 Methods × families × group sizes × methods grow faster than anybody's patience. Every method runs every test of the
-contract on one plain model; on other models, and beside other methods, they take turns, so that each test still meets
-every model and each method meets every kind of test. `--whole` runs all.
+contract on one plain model, or the one that it names; on other models, and beside other methods, they take turns, so
+that each test still meets every model and each method meets every kind of test. `--whole` runs all.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def is_on_turn(test: str, params: Mapping[str, Any], places: Sequence[tuple[str,
         if min(apart, len(ids) - apart) not in PARTNERS:
             return False
         turn += ids.index(other.id)
-    elsewhere = [place for place in places if place != PLAIN]
+    home = (getattr(case, "family", PLAIN[0]), PLAIN[1])
+    elsewhere = [place for place in places if place != home]
     here = place_of(params)
-    if not elsewhere or (here == PLAIN and other is None):
+    if not elsewhere or (here == home and other is None):
         return True
     # A pair is tried in one place, a single method in the plain one and in another.
     choices = places if other is not None else elsewhere

@@ -4,7 +4,8 @@ A method's file `tests/methods/test_<name>.py` may state
 
 - `SMALL`: settings under which the method changes something on prompts of 60 to 200 tokens of a tiny model;
 - `FULL`: what to add to `SMALL` so that nothing is dropped or rounded; a full budget unless stated;
-- `profile_for(shape)`: a profile for any model, for calibrated methods.
+- `profile_for(shape)`: a profile for any model, for calibrated methods;
+- `FAMILY`: of the tiny models on which it must run, where that is not a plain decoder.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Case:
     small: Mapping[str, Any] = field(default_factory=dict)
     full: Mapping[str, Any] = field(default_factory=dict)
     profile_for: Callable[[ModelShape], Profile] | None = None
+    family: str = "llama"
 
     @property
     def id(self) -> str:
@@ -69,7 +71,8 @@ def case_of(cls: type[Method]) -> Case:
     name = test_module(cls)
     stated = vars(import_module(name)) if find_spec(name) else {}
     full = {"budget": 1.0} if cls.budgeted else {}
-    return Case(cls, stated.get("SMALL", {}), stated.get("FULL", full), stated.get("profile_for"))
+    family = stated.get("FAMILY", Case.family)
+    return Case(cls, stated.get("SMALL", {}), stated.get("FULL", full), stated.get("profile_for"), family)
 
 
 ALL_CASES = {name: case_of(cls) for name, cls in sorted(METHODS.items()) if cls.__module__.startswith("foveate.")}
@@ -88,20 +91,22 @@ class NotHere(Exception):
     """Method and model do not fit, and said so in one line."""
 
 
-def precise(case: Case, family: str = "llama", group: int = 2) -> nn.Module:
+def precise(case: Case, family: str | None = None, group: int = 2) -> nn.Module:
     """A model whose rounding is too small to matter: where numbers are packed into few bits, the last bit of a float32
     decides now and then which code it is, and where attention is edited, which token is over a threshold."""
-    return model(family, group, torch.float64 if {"format", "weights"} & case.cls.slots else torch.float32)
+    return model(
+        family or case.family, group, torch.float64 if {"format", "weights"} & case.cls.slots else torch.float32
+    )
 
 
 @contextmanager
 def applied(model: nn.Module, case: Case, method: Method | Composition | None = None) -> Iterator[foveate.Handle]:
-    """The case's method on a model. A refusal is checked and ends the test; plain models take every method."""
+    """The case's method on a model. A refusal is checked and ends the test; a model of its family takes it."""
     try:
         handle = foveate.apply(model, method or case.method(), profile=profiles(case, model))
     except Refused as error:
         assert_refusal(error)
-        assert model.config.model_type != "llama", f"a plain decoder is refused: {error}"
+        assert model.config.model_type != case.family.replace("-", "_"), f"refused: {error}"
         raise NotHere from error
     with handle:
         yield handle

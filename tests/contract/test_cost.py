@@ -293,7 +293,7 @@ def test_more_budget_never_means_less(case: Case, seed: int) -> None:
     """What is held, and what the first sparse layer of the first sparse step reads, grows with the budget."""
     if case.method().fills == {"format"}:
         return  # every token is held and read, in more bits
-    net = model()
+    net = model(case.family)
     ids, then = tokens(seed, 1, 151), tokens(seed + 1, 1, 2)
     sets: list[set] = []
     for share in budgets_of(case, net, 151):

@@ -87,7 +87,7 @@ def test_small_settings_act(case: Case, seed: int) -> None:
     """The small settings change the output, so that no test with them is empty; or where tokens lie, and no output."""
     if not case.cls.slots:
         return  # it says that it changes nothing
-    net, ids, then = model(), tokens(seed, 1, 101), tokens(seed + 1, 1, 8)
+    net, ids, then = model(case.family), tokens(seed, 1, 101), tokens(seed + 1, 1, 8)
     with applied(net, case) as handle:
         cache = handle.cache()
         got = run(net, cache, ids, then)

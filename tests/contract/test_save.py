@@ -34,7 +34,7 @@ def test_saved_and_loaded(case: Case, budget: float | None, seed: int, tmp_path:
     """A checkpoint of an applied model comes back applied: the same lists, the same tokens held."""
     if budget is not None and not case.cls.budgeted:
         return  # said by the method; tried with its small settings
-    net, ids = model(), tokens(seed, 1, 61)
+    net, ids = model(case.family), tokens(seed, 1, 61)
     with applied(net, case, case.method() if budget is None else case.method(budget=budget)):
         save(net, tmp_path)
         assert "foveate" not in net.config.to_dict()
@@ -61,7 +61,7 @@ def test_a_plain_checkpoint_stays_plain(tmp_path: Path) -> None:
 @each_method()
 def test_the_checkpoint_is_an_ordinary_one(case: Case, seed: int, tmp_path: Path) -> None:
     """Transformers alone opens it, unapplied, with the same weights and without our attention in its config."""
-    net, ids = model(), tokens(seed, 1, 21)
+    net, ids = model(case.family), tokens(seed, 1, 21)
     with applied(net, case):
         save(net, tmp_path)
     plain = type(net).from_pretrained(tmp_path)
@@ -71,7 +71,7 @@ def test_the_checkpoint_is_an_ordinary_one(case: Case, seed: int, tmp_path: Path
 
 @each_method(calibrated=True)
 def test_a_lost_profile_is_named(case: Case, tmp_path: Path) -> None:
-    net = model()
+    net = model(case.family)
     with applied(net, case):
         save(net, tmp_path)
     for file in tmp_path.glob("*profile*"):
@@ -92,8 +92,8 @@ def test_settings_are_json_and_make_the_method_again(case: Case) -> None:
 
 @each_method(calibrated=True)
 def test_profiles_are_json(case: Case) -> None:
-    profile = profiles(case, model())
+    profile = profiles(case, model(case.family))
     assert profile is not None
     assert json.loads(json.dumps(dict(profile.data))) == profile.data
     assert profile.model
-    assert ModelShape.of(model())
+    assert ModelShape.of(model(case.family))

@@ -60,7 +60,7 @@ def test_beams_are_runs_of_their_own(case: Case, family: str, seed: int) -> None
 @each_method()
 def test_there_and_back(case: Case, seed: int) -> None:
     """A permutation of the rows and its inverse leave every tensor bitwise equal."""
-    net = model()
+    net = model(case.family)
     ids, mask = left_padded([tokens(seed + i, n) for i, n in enumerate((9, 73, 40))])
     with applied(net, case) as handle:
         cache = handle.cache()
@@ -155,7 +155,7 @@ def test_single_steps_can_be_taken_back_or_not(case: Case, family: str, seed: in
 
 @each_method()
 def test_two_caches_interleaved(case: Case, seed: int) -> None:
-    net = model()
+    net = model(case.family)
     ids, then = tokens(seed, 2, 61), tokens(seed + 1, 2, 6)
     with applied(net, case) as handle:
         alone = [run(net, handle.cache(), ids[b : b + 1], then[b : b + 1]) for b in (0, 1)]
@@ -180,7 +180,7 @@ def test_two_caches_interleaved(case: Case, seed: int) -> None:
 @each_method()
 def test_threads_on_one_model(case: Case, seed: int) -> None:
     """Four threads with a cache each get what they would have got alone."""
-    net = model()
+    net = model(case.family)
     ids, then = tokens(seed, 4, 61), tokens(seed + 1, 4, 6)
     with applied(net, case) as handle:
 
@@ -197,7 +197,7 @@ def test_threads_on_one_model(case: Case, seed: int) -> None:
 @each_method()
 def test_two_models_with_two_methods(case: Case, seed: int) -> None:
     """Another method on another model changes nothing here, and the other way round."""
-    mine, other = model("llama", seed=1), model("qwen3", seed=2)
+    mine, other = model(case.family, seed=1), model("qwen3", seed=2)
     ids, then = tokens(seed, 1, 61), tokens(seed + 1, 1, 6)
     partner = CASES["snapkv"] if case.id != "snapkv" else CASES["dense"]
     with applied(mine, case) as handle:
@@ -222,7 +222,7 @@ def test_a_method_holds_no_state(case: Case, seed: int) -> None:
     """Frozen, hashable, and the same bytes before and after work."""
     method = case.method()
     before = pickle.dumps(method)
-    net = model()
+    net = model(case.family)
     with applied(net, case, method) as handle:
         run(net, handle.cache(), tokens(seed, 1, 61), tokens(seed + 1, 1, 3))
     assert pickle.dumps(method) == before

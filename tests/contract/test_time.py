@@ -136,7 +136,7 @@ def test_a_role_is_for_ever(case: Case, family: str) -> None:
 @each_method()
 def test_select_twice_is_the_same(case: Case, seed: int) -> None:
     """Equal state, equal lists; and to ask leaves no trace."""
-    net = model()
+    net = model(case.family)
     ids, then = tokens(seed, 2, LENGTH), tokens(seed + 1, 2, 6)
 
     def twice(original: Any, method: Method, q: Any, view: Any, ctx: Any) -> Any:

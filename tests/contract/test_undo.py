@@ -165,7 +165,7 @@ def test_two_models_on_one_configuration(seed: int) -> None:
 @each_method()
 def test_deepcopy_of_an_applied_model(case: Case, seed: int) -> None:
     """The copy works like its model, with a cache of its own, and neither undo touches the other."""
-    net = model()
+    net = model(case.family)
     ids = tokens(seed, 1, 61)
     with applied(net, case) as handle:
         want = run(net, handle.cache(), ids, tokens(seed + 1, 1, 4))
