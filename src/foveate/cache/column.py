@@ -155,7 +155,11 @@ class Column:
 
 
 class PackedColumn:
-    """A packed body and an exact tail, with the surface of a `Column`."""
+    """A packed body and an exact tail, with the surface of a `Column`.
+
+    Slot 0 of the tail holds token start[p] of pair p. Between start[p] and packed[p] are tokens that the body holds by
+    now: what is left moves to the front only when the tail has no room for the next ones.
+    """
 
     def __init__(self, exact: Column, side: Side, dtype: torch.dtype, fitted: tuple[Tensor, ...] = ()) -> None:
         self.tail, self.side, self.dtype, self.fitted = exact, side, dtype, fitted
@@ -163,7 +167,9 @@ class PackedColumn:
         self.rates: tuple[int, ...] = ()
         """Tokens per packed row of each body tensor."""
         self.packed = np.zeros(exact.data.shape[0], dtype=np.int64)
-        """Tokens of each pair that are in the body."""
+        """Tokens of each pair that are in the body. Never changed in place."""
+        self.start = self.packed
+        """Tokens of each pair before the first of the tail. Never changed in place."""
         self.closed = False
         """Nothing is packed any more."""
 
@@ -171,48 +177,71 @@ class PackedColumn:
     def nbytes(self) -> int:
         return self.tail.nbytes + sum(t.numel() * t.element_size() for t in (*self.body, *self.fitted))
 
+    def due(self, lengths: Counts) -> Counts:
+        """Tokens of each pair that the side's tail and flush rules release."""
+        free = np.maximum(lengths - self.packed - self.side.tail, 0)
+        unit = self.side.flush or self.side.unit
+        return free // unit * unit
+
     def settle(self, lengths: Counts) -> None:
-        """Pack every token that the side's tail and flush rules release, and shrink the tail to what is left."""
+        """Pack every token that may leave the tail, and shrink the tail when the prompt has left it."""
         if self.closed:
             return
         self.closed = self.side.flush == 0
-        free = np.maximum(lengths - self.packed - self.side.tail, 0)
-        unit = self.side.flush or self.side.unit
-        due = free // unit * unit
+        due = self.due(lengths)
         if not due.any():
             return
         for amount in np.unique(due[due > 0]):
             self._pack(np.nonzero(due == amount)[0], int(amount))
-        left = lengths - self.packed
-        old, width = self.tail.data, int(left.max())
-        # What remains exact moves to the front of its buffer; the buffer shrinks when the prompt has left it.
-        shift = torch.from_numpy(due).to(old.device)[:, None] + torch.arange(width, device=old.device)
-        shift = shift.clamp_max(old.shape[1] - 1)
-        kept = old.gather(1, shift.unsqueeze(-1).expand(-1, -1, old.shape[-1]))
+        width = int((lengths - self.packed).max())
         # The tail never grows beyond its exact tokens and one flush, whatever the prompt left behind.
         room = width + SPARE
         if not self.closed:
-            room = min(room, max(width, self.side.tail + self.side.flush))
-        if old.shape[1] > room + (0 if self.closed else SPARE):
-            self.tail.data = old.new_zeros(old.shape[0], room, old.shape[-1])
+            room = min(room, max(width, self.side.tail + max(self.side.flush, self._slack)))
+        if self.tail.data.shape[1] > room + (0 if self.closed else SPARE):
+            self._to_front(lengths, room)
+        elif width == 0:
+            self.start = self.packed
+
+    @property
+    def _slack(self) -> int:
+        """Slots of the tail for tokens that are packed by now, where they are packed one or a few at a time."""
+        return SPARE if 0 < self.side.flush < SPARE else 0
+
+    def _to_front(self, lengths: Counts, capacity: int) -> None:
+        """Move what is not packed to the front of the tail, or of a new one if it has other than `capacity` slots."""
+        old, width = self.tail.data, int((lengths - self.packed).max(initial=0))
+        kept = self._exact(width)
+        if capacity == old.shape[1]:
+            kept = kept.clone()
+        if capacity != old.shape[1]:
+            self.tail.data = old.new_zeros(old.shape[0], capacity, old.shape[-1])
         self.tail.data[:, :width] = kept
+        self.start = self.packed
+
+    def _exact(self, width: int) -> Tensor:
+        """The first tokens of each pair that are not packed [P, width, D]; anything behind a pair's last."""
+        gone, data = self.packed - self.start, self.tail.data
+        if (gone == gone[0]).all() and int(gone[0]) + width <= data.shape[1]:
+            return data[:, int(gone[0]) : int(gone[0]) + width]
+        slot = torch.from_numpy(gone).to(data.device)[:, None] + torch.arange(width, device=data.device)
+        slot = slot.clamp_max(data.shape[1] - 1)
+        return data.gather(1, slot.unsqueeze(-1).expand(-1, -1, data.shape[-1]))
 
     def _pack(self, pairs: np.ndarray, amount: int) -> None:
-        index = torch.from_numpy(pairs).to(self.tail.data.device)
-        fresh = self.side.pack(self.tail.data[index, :amount], *(t[index] for t in self.fitted))
-        if not self.body:
-            self.body = tuple(t.new_zeros((len(self.packed), 0, *t.shape[2:])) for t in fresh)
-            self.rates = tuple(amount // t.shape[1] for t in fresh)
+        index, data = torch.from_numpy(pairs).to(self.tail.data.device), self.tail.data
+        first = (self.packed - self.start)[pairs]
+        if (first == first[0]).all():
+            leaving = data[:, first[0] : first[0] + amount]
+            leaving = leaving if len(pairs) == data.shape[0] else leaving[index]
+        else:
+            slot = torch.from_numpy(first).to(data.device)[:, None] + torch.arange(amount, device=data.device)
+            leaving = data[index[:, None], slot]
+        fresh = self.side.pack(leaving, *(t[index] for t in self.fitted))
         end = int(self.packed[pairs].max()) + amount
-        grown = []
+        often = bool(self.body) and self.body[0].shape[1] > 0 and self.side.flush < SPARE
+        self._widen(fresh, amount, end, max(SPARE, end // 16) if often else 0)
         for held, new, rate in zip(self.body, fresh, self.rates, strict=True):
-            need = end // rate
-            if held.shape[1] < need:
-                often = held.shape[1] > 0 and self.side.flush < SPARE
-                room = need + (max(SPARE, need * rate // 16) // rate if often else 0)
-                bigger = held.new_zeros((held.shape[0], room, *held.shape[2:]))
-                bigger[:, : held.shape[1]] = held
-                held = bigger
             starts = self.packed[pairs] // rate
             if (starts == starts[0]).all() and len(pairs) == held.shape[0]:
                 held[:, starts[0] : starts[0] + new.shape[1]] = new
@@ -221,50 +250,89 @@ class PackedColumn:
                     new.shape[1], device=held.device
                 )
                 held[index[:, None], slots] = new
+        packed = self.packed.copy()
+        packed[pairs] += amount
+        self.packed = packed
+
+    def _widen(self, like: tuple[Tensor, ...], amount: int, tokens: int, spare: int) -> None:
+        """A body with room for so many tokens, and a few to spare if it has to grow; `like` are `amount` tokens."""
+        if not self.body:
+            self.body = tuple(t.new_zeros((len(self.packed), 0, *t.shape[2:])) for t in like)
+            self.rates = tuple(amount // t.shape[1] for t in like)
+        grown = []
+        for held, rate in zip(self.body, self.rates, strict=True):
+            need = tokens // rate
+            if held.shape[1] < need:
+                bigger = held.new_zeros((held.shape[0], need + spare // rate, *held.shape[2:]))
+                bigger[:, : held.shape[1]] = held
+                held = bigger
             grown.append(held)
         self.body = tuple(grown)
-        self.packed[pairs] += amount
 
-    def _unpacked(self) -> Tensor:
-        """The body as tokens [P, max packed, D]."""
-        longest = int(self.packed.max())
-        body = tuple(t[:, : longest // rate] for t, rate in zip(self.body, self.rates, strict=True))
+    def provide(self, lengths: Counts, room: int) -> None:
+        """Room for `room` more tokens of each pair: in the body where tokens are packed, else in the tail."""
+        if self.closed or self.side.flush == 0:
+            most = int((lengths - self.start).max(initial=0))
+            self.tail.reserve(max(self.tail.data.shape[1], most + room), min(most, self.tail.data.shape[1]))
+            return
+        like: tuple[Tensor, ...] = ()
+        if not self.body:
+            some = self.tail.data.new_zeros(self.tail.data.shape[0], self.side.unit, self.tail.data.shape[2])
+            like = self.side.pack(some, *self.fitted)
+        unit = self.side.unit
+        self._widen(like, unit, -(-(int(lengths.max(initial=0)) + room) // unit) * unit, 0)
+        exact = int((lengths - self.packed).max(initial=0))
+        most = max(exact + 1, self.side.tail + max(self.side.flush, self._slack))
+        if self.tail.data.shape[1] < most or self.room(lengths, 0) < 1:
+            self._to_front(lengths, max(most, self.tail.data.shape[1]))
+
+    def unpacked(self, tokens: int | None = None) -> Tensor:
+        """The first tokens of the body [P, tokens, D]; None: all that it has room for."""
+        if tokens is None:
+            tokens = min((t.shape[1] * rate for t, rate in zip(self.body, self.rates, strict=True)), default=0)
+        body = tuple(t[:, : tokens // rate] for t, rate in zip(self.body, self.rates, strict=True))
         return self.side.unpack(body, self.dtype, *self.fitted)
 
     def read(self, used: int) -> Tensor:
         """Unpacked tokens in slot order [P, used, D]: one layer's transient copy."""
+        first = int(self.start[0])
         if not self.packed.any():
             return self.tail.read(used)
-        body = self._unpacked()
+        body = self.unpacked(int(self.packed.max()))
         same = int(self.packed[0])
-        if (self.packed == same).all():
-            return torch.cat([body[:, :same], self.tail.data[:, : used - same]], dim=1)
+        if (self.packed == same).all() and (self.start == first).all():
+            return torch.cat([body[:, :same], self.tail.data[:, same - first : used - first]], dim=1)
         out = body.new_zeros(body.shape[0], max(used, body.shape[1]), body.shape[2])
         out[:, : body.shape[1]] = body
-        counts = np.minimum(used - self.packed, self.tail.data.shape[1])
-        Column(out).write(self.tail.data, self.packed, counts)
+        counts = np.minimum(used - self.packed, self.tail.data.shape[1] - self.packed + self.start)
+        Column(out).write(self._exact(int(counts.max())), self.packed, counts)
         return out[:, :used]
 
     def reserve(self, capacity: int, used: int, coming: int = 0, lengths: Counts | None = None) -> None:
         """`capacity` and `used` are slots; the tail needs only what is not packed, what comes, and few spare slots."""
-        exact = int(((used if lengths is None else lengths) - self.packed).max(initial=0))
-        spare = max(coming, min(capacity - used, SPARE))
-        self.tail.reserve(max(exact + spare, self.tail.data.shape[1]), min(exact, self.tail.data.shape[1]))
+        counts = np.full(len(self.packed), used) if lengths is None else lengths
+        exact, here = int((counts - self.packed).max(initial=0)), self.tail.data.shape[1]
+        most = max(exact + max(coming, min(capacity - used, SPARE)), here)
+        if (self.start < self.packed).any():
+            self._to_front(counts, here if exact + coming <= here else most)
+        else:
+            self.tail.reserve(most, min(exact, here))
 
     def room(self, lengths: Counts, used: int) -> int:
-        return self.tail.data.shape[1] - int((lengths - self.packed).max(initial=0))
+        return self.tail.data.shape[1] - int((lengths - self.start).max(initial=0))
 
     def write(self, x: Tensor, starts: Counts, counts: Counts | None) -> None:
-        self.tail.write(x, starts - self.packed, counts)
+        self.tail.write(x, starts - self.start, counts)
 
     def write_level(self, x: Tensor, first: int) -> None:
-        self.tail.write(x, first - self.packed, None)
+        self.tail.write(x, first - self.start, None)
 
     def pick(self, pairs: Tensor) -> PackedColumn:
         held = tuple(t.index_select(0, pairs) for t in self.fitted)
         new = PackedColumn(self.tail.pick(pairs), self.side, self.dtype, held)
         new.body, new.rates = tuple(t.index_select(0, pairs) for t in self.body), self.rates
-        new.packed, new.closed = self.packed[pairs.cpu().numpy()], self.closed
+        local = pairs.cpu().numpy()
+        new.packed, new.start, new.closed = self.packed[local], self.start[local], self.closed
         return new
 
     def truncate(self, lengths: Counts) -> None:
@@ -274,7 +342,7 @@ class PackedColumn:
             return
         keep = np.where(cut, lengths // self.side.unit * self.side.unit, self.packed)
         opened = self.packed - keep
-        body = self._unpacked()
+        body = self.unpacked(int(self.packed.max()))
         width = int((lengths - keep).max())
         old = self.tail.data
         new = old.new_zeros(old.shape[0], max(width + 16, old.shape[1]), old.shape[2])
@@ -283,7 +351,7 @@ class PackedColumn:
             new[p, :n] = body[p, keep[p] : keep[p] + n]
         same = torch.from_numpy(np.nonzero(opened == 0)[0]).to(old.device)
         new[same, : old.shape[1]] = old[same]
-        self.tail.data, self.packed = new, keep
+        self.tail.data, self.packed, self.start = new, keep, np.where(cut, keep, self.start)
 
 
 def stack_index(lists: Sequence[np.ndarray], device: torch.device) -> Tensor:

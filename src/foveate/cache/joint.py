@@ -70,15 +70,15 @@ class JointColumn(PackedColumn):
         side: Any = None  # nothing is packed any more
         super().__init__(tail, side, tail.data.dtype)
         self.basis, self.mix, self.rest, self.heads, self.first, self.rope = basis, mix, rest, heads, first, rope
-        self.packed, self.closed = packed, True
+        self.packed, self.start, self.closed = packed, packed, True
 
     @property
     def nbytes(self) -> int:
         held = [self.mix, self.rest, *([self.basis.data] if self.first else [])]
         return self.tail.nbytes + sum(t.numel() * t.element_size() for t in held)
 
-    def _unpacked(self) -> Tensor:
-        n = int(self.packed.max())
+    def unpacked(self, tokens: int | None = None) -> Tensor:
+        n = int(self.packed.max()) if tokens is None else tokens
         made = (self.basis.data[:, :n] @ self.mix).unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
         if self.rope is not None:
             made = self.rope.move(made.unsqueeze(0), torch.arange(n, device=made.device).unsqueeze(0))[0]
@@ -95,6 +95,7 @@ class JointColumn(PackedColumn):
     def truncate(self, lengths: Counts) -> None:
         """What is cut off the tokens held together is not looked at again, and later tokens are exact."""
         self.packed = np.minimum(self.packed, lengths)
+        self.start = self.packed
 
 
 def hold_together(stores: Sequence[Store], keys: JointSide | None, values: JointSide | None, rope: Rope | None) -> None:
