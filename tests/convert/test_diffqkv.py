@@ -116,6 +116,7 @@ def test_two_matrices_make_the_same_queries_and_can_be_trained(family: str) -> N
 
 
 def test_a_layer_solved_for_anew_is_nearer() -> None:
+    torch.manual_seed(0)
     model = family_model("llama", kv_heads=8, layers=1)
     done = converted_by(conversion("diffqkv", k_heads=2, v_heads=2), model, sequences=64)
     before, after = done.ladder[-1].facts["missed"][0]
@@ -129,6 +130,13 @@ def test_shares_are_split_as_in_the_papers_models() -> None:
     assert DiffQKV(kv=0.9).numbers(10) == (8, 10)
     assert DiffQKV(k_heads=2, kv=0.5).numbers(8) == (2, 6)
     assert DiffQKV(v_heads=5, kv=0.5).numbers(8) == (3, 5)
+    # A key head of half the dims counts half.
+    assert DiffQKV(k_dim=32, kv=18 / 64).numbers(32, 64) == (4, 16)
+    assert DiffQKV(k_dim=32, kv=0.5).numbers(3, 64) == (2, 2)
+    assert DiffQKV(k_dim=32, kv=0.75).numbers(4, 64) == (4, 4)
+    for kv in (0.25, 0.3, 0.45, 0.6, 0.65):
+        keys, values = DiffQKV(k_dim=24, kv=kv).numbers(8, 64)
+        assert keys * 24 / 64 + values <= 16 * kv < keys * 24 / 64 + values + 1
 
 
 @pytest.mark.parametrize(
@@ -140,6 +148,9 @@ def test_shares_are_split_as_in_the_papers_models() -> None:
         ({"kv": 1.2}, "kv"),
         ({"k_heads": 4, "kv": 0.5}, "kv"),
         ({"query_width": 20}, "query_width"),
+        ({"k_dim": 17}, "k_dim"),
+        ({"k_dim": 0}, "k_dim"),
+        ({"top_values": 0}, "top_values"),
     ],
 )
 def test_numbers_that_cannot_be_had_are_named(settings: dict, name: str) -> None:
@@ -156,3 +167,68 @@ def test_latent_models_are_refused_and_bfloat16_runs() -> None:
     assert done.model.dtype == torch.bfloat16
     assert done.ladder[-1].error < 1.5
     assert_close(torch.tensor(done.ladder[-1].share), torch.tensor(0.5), 1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_in_all_their_dims_are_the_model_itself(family: str) -> None:
+    done = converted_by(conversion("diffqkv", kv=1.0, k_dim=16), family_model(family, kv_heads=4), 4)
+    assert [rung.exact for rung in done.ladder] == [True] * 3
+    assert done.ladder[-1].error <= 1e-5 and done.ladder[-1].facts["energy"] == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "qwen3"])
+def test_keys_that_fill_few_dims_lose_nothing(family: str) -> None:
+    """Keys of rank 5 (with a bias, which is one more), cached as 6 numbers."""
+    model = family_model(family, kv_heads=4, dtype=torch.float64)
+    for layer in decoder_layers(model):
+        weights = read_heads(layer.self_attn)
+        left = torch.randn(4, 16, 5, dtype=torch.float64)
+        weights.k.copy_(left @ torch.randn(4, 5, weights.k.shape[2], dtype=torch.float64) / 10)
+        write_heads(layer.self_attn, weights)
+    done = converted_by(conversion("diffqkv", k_heads=4, v_heads=4, k_dim=6, refit=False), model)
+    assert done.ladder[-1].error <= 1e-6  # what a key of no energy is divided by leaves some rounding
+    assert done.ladder[-1].share == (6 + 16) / 32
+    worse = converted_by(conversion("diffqkv", k_heads=4, v_heads=4, k_dim=3, refit=False), model)
+    assert worse.ladder[-1].error > 1e-2
+    assert max(worse.ladder[-1].facts["energy"]) < 0.999 < 1 - 1e-9 < min(done.ladder[-1].facts["energy"])
+
+
+def test_principal_components_are_better_than_the_first_dims() -> None:
+    from foveate.convert.diffqkv import narrowed
+    from foveate.convert.surgery.head_merge import key_weights, second, with_bias
+    from foveate.heads.moments import collect
+    from foveate.models.converted import container
+
+    made = container(family_model("qwen2", kv_heads=4, dtype=torch.float64))
+    module = decoder_layers(made)[0].self_attn
+    weights = read_heads(module)
+    moments = collect(made, {0: module}, [text(8)])[0]
+    from foveate.convert.surgery.head_maps import install
+
+    kept = narrowed(made, install(made, 0, weights), moments, 6)
+    slim = decoder_layers(made)[0].self_attn
+    rows, s = with_bias(weights.k, weights.k_bias), second(moments)
+    cost = key_weights(weights, moments).unflatten(0, (4, 2)).sum(1)
+    down = torch.cat([slim.k_proj.weight, slim.k_proj.bias[:, None]], dim=1).unflatten(0, (4, 6))
+
+    def lost(product: torch.Tensor) -> float:
+        rest = rows - product.detach()
+        return float(((rest @ s * rest).sum(-1) * cost).sum() / ((rows @ s * rows).sum(-1) * cost).sum())
+
+    assert lost(slim.k_up @ down) == pytest.approx(1 - kept, rel=1e-6)
+    largest = ((rows @ s * rows).sum(-1) * cost).argsort(dim=-1, descending=True)[:, :6]
+    chosen = torch.zeros_like(cost).scatter(1, largest, 1.0)[..., None] * rows
+    assert lost(slim.k_up @ down) < lost(chosen)
+
+
+def test_fewer_keys_in_fewer_dims_and_few_values_hold_together(tmp_path) -> None:
+    """All that the paper names at once; with more values than there are keys, generation is that of all values."""
+    model = family_model("llama", kv_heads=4)
+    done = converted_by(conversion("diffqkv", kv=0.5, k_dim=8, top_values=64, query_width=160), model)
+    assert [rung.stage for rung in done.ladder[1:]] == [
+        "fewer key and value heads", "keys in fewer dims", "output matrices", "queries through two matrices"
+    ]  # fmt: skip
+    modules = [layer.self_attn for layer in decoder_layers(done.model)]
+    assert all((m.num_k_heads, m.num_v_heads, m.k_dim, m.top_values) == (2, 3, 8, 64) for m in modules)
+    assert done.ladder[-1].share == (2 * 8 + 3 * 16) / 128 <= 0.5
+    check_model(done.model, tmp_path)

@@ -12,8 +12,10 @@ from tests.families import FAMILIES, family_model
 from transformers import AutoModelForCausalLM
 
 import foveate
+from foveate.convert.diffqkv import narrowed
 from foveate.convert.surgery.head_maps import install, layers_of, ordered, read, take
 from foveate.errors import BadArgument, Refused
+from foveate.heads.moments import collect
 from foveate.layers import sparse_query as presets
 from foveate.layers.head_mapped import HeadMappedAttention
 from foveate.layers.mixer import build
@@ -368,3 +370,126 @@ def test_heads_that_nobody_reads_are_left_out() -> None:
     assert torch.equal(left.v, weights.v[[0, 2]])
     assert torch.equal(left.v_bias, weights.v_bias[[0, 2]])
     assert torch.equal(left.o, weights.o[[2, 3, 4, 5, 0, 1, 6, 7]])
+
+
+# -- keys in fewer dims, and few values ------------------------------------------------------------------------------
+
+
+def narrow(model: Any, dims: int, **more: Any) -> Any:
+    """The model with keys cached as `dims` numbers, in one layer of two with unequal heads."""
+    made = converted.container(model)
+    modules = {index: layer.self_attn for index, layer in enumerate(made.model.layers)}
+    moments = collect(made, modules, [torch.randint(3, 250, (4, 33))])
+    for index, weights in layers_of(model):
+        value_map = [0, 0, 0, 0, 1, 1, 1, 1] if index else [0, 0, 1, 1, 2, 2, 3, 3]
+        values = weights if index else take(weights, v=[0, 0, 1, 1])
+        narrowed(made, install(made, index, values, None, value_map, **more), moments[index], dims)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_expanded_when_they_are_read_are_the_keys(family: str, tmp_path) -> None:
+    """With as many dims as the keys have: rotated late, behind norms, under padding, in pieces and steps."""
+    model = family_model(family, kv_heads=2, layers=2)
+    made = narrow(model, D)
+    ids = torch.randint(3, 250, (2, 21))
+    padding = torch.ones_like(ids)
+    padding[0, :5] = 0
+    with torch.no_grad():
+        want = model(ids, attention_mask=padding).logits[:, 5:]
+        assert_close(made(ids, attention_mask=padding).logits[:, 5:], want, 1e-5)
+        cache, parts, end = None, [], 0
+        for chunk in ids.split([9, 5, 1, 6], dim=1):
+            end += chunk.shape[1]
+            positions = (padding.cumsum(-1) - 1).clamp_min(0)[:, end - chunk.shape[1] : end]
+            out = made(chunk, attention_mask=padding[:, :end], position_ids=positions, past_key_values=cache,
+                       use_cache=True)  # fmt: skip
+            cache = out.past_key_values
+            parts.append(out.logits)
+        assert_close(torch.cat(parts, 1)[:, 5:], want, 1e-5)
+        made.save_pretrained(tmp_path)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, made(ids).logits)
+
+
+@pytest.mark.parametrize("rope", ["yarn", "llama3"])
+def test_late_rotation_knows_scaled_frequencies(rope: str) -> None:
+    """Their factor included, which YaRN puts on queries and keys."""
+    numbers = {"yarn": {}, "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}[rope]
+    scaled = {"rope_type": rope, "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+    model = family_model("llama", kv_heads=2, rope_parameters=scaled | numbers)
+    ids = torch.randint(3, 250, (1, 21))
+    with torch.no_grad():
+        assert_close(narrow(model, D)(ids).logits, model(ids).logits, 1e-5)
+
+
+def test_lengths_that_angles_depend_on_are_refused() -> None:
+    scaled = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+    model = family_model("llama", kv_heads=2, rope_parameters=scaled)
+    with pytest.raises(Refused, match="dynamic"):
+        narrow(model, 8)(torch.arange(3, 9)[None])
+
+
+def test_narrow_keys_are_what_their_matrix_makes_of_them() -> None:
+    """The layer with fewer dims is the plain one whose keys are the product; the cache holds the dims alone."""
+    model = family_model("llama", kv_heads=2, layers=2)
+    made = narrow(model, 6)
+    twin = converted.container(model)
+    for index, weights in layers_of(model):
+        slim = made.model.layers[index].self_attn
+        product = slim.k_up.double() @ slim.k_proj.weight.double().unflatten(0, (2, 6))
+        values = weights if index else take(weights, v=[0, 0, 1, 1])
+        install(twin, index, with_changes(values, k=product), slim.key_map, slim.value_map)
+    ids = torch.randint(3, 250, (2, 17))
+    with torch.no_grad():
+        out = made(ids, use_cache=True)
+        assert_close(out.logits, twin(ids).logits, 1e-5)
+        assert not torch.allclose(out.logits, model(ids).logits, atol=0.1)
+    assert [x.keys.shape for x in out.past_key_values.layers] == [(2, 2, 17, 6)] * 2
+    held = sum(t.numel() * 4 for x in out.past_key_values.layers for t in (x.keys, x.values))
+    assert held == ModelShape.of(made).dense_kv_bytes(17, 2) == 2 * 17 * 4 * (2 * (6 + 6) + D * (4 + 2))
+
+
+def test_the_values_of_all_keys_are_all_values() -> None:
+    model = family_model("llama", kv_heads=2, layers=2)
+    ids = torch.randint(3, 250, (2, 17))
+    padding = torch.ones_like(ids)
+    padding[0, :5] = 0
+    how = {"attention_mask": padding, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    want, outs = torch.stack(model.generate(ids, **how).logits), {}
+    for count in (4, 25, 26):
+        made = narrow(model, D, top_values=count)
+        outs[count] = torch.stack(made.generate(ids, **how).logits)
+    # The last step reads 25 keys: 25 of them go the plain way, 26 as well, and 4 are too few.
+    assert_close(outs[25], want, 1e-5)
+    assert_close(outs[26], want, 1e-5)
+    assert not torch.allclose(outs[4][1], want[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("spec", [{}, {"softcap": 2.0}, {"sliding_window": 9}], ids=["plain", "capped", "window"])
+def test_a_step_reads_the_values_of_the_highest_scores_alone(spec: dict[str, Any]) -> None:
+    """Softmax over the best keys of each head; all other values may be anything."""
+    made = layer(num_k_heads=2, num_v_heads=3, top_values=4, softcap=spec.get("softcap"),
+                 window=spec.get("sliding_window"))  # fmt: skip
+    q, k, v = (torch.randn(2, heads, n, D, dtype=torch.float64) for heads, n in ((6, 1), (2, 15), (3, 15)))
+    want = torch.zeros(2, 1, 6, D, dtype=torch.float64)
+    poisoned = torch.full_like(v, torch.nan)
+    for row in range(2):
+        for head in range(6):
+            scores = k[row, made.key_map[head]] @ q[row, head, 0] * made.scaling
+            if made.softcap is not None:
+                scores = made.softcap * torch.tanh(scores / made.softcap)
+            scores[: 15 - (made.sliding_window or 15)] = -torch.inf
+            best, slots = scores.topk(4)
+            want[row, 0, head] = best.softmax(0) @ v[row, made.value_map[head], slots]
+            poisoned[row, made.value_map[head], slots] = v[row, made.value_map[head], slots]
+    assert_close(made._mapped(q, k, poisoned, None, {}), want, 1e-12)
+
+
+def test_costs_of_narrow_keys_and_few_values() -> None:
+    plain = layer(num_k_heads=2, num_v_heads=3)
+    narrow_keys = layer(num_k_heads=2, num_v_heads=3, k_dim=4, top_values=10)
+    assert plain.flops(1, 100) == 2 * 6 * 100 * 2 * D
+    assert narrow_keys.flops(1, 100) == 2 * (6 * (100 + 10) * D + 2 * 100 * D * 4)
+    assert narrow_keys.flops(7, 100) - plain.flops(7, 100) == 2 * 2 * 100 * D * 4
+    assert narrow_keys.holds["kind"] == "other" and layer(num_k_heads=2, num_v_heads=2, top_values=3).grouped is False

@@ -14,7 +14,7 @@ from foveate.compat import ALL_ATTENTION_FUNCTIONS, four_d
 from foveate.errors import BadArgument, Refused
 from foveate.layers.eager import eager
 from foveate.layers.mixer import Mixer, mixer
-from foveate.layers.rotation import angles, evenly, turn
+from foveate.layers.rotation import angles, evenly, frequency_table, turn
 
 BIASED = ("q_proj", "k_proj", "v_proj", "o_proj")
 _WITHOUT_WINDOWS = ("eager", "sdpa")
@@ -42,13 +42,17 @@ class HeadMappedAttention(Mixer):
     A token is cached as num_k_heads * head_dim + num_v_heads * v_head_dim numbers. With as many key as value heads and
     the usual contiguous groups it goes through transformers' attention functions and Foveate's methods manage its
     cache; otherwise it attends by itself, and its keys and values are held, each with its own heads, by transformers'
-    cache.
+    cache. So are keys that are expanded (`k_dim`) and values of which a step reads some (`top_values`).
 
     Args:
         num_heads: heads that scores are computed for, H.
         num_k_heads, num_v_heads: heads that are cached.
         head_dim: of queries and keys.
         v_head_dim: of values; None: head_dim.
+        k_dim: numbers that are cached of each key, without position; whenever keys are read, a matrix per key head
+            (`k_up`) makes head_dim of them, which are normed and rotated then ("half K dim", DiffQKV section 2.1).
+            Tokens count as standing side by side: position ids with gaps are not seen. None: keys are cached as they
+            are read.
         key_map, value_map: for each of the H heads the key and value head that it reads; None: floor(h * n / H).
         num_q_heads, query_map: heads that are projected, and the one that each of the H heads takes; None: its own.
             With fewer of them than key heads, query heads are shared (reverse SQA).
@@ -58,6 +62,8 @@ class HeadMappedAttention(Mixer):
         softcap: what scores are capped at.
         window: keys that a query sees, its own included.
         query_width: width between two matrices that make the queries (augmented Q, DiffQKV section 2.1); None: one.
+        top_values: a single new token reads, for each query head, the values of this many keys alone, those of the
+            highest scores; its weights are a softmax over them (DiffQKV: 100). All keys are read. None: all values.
         norm_eps: queries and keys have an RMS norm with this under the root; None: no norm.
         noise: in training, heads' outputs lose noise of their own mean and spread, times this (PGQA, 2408.08454). Not
             in evaluation, where mean and spread of a whole text would tell a token of its future.
@@ -77,6 +83,7 @@ class HeadMappedAttention(Mixer):
         num_v_heads: int,
         head_dim: int,
         v_head_dim: int | None = None,
+        k_dim: int | None = None,
         key_map: Sequence[int] | None = None,
         value_map: Sequence[int] | None = None,
         num_q_heads: int | None = None,
@@ -86,6 +93,7 @@ class HeadMappedAttention(Mixer):
         softcap: float | None = None,
         window: int | None = None,
         query_width: int | None = None,
+        top_values: int | None = None,
         norm_eps: float | None = None,
         noise: float = 0.0,
         biases: Sequence[str] = (),
@@ -98,6 +106,8 @@ class HeadMappedAttention(Mixer):
             ("num_k_heads", num_k_heads),
             ("num_v_heads", num_v_heads),
             ("head_dim", head_dim),
+            ("k_dim", head_dim if k_dim is None else k_dim),
+            ("top_values", 1 if top_values is None else top_values),
         ):
             if value < 1:
                 raise BadArgument(name, value, "give at least 1")
@@ -107,12 +117,15 @@ class HeadMappedAttention(Mixer):
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= head_dim:
             raise BadArgument("rotary_dim", rotary_dim, f"give an even number up to head_dim={head_dim}")
+        if k_dim is not None and k_dim > head_dim:
+            raise BadArgument("k_dim", k_dim, f"give at most head_dim={head_dim}, which keys are expanded to")
         if set(biases) - set(BIASED):
             raise BadArgument("biases", list(biases), f"give some of {', '.join(BIASED)}")
         if window is not None and window < 1:
             raise BadArgument("window", window, "give at least 1, the query's own key")
         self.scale, self.softcap, self.sliding_window = scale, softcap, window
         self.query_width, self.norm_eps, self.noise = query_width, norm_eps, noise
+        self.k_dim, self.top_values = k_dim, top_values
         self.biases = tuple(name for name in BIASED if name in biases)
         self.scaling = head_dim**-0.5 if scale is None else scale
         self.attention_dropout = getattr(config, "attention_dropout", 0.0) or 0.0
@@ -124,17 +137,23 @@ class HeadMappedAttention(Mixer):
         if query_width is not None:
             self.q_up_proj = nn.Linear(width, query_width, bias=False)
         self.q_proj = nn.Linear(query_width or width, queries, bias="q_proj" in biases)
-        self.k_proj = nn.Linear(width, num_k_heads * head_dim, bias="k_proj" in biases)
+        self.k_proj = nn.Linear(width, num_k_heads * (k_dim or head_dim), bias="k_proj" in biases)
         self.v_proj = nn.Linear(width, num_v_heads * self.v_head_dim, bias="v_proj" in biases)
         self.o_proj = nn.Linear(num_heads * self.v_head_dim, width, bias="o_proj" in biases)
         self.q_norm = nn.Identity() if norm_eps is None else HeadNorm(head_dim, norm_eps)
         self.k_norm = nn.Identity() if norm_eps is None else HeadNorm(head_dim, norm_eps)
+        if k_dim is not None:
+            self.k_up = nn.Parameter(torch.randn(num_k_heads, head_dim, k_dim) * k_dim**-0.5)
+        self._table: tuple[Tensor, float] | None = None
 
     @property
     def grouped(self) -> bool:
-        """Whether heads are shared as in GQA: as many key as value heads, read by contiguous groups of one size."""
+        """Whether heads are shared as in GQA: as many key as value heads, read by contiguous groups of one size; and
+        all that is held is read as it is held."""
         return (
-            self.num_k_heads == self.num_v_heads
+            self.k_dim is None
+            and self.top_values is None
+            and self.num_k_heads == self.num_v_heads
             and self.num_heads % self.num_k_heads == 0
             and self.key_map == self.value_map == grouped(self.num_heads, self.num_k_heads)
         )
@@ -148,6 +167,7 @@ class HeadMappedAttention(Mixer):
             "num_v_heads": self.num_v_heads,
             "head_dim": self.head_dim,
             "v_head_dim": self.v_head_dim,
+            "k_dim": self.k_dim,
             "key_map": list(self.key_map),
             "value_map": list(self.value_map),
             "num_q_heads": self.num_q_heads if shared else None,
@@ -157,6 +177,7 @@ class HeadMappedAttention(Mixer):
             "softcap": self.softcap,
             "window": self.sliding_window,
             "query_width": self.query_width,
+            "top_values": self.top_values,
             "norm_eps": self.norm_eps,
             "noise": self.noise,
             "biases": list(self.biases),
@@ -182,7 +203,7 @@ class HeadMappedAttention(Mixer):
             # Transformers' cache forgets what left the window only in layers that it knows to be sliding.
             "window": self.sliding_window if self._slides else None,
             "store_heads": 1,
-            "store_k_dim": self.num_k_heads * self.head_dim,
+            "store_k_dim": self.num_k_heads * (self.k_dim or self.head_dim),
             "store_v_dim": self.num_v_heads * self.v_head_dim,
         }
 
@@ -199,8 +220,11 @@ class HeadMappedAttention(Mixer):
         return evenly(self.rotary_dim // 2, base)
 
     def flops(self, queries: int, keys: int) -> int:
-        """Of scores and of their use, for `queries` x `keys` pairs: two matrix products for each of the H heads."""
-        return 2 * self.num_heads * queries * keys * (self.head_dim + self.v_head_dim)
+        """Of scores and of their use, for `queries` x `keys` pairs: two matrix products for each of the H heads; and of
+        expanding the keys, where they are held in fewer dims."""
+        expanding = 0 if self.k_dim is None else self.num_k_heads * keys * self.head_dim * self.k_dim
+        values = keys if self.top_values is None or queries > 1 else min(keys, self.top_values)
+        return 2 * (self.num_heads * queries * (keys * self.head_dim + values * self.v_head_dim) + expanding)
 
     def forward(
         self,
@@ -212,15 +236,22 @@ class HeadMappedAttention(Mixer):
     ) -> tuple[Tensor, None]:
         x = hidden_states if self.query_width is None else self.q_up_proj(hidden_states)
         q = self.q_norm(_heads(self.q_proj(x), self.num_q_heads))
-        k = self.k_norm(_heads(self.k_proj(hidden_states), self.num_k_heads))
+        k = _heads(self.k_proj(hidden_states), self.num_k_heads)
         v = _heads(self.v_proj(hidden_states), self.num_v_heads)
-        if self.rotary_dim:
-            cos, sin = angles(position_embeddings, None, self.rotary_dim // 2)
-            q, k = self._turn(q, cos, sin), self._turn(k, cos, sin)
-        if self.query_map != tuple(range(self.num_heads)):
-            q = q[:, list(self.query_map)]
+        past = 0
+        if self.k_dim is None:
+            k = self.k_norm(k)
+            if self.rotary_dim:
+                cos, sin = angles(position_embeddings, None, self.rotary_dim // 2)
+                q, k = self._turn(q, cos, sin), self._turn(k, cos, sin)
+        elif past_key_values is not None:
+            past = int(past_key_values.get_seq_length(self.layer_idx))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
+        if self.k_dim is not None:
+            q, k = self._expanded(q, k, past)
+        if self.query_map != tuple(range(self.num_heads)):
+            q = q[:, list(self.query_map)]
         out = (self._grouped if self.grouped else self._mapped)(q, k, v, attention_mask, kwargs)
         if self.training and self.noise:
             out = out - self.noise * _noise(out, self.key_map)
@@ -230,6 +261,25 @@ class HeadMappedAttention(Mixer):
         if self.rotary_dim == self.head_dim:
             return turn(x, cos, sin)
         return torch.cat([turn(x[..., : self.rotary_dim], cos, sin), x[..., self.rotary_dim :]], dim=-1)
+
+    def _expanded(self, q: Tensor, k: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        """Queries, and keys [B, nk, M, head_dim] made of what is held, both turned to their slots in the cache: scores
+        know distances alone, and padding on the left moves both alike."""
+        new, held = q.shape[2], k.shape[2]
+        k = self.k_norm(torch.einsum("bhmc,hdc->bhmd", k, self.k_up))
+        if not self.rotary_dim:
+            return q, k
+        if self._table is None:
+            self._table = frequency_table(self.config, self.layer_idx)
+        frequencies, factor = self._table[0].to(q.device), self._table[1]
+        picked = frequencies[evenly(self.rotary_dim // 2, len(frequencies))]
+        # A cache with a window has lost its first tokens; a static one has room behind its last.
+        first = max(0, past + new - held)
+        made = []
+        for x, begin in ((q, past), (k, first)):
+            angle = torch.arange(begin, begin + x.shape[2], device=q.device)[None, None, :, None] * picked
+            made.append(self._turn(x, factor * angle.cos(), factor * angle.sin()))
+        return made[0], made[1]
 
     def _grouped(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
         """Out [B, N, H, Dv] by the attention function that the model was opened with."""
@@ -264,6 +314,10 @@ class HeadMappedAttention(Mixer):
         window = self.sliding_window
         spans = () if window is None or mask is not None else (Span(window=window),)
         bias = None if mask is None else _bias(mask, q, k.shape[2], window)
+        if self.top_values is not None and q.shape[2] == 1 and self.top_values < k.shape[2]:
+            if window is not None and bias is None:
+                bias = _bias(None, q, k.shape[2], window)
+            return self._of_top_values(q, k, v, bias)
         return attend(
             q,
             k,
@@ -276,6 +330,23 @@ class HeadMappedAttention(Mixer):
             softcap=self.softcap,
             lse=False,
         ).out.transpose(1, 2)
+
+    def _of_top_values(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Out [B, 1, H, Dv] of one query, which reads all keys and, for each head, the values of the highest scores."""
+        assert self.top_values is not None
+        scores = q.new_empty(q.shape[0], self.num_heads, k.shape[2])
+        for head in range(self.num_k_heads):
+            readers = [h for h, key in enumerate(self.key_map) if key == head]
+            scores[:, readers] = q[:, readers, 0] @ k[:, head].mT
+        scores = (scores * self.scaling).to(torch.promote_types(scores.dtype, torch.float32))
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if bias is not None:
+            scores = scores + bias[:, :, 0]
+        best, slots = scores.topk(self.top_values, dim=-1)
+        row = torch.arange(q.shape[0], device=q.device)[:, None, None]
+        head = torch.tensor(self.value_map, device=q.device)[None, :, None]
+        return (best.softmax(-1).to(v.dtype).unsqueeze(2) @ v[row, head, slots]).transpose(1, 2)
 
 
 def _map(name: str, given: Sequence[int] | None, heads: int, count: int) -> tuple[int, ...]:

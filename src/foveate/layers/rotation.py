@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.errors import BadArgument
+from foveate import compat
+from foveate.errors import BadArgument, Refused
 
 
 def evenly(pairs: int, base: int) -> list[int]:
@@ -48,6 +50,30 @@ def angles(position_embeddings: Any, frequencies: Sequence[int] | None, pairs: i
         raise BadArgument("frequencies", max(frequencies), f"the model's rotary embedding has {base}, from 0 on")
     index = torch.as_tensor(frequencies, dtype=torch.long, device=cos.device)
     return cos.index_select(-1, index).unsqueeze(1), sin.index_select(-1, index).unsqueeze(1)
+
+
+def frequency_table(config: Any, layer: int) -> tuple[Tensor, float]:
+    """Rotary frequencies of one decoder layer, float32 on the CPU, and the factor of its cosines and sines, from the
+    configuration alone: for layers that turn what they cached long ago.
+
+    Raises:
+        Refused: no rotary embedding, or one whose angles depend on the length.
+    """
+    family = str(config.model_type).removeprefix("foveate_")
+    module = sys.modules[compat.causal_classes(family)[1].__module__]
+    cls = next((x for name, x in vars(module).items() if name.endswith("RotaryEmbedding")), None)
+    if cls is None:
+        raise Refused(f"{family} has no rotary embedding: keys cannot be turned when they are read")
+    with torch.device("cpu"):
+        made = cls(config=config)
+    kinds = getattr(made, "rope_type", "default")
+    name = config.layer_types[layer] if isinstance(kinds, dict) else ""
+    kind = kinds[name] if isinstance(kinds, dict) else kinds
+    if kind in ("dynamic", "longrope"):
+        raise Refused(f"{family}: {kind} rotary angles depend on the length, so keys cannot be turned when read")
+    prefix = f"{name}_" if name else ""
+    factor = getattr(made, f"{prefix}attention_scaling", 1.0)
+    return getattr(made, f"{prefix}inv_freq").float(), float(factor)
 
 
 def rotate_half(x: Tensor) -> Tensor:
