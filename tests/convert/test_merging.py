@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from foveate.convert import merging
-from foveate.convert.merging import ffg_mask, merge_checkpoints, ota, ota_merge, saliency
+from foveate.convert.merging import ffg_mask, linear, merge_checkpoints, operator_norm, ota, ota_merge, saliency, ties
 from foveate.convert.second_moments import FILE, SecondMoments, expanded, factored, save_second_moments
 from foveate.convert.tensor_folder import TensorFolder, write_tensors
 from foveate.convert.threshold import solve
@@ -180,13 +180,37 @@ def test_moments_of_rank_one_are_kept_exactly_by_their_sums(seed):
 
 def test_sums_of_moments_are_saved_small_and_read_back(seed, tmp_path):
     v = {"a": torch.outer(torch.rand(50), torch.rand(40)), "b": torch.rand(7), "c": torch.rand(2, 3, 4)}
-    for rank_one, limit in ((True, 1e-6), (False, 0)):
-        save_second_moments(v, tmp_path / FILE, rank_one)
+    for form, limit in (("sums", 1e-6), ("svd", 1e-6), ("whole", 0)):
+        save_second_moments(v, tmp_path / FILE, form, 1)
         read = SecondMoments(tmp_path)
         assert set(read) == set(v) and len(read) == 3
         for name in v:
             assert_close(read[name], v[name], limit)
-        assert ((tmp_path / FILE).stat().st_size < 3000) == rank_one
+        assert ((tmp_path / FILE).stat().st_size < 3000) == (form != "whole")
+
+
+def test_truncated_moments_are_the_nearest_of_their_rank_and_never_negative(seed, tmp_path):
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(40, 30, generator=generator).double().square()
+    left, sizes, right = torch.linalg.svd(v)
+    for rank in (1, 5, 30, 99):
+        save_second_moments({"a": v}, tmp_path / FILE, "svd", rank)
+        got = SecondMoments(tmp_path)["a"]
+        r = min(rank, 30)
+        assert_close(got, ((left[:, :r] * sizes[:r]) @ right[:r]).clamp_min(0), 1e-6)
+        assert got.min() >= 0
+        # Cutting below 0 brings what is positive nearer still; sums of rows and columns are further off.
+        assert (got - v).norm() <= sizes[r:].norm() + 1e-5
+        assert (got - v).norm() < (expanded(*factored(v)) - v).norm() or rank == 1
+    big = torch.randn(600, 3, generator=generator).double().square() @ torch.rand(3, 550, generator=generator).double()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        save_second_moments({"a": big}, tmp_path / name / FILE, "svd", 3)
+    assert_close(SecondMoments(tmp_path / "one")["a"], big, 1e-5)
+    assert (tmp_path / "one" / FILE).read_bytes() == (tmp_path / "two" / FILE).read_bytes()
+    for form, rank in (("svd", 0), ("half", 1)):
+        with pytest.raises(BadArgument):
+            save_second_moments({"a": v}, tmp_path / FILE, form, rank)
 
 
 def optimizer_file(folder: Path, optimizer: torch.optim.Optimizer, names: bool = True) -> None:
@@ -419,6 +443,98 @@ def test_what_cannot_be_merged_is_refused(checkpoints, tmp_path):
     assert not out.exists()
 
 
+def test_plain_baselines_need_no_moments(seed):
+    """Magnitudes trim, the mean is over all models; at density 1 that is the average of the weights."""
+    base, models = state(seed), [tuned(state(seed), seed + 1), tuned(state(seed), seed + 2)]
+    merged = ota_merge(base, models, None, 1.0, choice="magnitude", combine="linear")
+    for name in base:
+        assert_close(merged[name], (models[0][name] + models[1][name]) / 2, 1e-6)
+    merged = ota_merge(base, models, None, 0.5, choice="magnitude", combine="linear")
+    deltas = [flat(model) - flat(base) for model in models]
+    masks = [d.abs() >= d.abs().sort(descending=True).values[round(0.5 * len(d)) - 1] for d in deltas]
+    assert_close(flat(merged) - flat(base), sum(d * m for d, m in zip(deltas, masks, strict=True)) / 2, 1e-5)
+    # With equal moments saliency is magnitude.
+    same = [{name: torch.ones_like(value) for name, value in base.items()}] * 2
+    assert torch.equal(flat(ota_merge(base, models, same, 0.5, combine="linear")), flat(merged))
+    refused: list[dict[str, Any]] = [{}, {"choice": "magnitude"}, {"combine": "ties"}]
+    for how in refused:
+        with pytest.raises(BadArgument, match="second_moments"):
+            ota_merge(base, models, None, 0.5, **how)
+    with pytest.raises(BadArgument, match="combine"):
+        ota_merge(base, models, None, 0.5, choice="magnitude", combine="mean")  # type: ignore[arg-type]
+
+
+def test_ties_elects_a_sign_and_means_what_agrees(seed):
+    deltas = [torch.tensor([3.0, -1.0, 2.0, 5.0, 0.0, 1.0]), torch.tensor([1.0, -2.0, -3.0, 4.0, 0.0, -1.0]),
+              torch.tensor([-2.0, 4.0, -1.0, 9.0, 0.0, 0.0])]  # fmt: skip
+    masks = [torch.ones(6, dtype=torch.bool)] * 2 + [torch.tensor([1, 1, 1, 0, 1, 1]).bool()]
+    # Sums 2, 1, -2, 9 (of two), 0, 0: where changes cancel, nothing changes.
+    assert ties(deltas, masks).tolist() == [2.0, 4.0, -2.0, 4.5, 0.0, 0.0]
+    assert linear(deltas, masks)[:4].tolist() == pytest.approx([2 / 3, 1 / 3, -2 / 3, 3.0])
+    base, models, v = state(seed), [tuned(state(seed), seed + i) for i in (1, 2, 3)], [moments(i) for i in (1, 2, 3)]
+    got = flat(ota_merge(base, models, v, 0.4, combine="ties")) - flat(base)
+    changes, kept = [], []
+    for model, moment in zip(models, v, strict=True):
+        changes.append(flat(model) - flat(base))
+        s = saliency(changes[-1], flat(moment))
+        kept.append(s >= s.sort(descending=True).values[round(0.4 * len(s)) - 1])
+    assert_close(got, ties(changes, kept), 1e-4)
+
+
+def test_one_model_alone_is_itself_by_every_combination(seed):
+    base = state(seed)
+    model = tuned(base, seed + 1)
+    for combine in ("ota", "linear", "ties"):
+        merged = ota_merge(base, [model], [moments(seed)], 1.0, combine=combine, rescale=True)
+        assert all(torch.equal(merged[name], model[name]) for name in base), combine
+
+
+def test_rescaled_changes_have_the_operator_norm_that_they_had(seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a.weight": (9, 6), "embed_tokens.weight": (20, 4), "norm.weight": (30,), "experts": (3, 5, 7)}
+    base = {name: torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}
+    model = {name: x + torch.randn(x.shape, generator=generator) for name, x in base.items()}
+    v = {name: torch.rand(x.shape, generator=generator) + 0.5 for name, x in base.items()}
+    plain = ota_merge(base, [model], [v], 0.5)
+    scaled = ota_merge(base, [model], [v], 0.5, rescale=True)
+    for name, x in base.items():
+        before, left, after = (y[name] - x for y in (model, plain, scaled))
+        assert_close(operator_norm(after, name), operator_norm(before, name), 1e-9)
+        # Of a vector the largest number is the norm, and it is kept.
+        less = operator_norm(left, name) < 0.99 * operator_norm(before, name)
+        assert less.any() or name in ("norm.weight", "embed_tokens.weight")
+        assert torch.equal(after != 0, left != 0)
+    each = base["a.weight"], base["experts"], base["norm.weight"]
+    assert_close(operator_norm(each[0]), torch.linalg.svdvals(each[0])[0], 1e-12)
+    assert_close(operator_norm(each[1]), torch.linalg.svdvals(each[1])[:, 0], 1e-12)
+    assert operator_norm(each[2]) == each[2].abs().max()
+    assert (
+        operator_norm(base["embed_tokens.weight"], "embed_tokens.weight")
+        == base["embed_tokens.weight"].norm(dim=1).max()
+    )
+    wide = torch.randn(2, 300, 280, generator=generator) @ torch.diag(0.98 ** torch.arange(280.0))
+    assert_close(operator_norm(wide), torch.linalg.svdvals(wide.double())[:, 0], 1e-3)
+
+
+def test_folders_merge_by_every_combination(checkpoints, tmp_path):
+    root, paths, sources, base, models, v = checkpoints
+    del base["steps"]
+    for number, how in enumerate(
+        ({"combine": "ties"}, {"choice": "magnitude", "combine": "linear"}, {"rescale": True})
+    ):
+        needed = how.get("choice") != "magnitude"
+        out = tmp_path / f"out{number}"
+        merge_checkpoints(root, paths, sources if needed else None, out, density=0.4, **how)
+        got = {n: t for file in sorted(out.glob("*.safetensors")) for n, t in load_file(file).items()}
+        want = ota_merge(base, models_without(models), v if needed else None, 0.4, **how)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+        assert how.items() <= json.loads((out / "merge.json").read_text()).items()
+
+
+def models_without(models: list[State]) -> list[State]:
+    return [{name: x for name, x in model.items() if name != "steps"} for model in models]
+
+
 def test_a_tensor_that_was_not_trained_needs_no_moments(seed):
     base, v = state(seed), moments(seed)
     model = tuned(base, seed + 1) | {"norm": base["norm"].clone()}
@@ -440,18 +556,21 @@ def test_two_trained_skills_are_merged_from_their_folders(tmp_path):
         model.save_pretrained(paths[-1])
         optimizer_file(paths[-1], optimizer, names=index == 0)
         if index:  # a file beside the weights that holds the same names
-            save_second_moments(SecondMoments(paths[-1]), paths[-1] / FILE, rank_one=False)
+            save_second_moments(SecondMoments(paths[-1]), paths[-1] / FILE, "whole")
         models.append(model)
 
     def loss(model: Any) -> float:
         return sum(skill.loss(model) for skill in skills) / 2
 
-    def merged(density: float, power: float) -> float:
-        out = tmp_path / f"out-{density}-{power}"
-        merge_checkpoints(tmp_path / "base", paths, paths, out, density, power)
+    def merged(density: float, power: float, **how: Any) -> float:
+        out = tmp_path / f"out-{density}-{power}-{len(how)}-{how.get('combine')}"
+        merge_checkpoints(tmp_path / "base", paths, paths, out, density, power, **how)
         return loss(AutoModelForCausalLM.from_pretrained(out))
 
     losses = {(density, power): merged(density, power) for density in (0.1, 0.4, 1.0) for power in (0.0, 0.5)}
     assert losses[0.1, 0.5] < 0.7 * min(loss(model) for model in (base, *models))
     for density in (0.1, 0.4, 1.0):
         assert losses[density, 0.5] < 0.9 * losses[density, 0.0]
+    # What is weighed by curvature is better than the baselines in weight space.
+    for combine in ("linear", "ties"):
+        assert losses[0.4, 0.5] < merged(0.4, 0.0, choice="magnitude", combine=combine)

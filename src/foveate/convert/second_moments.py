@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from foveate.models.parameter_order import parameter_shapes
 OPTIMIZER = "optimizer.pt"
 FILE = "second_moments.safetensors"
 ROWS, COLUMNS = ".row_sums", ".column_sums"
+LEFT, RIGHT = ".left", ".right"
+_ENDS = (ROWS, COLUMNS, LEFT, RIGHT)
+_SMALL = 512  # dims up to which all singular values are computed
 
 
 class SecondMoments(Mapping[str, Tensor]):
@@ -105,6 +108,8 @@ class SecondMoments(Mapping[str, Tensor]):
             return moment / correction
         if name + ROWS in self._file:
             return expanded(self._file[name + ROWS], self._file[name + COLUMNS])
+        if name + LEFT in self._file:
+            return multiplied(self._file[name + LEFT], self._file[name + RIGHT])
         return self._file[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -112,8 +117,8 @@ class SecondMoments(Mapping[str, Tensor]):
             yield from self._states
             return
         for name in self._file:
-            if not name.endswith(COLUMNS):
-                yield name.removesuffix(ROWS)
+            if not name.endswith((COLUMNS, RIGHT)):
+                yield name.removesuffix(ROWS).removesuffix(LEFT)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -133,24 +138,69 @@ def expanded(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.outer(rows.double(), columns.double()) / torch.where(total == 0, 1.0, total)
 
 
-def save_second_moments(moments: Mapping[str, Tensor], path: str | Path, rank_one: bool = True) -> None:
-    """Write second moments as a safetensors file, one at a time; of matrices the row and column sums alone.
+def truncated(moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors [m, r] and [r, n] of the nearest matrix of a rank (arXiv 2509.11167, compression of moments), float32.
+
+    Wide matrices have their singular vectors iterated for, always from the same start.
+    """
+    if moment.ndim != 2:
+        raise BadArgument("moment", tuple(moment.shape), "give a matrix [m, n]")
+    wide, rank = moment.double(), min(rank, *moment.shape)
+    if min(moment.shape) <= _SMALL:
+        left, sizes, right = torch.linalg.svd(wide, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, sizes, right = torch.svd_lowrank(wide, q=min(rank + 16, *moment.shape), niter=8)
+        right = right.T
+    root = sizes[:rank].sqrt()
+    return (left[:, :rank] * root).float(), (root[:, None] * right[:rank]).float()
+
+
+def multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """The second moment [m, n] of these factors, nothing of it below 0, float64."""
+    return (left.double() @ right.double()).clamp_min(0)
+
+
+def save_second_moments(
+    moments: Mapping[str, Tensor],
+    path: str | Path,
+    form: Literal["sums", "svd", "whole"] = "sums",
+    rank: int = 8,
+) -> None:
+    """Write second moments as a safetensors file, one at a time.
 
     Args:
-        rank_one: keep sums of matrices; False keeps all numbers, in float32.
+        form: what is kept of matrices: "sums" of their rows and columns, which give a matrix of rank one; "svd", the
+            factors of the nearest matrix of rank `rank`, which is cut off below 0 when it is read; "whole", all
+            numbers, in float32. Other tensors are kept whole.
     """
+    if form not in ("sums", "svd", "whole"):
+        raise BadArgument("form", form, 'give "sums", "svd" or "whole"')
+    if rank < 1:
+        raise BadArgument("rank", rank, "give at least 1")
     layout: list[tuple[str, str, tuple[int, ...]]] = []
     for name, moment in moments.items():
         shape = tuple(moment.shape)
-        if rank_one and len(shape) == 2:
+        if form == "whole" or len(shape) != 2:
+            layout.append((name, "F32", shape))
+        elif form == "sums":
             layout += [(name + ROWS, "F64", shape[:1]), (name + COLUMNS, "F64", shape[1:])]
         else:
-            layout.append((name, "F32", shape))
+            r = min(rank, *shape)
+            layout += [(name + LEFT, "F32", (shape[0], r)), (name + RIGHT, "F32", (r, shape[1]))]
+
+    held: dict[str, tuple[Tensor, Tensor]] = {}
 
     def tensor(name: str) -> Tensor:
-        if name.endswith((ROWS, COLUMNS)):
-            rows, columns = factored(moments[name.removesuffix(ROWS).removesuffix(COLUMNS)])
-            return rows if name.endswith(ROWS) else columns
-        return moments[name].float()
+        if not name.endswith(_ENDS):
+            return moments[name].float()
+        first = name.endswith((ROWS, LEFT))
+        whole = name
+        for end in _ENDS:
+            whole = whole.removesuffix(end)
+        if whole not in held:  # the other factor is asked for next, or nearly
+            held[whole] = factored(moments[whole]) if form == "sums" else truncated(moments[whole], rank)
+        return held[whole][0 if first else 1]
 
     write_tensors(Path(path), layout, tensor)
