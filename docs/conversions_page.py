@@ -57,7 +57,8 @@ def _row(data: dict[str, Any]) -> list[str]:
             f"{first['perplexity']:,.2f} → {last['perplexity']:.2f} (teacher {healing['teacher_perplexity']:.2f})",
             f"{first['kl']:.2f} → {last['kl']:.3f}",
         ]
-    return [data["to"], settings, q.percent(data["ladder"][-1]["share"]), stages, *healed]
+    name = f"{data['to']} of {data['from']}" if data.get("from") else data["to"]
+    return [name, settings, q.percent(data["ladder"][-1]["share"]), stages, *healed]
 
 
 def _beside(records: Sequence[Record]) -> Iterator[str]:
