@@ -240,7 +240,11 @@ def test_files_are_what_loaders_of_deepseek_look_for(exported: dict[str, Exporte
         "eos_token_id": 2,
     }
     assert {name: config.get(name) for name in wanted} == wanted
-    assert "lm_head.weight" not in safe_names(exported["tied"].folder)
+    # Serving engines never tie the head of a DeepSeek model: a tied one is written out.
+    tied = exported["tied"]
+    assert "lm_head.weight" in safe_names(tied.folder)
+    assert json.loads((tied.folder / "config.json").read_text())["tie_word_embeddings"] is False
+    assert tied.model.config.tie_word_embeddings
     scaled = json.loads((exported["scaled-rope"].folder / "config.json").read_text())
     assert scaled["rope_parameters"] == SCALED
     own = json.loads((exported["own-norms"].folder / "config.json").read_text())

@@ -49,7 +49,6 @@ _SAME = (
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
-    "tie_word_embeddings",
     "attention_dropout",
 )
 
@@ -121,7 +120,6 @@ def as_deepseek(
         attention |= _queries(layer, q[index] if q else None, q_rank, rows, scaling, bias)
         state |= {f"model.layers.{index}.self_attn.{name}": tensor for name, tensor in attention.items()}
     made.load_state_dict(state, strict=True, assign=True)
-    made.tie_weights()
     before, after = (ModelShape.of(each).kv_bytes_per_token for each in (model, made))
     facts = {
         "architecture": type(made).__name__,
@@ -268,6 +266,8 @@ def _empty(model: Any, layer: LatentAttention, rank: int, q_rank: int | None, bi
         n_group=1,
         topk_group=1,
         num_nextn_predict_layers=0,
+        # Engines that read DeepSeek never tie the head to the embeddings, and would find no weights for it.
+        tie_word_embeddings=False,
     )
     # Where readers from before transformers 5 look for it, such as those that serving engines carry.
     config.rope_theta = rope["rope_theta"]
@@ -288,6 +288,7 @@ def _outside(model: Any) -> dict[str, Tensor]:
         gate, up = state.pop(name).chunk(2)
         stem = name.removesuffix("gate_up_proj.weight")
         state |= {f"{stem}gate_proj.weight": gate.clone(), f"{stem}up_proj.weight": up.clone()}
+    state["lm_head.weight"] = model.lm_head.weight.detach().clone()
     return {name: tensor for name, tensor in state.items() if not name.endswith("_proj.bias")}
 
 
