@@ -8,6 +8,7 @@ from torch import nn
 
 import foveate
 from foveate.errors import BadArgument
+from foveate.layers import mixture_of_heads as module
 from foveate.layers.mixer import build
 from foveate.layers.mixture_of_heads import gathered
 from foveate.layers.routing import routing_losses
@@ -117,6 +118,46 @@ def test_gathered_computes_the_active_pairs_only():
     assert_close(out, want, 2e-6)
     assert not out[~active].any()
     assert not gathered(q, k, v, torch.zeros_like(active), None, 0.3).any()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_token_alone_reads_the_keys_of_working_heads_only(groups, softcap):
+    """Padding and room behind the last key included; a head whose queries all rest may hold anything."""
+    q, k, v = (torch.randn(2, heads, n, 8).double() for heads, n in ((6, 1), (6 // groups, 19), (6 // groups, 19)))
+    active = torch.zeros(2, 1, 6, dtype=torch.bool)
+    active[0, 0, [0, 1]], active[1, 0, [4, 5]] = True, True
+    mask = torch.zeros(2, 1, 1, 19, dtype=torch.bool)
+    mask[0, ..., 3:17], mask[1, ..., :17] = True, True
+    scores = q @ k.repeat_interleave(groups, 1).mT * 0.4
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    want = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 1)
+    want = want.transpose(1, 2) * active.unsqueeze(-1)
+    for row in (0, 1):
+        for head in range(6 // groups):
+            if not active[row, 0, head * groups : (head + 1) * groups].any():
+                k[row, head] = v[row, head] = torch.nan
+    assert_close(gathered(q, k, v, active, mask, 0.4, softcap), want, 1e-12)
+
+
+def test_auto_gathers_single_tokens_behind_many_keys(monkeypatch):
+    calls = []
+    real = module.gathered
+    monkeypatch.setattr(module, "_WORTH", 12)
+    monkeypatch.setattr(module, "gathered", lambda *args: calls.append(args[0].shape[2]) or real(*args))
+    model = family_model("llama")
+    outs = {}
+    for compute in ("masked", "gathered", "auto"):
+        made = mixed(model, [2, 5], 3, "norm", compute)
+        calls.clear()
+        text = made.generate(IDS[:, :9], max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None,
+                             return_dict_in_generate=True, output_logits=True)  # fmt: skip
+        outs[compute] = torch.stack(text.logits)
+        layers = len(decoder_layers(made))
+        # Keys: 9 of the prompt, then 10 to 14.
+        assert calls == {"masked": [], "gathered": [9] * layers + [1] * 5 * layers, "auto": [1] * 3 * layers}[compute]
+    assert_close(outs["auto"], outs["masked"], 2e-6)
+    assert_close(outs["gathered"], outs["masked"], 2e-6)
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 512])

@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate import compat
 from foveate.convert.base import Calibration, Conversion, Stage, register
 from foveate.errors import BadArgument, Refused
+from foveate.layers.mixture_of_heads import COMPUTE
 from foveate.layers.routing import Routed
 from foveate.layers.softmax import HeadGeometry
 from foveate.models.converted import decoder_layers, replace
@@ -43,26 +44,26 @@ class Moh(Conversion):
             without training it starts from a linear fit of how much each head writes, which is ours.
         shared_heads: "energy", those that write most into the residual stream on the calibration text (ours), or
             "first" (the paper).
-        compute: "masked", all heads and a mask, or "gathered", active pairs only (see `MixtureOfHeads`).
+        compute: "masked", all heads and a mask, "gathered", active pairs only, or "auto" (see `MixtureOfHeads`).
     """
 
     active: float = 0.75
     shared: float = 0.5
     router: Literal["norm", "linear"] = "norm"
     shared_heads: Literal["energy", "first"] = "energy"
-    compute: Literal["masked", "gathered"] = "masked"
+    compute: Literal["auto", "masked", "gathered"] = "auto"
 
     id: ClassVar[str] = "moh"
     what: ClassVar[str] = "mixture of heads: a router gives each token some of the attention heads"
 
     def check(self, model: PreTrainedModel, shape: ModelShape) -> None:
-        for name, one, other in (
-            ("router", "norm", "linear"),
-            ("shared_heads", "energy", "first"),
-            ("compute", "masked", "gathered"),
+        for name, known in (
+            ("router", ("norm", "linear")),
+            ("shared_heads", ("energy", "first")),
+            ("compute", COMPUTE),
         ):
-            if getattr(self, name) not in (one, other):
-                raise BadArgument(name, getattr(self, name), f'give "{one}" or "{other}"')
+            if getattr(self, name) not in known:
+                raise BadArgument(name, getattr(self, name), f"give one of {', '.join(known)}")
         for layer, held in zip(decoder_layers(model), shape.layers, strict=True):
             if held.latent or held.kind == "other":
                 raise Refused(f"layer {held.index} is not softmax attention with heads of its own, which moh routes")

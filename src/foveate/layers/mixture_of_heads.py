@@ -28,8 +28,14 @@ from foveate.layers.softmax import ALL_ATTENTION_FUNCTIONS, SoftmaxHeads, rotate
 # The last two are what Foveate looks for beside an attention class.
 __all__ = ["ALL_ATTENTION_FUNCTIONS", "MixtureOfHeads", "gathered", "rotate_half"]
 
+COMPUTE = ("auto", "masked", "gathered")
+
 _AT_ONCE = 256
 """Pairs of token and head that `gathered` serves in one product: enough to fill it, few enough to end it early."""
+
+_WORTH = 4096
+"""Keys from which on a CPU reads the working heads of a token one after the other in less time than all heads at once
+(measured with half to three quarters of 8 to 32 heads of 64 dims at work)."""
 
 
 @mixer("mixture-of-heads")
@@ -44,10 +50,11 @@ class MixtureOfHeads(Routed, SoftmaxHeads):
             checkpoints: the heads whose query, as projected, is longest work with gate 1, and the gradient of the gate
             goes to the softmax of these lengths.
         compute: "masked" computes all heads and multiplies by the gates; "gathered" computes the pairs of token and
-            head that are active and no others. They agree. Products with gathered queries are slower than a fused
-            causal kernel: on a CPU they pay where fewer than about 40 % of the heads work. Where the gradient asks
-            what the heads that were not taken would have given (router "norm" in training), where dropout is at work,
-            and where a Foveate method attends, "gathered" computes all heads as well.
+            head that are active and no others; "auto" does so for single tokens behind many keys on a CPU, where it
+            pays. They agree. In prompts, products with gathered queries are slower than a fused causal kernel: on a
+            CPU they pay where fewer than about 40 % of the heads work. Where the gradient asks what the heads that
+            were not taken would have given (router "norm" in training), where dropout is at work, and where a Foveate
+            method attends, all heads are computed.
 
     Raises:
         BadArgument: heads or numbers that the layer does not have.
@@ -61,7 +68,7 @@ class MixtureOfHeads(Routed, SoftmaxHeads):
         shared: Sequence[int],
         top_k: int,
         router: Literal["linear", "norm"] = "linear",
-        compute: Literal["masked", "gathered"] = "masked",
+        compute: Literal["auto", "masked", "gathered"] = "auto",
     ) -> None:
         super().__init__(config, layer_idx, geometry)
         heads = self.geometry.num_heads
@@ -72,8 +79,8 @@ class MixtureOfHeads(Routed, SoftmaxHeads):
             raise BadArgument("shared", list(shared), "leave at least one head to be routed")
         if router not in ("linear", "norm"):
             raise BadArgument("router", router, 'give "linear" or "norm"')
-        if compute not in ("masked", "gathered"):
-            raise BadArgument("compute", compute, 'give "masked" or "gathered"')
+        if compute not in COMPUTE:
+            raise BadArgument("compute", compute, f"give one of {', '.join(COMPUTE)}")
         self.shared, self.routed, self.router, self.compute = sorted(shared), routed, router, compute
         self.active = top_k
         self.gate = TwoStageRouter(config.hidden_size, len(shared), len(routed)) if router == "linear" else None
@@ -134,15 +141,17 @@ class MixtureOfHeads(Routed, SoftmaxHeads):
         self.note(routing)
         q = self.placed(q, self.q_norm, position_embeddings)
         k, v = self.keys_and_values(hidden_states, position_embeddings, past_key_values)
-        if self._gathers():
+        if self._gathers(q, k):
             out = gathered(q, k, v, routing.active, attention_mask, self.scaling, self.attn_logit_softcapping)
         else:
             out = self.attended(q, k, v, attention_mask, **kwargs)
         out = out * routing.gates.unsqueeze(-1).to(out.dtype)
         return self.o_proj(out.flatten(2)), None
 
-    def _gathers(self) -> bool:
-        if self.compute != "gathered" or self.config._attn_implementation not in ("sdpa", "eager"):
+    def _gathers(self, q: Tensor, k: Tensor) -> bool:
+        if self.compute == "masked" or self.config._attn_implementation not in ("sdpa", "eager"):
+            return False
+        if self.compute == "auto" and (q.shape[2] > 1 or k.shape[2] < _WORTH or q.device.type != "cpu"):
             return False
         needs_all = self.router == "norm" and torch.is_grad_enabled()
         return not needs_all and not (self.training and getattr(self.config, "attention_dropout", 0.0))
@@ -163,6 +172,8 @@ def gathered(
     """
     batch, heads, queries, _ = q.shape
     groups = heads // k.shape[1]
+    if queries == 1:
+        return _one_token(q, k, v, active, visible(mask, 1, k.shape[2], q.device), scale, softcap)
     seen = visible(mask, queries, k.shape[2], q.device)
     if seen is None:
         seen = torch.ones(1, 1, queries, k.shape[2], dtype=torch.bool, device=q.device)
@@ -182,4 +193,22 @@ def gathered(
                 scores = q[row, of, at] @ k[row, head, :end].T * scale
                 weights = weigh(scores, seen[row, at, :end], softcap).to(v.dtype)
                 out[row, at, of] = weights @ v[row, head, :end]
+    return out
+
+
+def _one_token(
+    q: Tensor, k: Tensor, v: Tensor, active: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """`gathered` for a single token of each row: a key-value head of which no query head works is not read at all."""
+    groups = q.shape[1] // k.shape[1]
+    out = q.new_zeros(q.shape[0], 1, q.shape[1], v.shape[-1])
+    q = q * scale
+    for row, working in enumerate(active[:, 0].tolist()):
+        mask = None if seen is None else seen[row if seen.shape[0] > 1 else 0, 0]
+        for head in range(k.shape[1]):
+            members = [h for h in range(head * groups, (head + 1) * groups) if working[h]]
+            if members:
+                keys = k[row, head] if mask is None else k[row, head, : mask.shape[-1]]
+                weights = weigh(q[row, members, 0] @ keys.T, mask, softcap).to(v.dtype)
+                out[row, 0, members] = weights @ v[row, head, : keys.shape[0]]
     return out
