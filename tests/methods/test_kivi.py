@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Literal
+
 import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
@@ -9,13 +12,14 @@ from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores
 
 import foveate
 from foveate.cache import PackedColumn
+from foveate.cache.quantised import Quantised, Rotated, hadamard
+from foveate.evaluate.setting import parse_one
 from foveate.methods import KIVI, StreamingLLM
-from foveate.methods.kivi import Quantised
 
 SMALL = {"bits": 4, "group": 4, "residual": 8}
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 300.0, 1e-3])
 def test_error_is_at_most_half_a_step(bits: int, per_channel: bool, scale: float) -> None:
@@ -59,7 +63,7 @@ def test_residual_lengths(length: int, steps: int) -> None:
         assert (total - band.v.packed == min(total, 8)).all()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_bytes_of_the_packed_body(bits: int) -> None:
     """bits / 8 per element and 4 bytes per group, keys and values; nothing else is held for packed tokens."""
     _, cache = applied(llama(layers=1, head_dim=32), KIVI(bits=bits, group=8, residual=16), prompt(1, 64))
@@ -74,11 +78,12 @@ def test_prompt_attention_is_exact_and_decode_reads_what_is_held() -> None:
     model, ids, steps = llama(), prompt(1, 61), prompt(1, 5, seed=1)
     want, _ = logits(model, ids, steps)
     errors = []
-    for bits in (2, 4, 8):
+    for bits in (2, 3, 4, 8):
         got, _ = applied(model, KIVI(bits=bits, group=4, residual=8), ids, steps)
         assert_close(got[:, :1], want[:, :1], TOLERANCE)
         errors.append(relative_rms(got[:, 1:], want[:, 1:]))
-    assert errors[0] > errors[1] > errors[2] > TOLERANCE
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] > TOLERANCE
 
 
 def test_two_bit_keys_per_token_collapse() -> None:
@@ -111,7 +116,7 @@ def test_budget_chooses_the_most_bits_that_meet_it() -> None:
         chosen = {}
         for share in (0.2, 0.3, 0.5, 1.0):
             binding = handle.bind(KIVI(group=32, residual=32), budget=share)
-            chosen[share] = binding.transient_plan(512)[0].roles["kivi"].extra["bits"]
+            chosen[share] = binding.transient_plan(512)[0].roles["kivi"].extra["bits"][0]
         # float32 model: 8 bits cost 9/32 of the dense cache before the exact tail, 4 bits 5/32, 2 bits 3/32
         assert chosen == {0.2: 4, 0.3: 4, 0.5: 8, 1.0: 16}
         with pytest.raises(foveate.Infeasible, match="2 bits"):
@@ -123,7 +128,73 @@ def test_windowed_heads_stay_exact() -> None:
     assert not any(isinstance(band.k, PackedColumn) for store in stores(cache) for band in store.bands)
 
 
-@pytest.mark.parametrize("bad", [{"bits": 3}, {"group": 0}, {"residual": 48, "group": 32}])
+def test_two_numbers_are_of_keys_and_of_values() -> None:
+    """(4, 2) bits in groups of (8, 16): the body holds just that; the first half of the layers may have others."""
+    method = KIVI(bits=(4, 2), group=(8, 16), residual=16, early=3)
+    _, cache = applied(llama(layers=2, head_dim=32), method, prompt(1, 64))
+    for store, (bits_k, bits_v) in zip(stores(cache), [(3, 3), (4, 2)], strict=True):
+        (band,) = store.bands
+        keys = sum(t.numel() * t.element_size() for t in band.k.body)
+        values = sum(t.numel() * t.element_size() for t in band.v.body)
+        assert keys == 2 * 64 * 32 * bits_k / 8 + 2 * 64 * 32 / 8 * 4
+        assert values == 2 * 48 * 32 * bits_v / 8 + 2 * 48 * 32 / 16 * 4
+
+
+def test_one_side_may_stay_exact() -> None:
+    _, cache = applied(llama(), KIVI(bits=(16, 4), group=4, residual=8), prompt(1, 41))
+    for store in stores(cache):
+        (band,) = store.bands
+        assert not isinstance(band.k, PackedColumn)
+        assert isinstance(band.v, PackedColumn)
+
+
+def test_settings_are_read_back_as_written() -> None:
+    text = "kivi(bits=(4, 3), group=64, residual=16, early=(3, 2), hadamard='both')"
+    method = parse_one(text)
+    assert method == KIVI(bits=(4, 3), early=(3, 2), group=64, residual=16, hadamard="both")
+    assert KIVI(**json.loads(json.dumps(method.settings()))) == method
+
+
+def test_mixed_channels_share_the_load_of_outliers() -> None:
+    """Values with a few large channels lose less at two bits once they are mixed, and keys' constant channels cost
+    nothing once their mean is taken off."""
+    x = torch.randn(2, 128, 64)
+    x[..., :3] *= 12
+    plain = Quantised(2, 64, False, 0, 1)
+    mixed = Rotated(plain, centred=False)
+    assert relative_rms(mixed.unpack(mixed.pack(x), torch.float32), x) < 0.8 * relative_rms(
+        plain.unpack(plain.pack(x), torch.float32), x
+    )
+    offset = torch.randn(64) * 40
+    centred, moved = Rotated(plain, centred=True), torch.randn(2, 128, 64)
+    learned = centred.fit(moved + offset, torch.tensor([128, 128]), None)
+    back = centred.unpack(centred.pack(moved + offset, *learned), torch.float32, *learned)
+    assert relative_rms(back - offset, moved) < 0.5
+    matrix = hadamard(64, torch.device("cpu"))
+    assert_close(matrix @ matrix, torch.eye(64), 1e-6)
+
+
+@pytest.mark.parametrize("hadamard", ["values", "both"])
+def test_mixed_channels_decode_near_dense(hadamard: Literal["values", "both"]) -> None:
+    model, ids, steps = llama(), prompt(2, 61), prompt(2, 9, seed=1)
+    want, _ = logits(model, ids, steps)
+    errors = []
+    for bits in (2, 4, 8):
+        got, _ = applied(model, KIVI(bits=bits, group=4, residual=8, hadamard=hadamard), ids, steps)
+        assert_close(got[:, :1], want[:, :1], TOLERANCE)
+        errors.append(relative_rms(got[:, 1:], want[:, 1:]))
+    assert errors[0] > errors[1] > errors[2] > TOLERANCE
+    assert errors[2] < 0.02
+
+
+def test_mixing_needs_a_power_of_two() -> None:
+    with pytest.raises(foveate.Refused, match="powers of two"):
+        foveate.apply(llama(head_dim=24), KIVI(hadamard="both"))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"bits": 5}, {"bits": (4, 2, 2)}, {"early": (4, 5)}, {"group": 0}, {"residual": 48, "group": 32}]
+)
 def test_bad_parameters(bad: dict) -> None:
     with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
         KIVI(**bad)
