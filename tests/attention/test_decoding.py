@@ -15,7 +15,7 @@ from foveate.attention import Geometry, Selection, Span, decoding
 from foveate.attention.backends import choose
 from foveate.attention.request import normal
 from foveate.cache import Blocks, Store, StoreSpec, View
-from foveate.cache.fixed import FixedStore
+from foveate.cache.fixed_store import FixedStore
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.summaries import minmax, page_scores
 
@@ -104,7 +104,7 @@ def test_bands_in_one_launch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
         for a, b in zip(fixed.bands, twin.bands, strict=True):
             used = int(a.lengths.max())
             assert torch.equal(a.lengths, b.lengths) and torch.equal(a.seen, b.seen) and torch.equal(a.turn, b.turn)
-            assert torch.equal(a.k[:, :used], b.k[:, :used])
+            assert torch.equal(a.keys()[:, :used], b.keys()[:, :used])
             assert torch.equal(a.values()[:, :used], b.values()[:, :used])
             assert torch.equal(a.slot_positions()[:, :used], b.slot_positions()[:, :used])
 

@@ -154,3 +154,21 @@ def _near(r: Request) -> tuple[int, int] | None:
 def _kernels(module: str) -> Any:
     found: ModuleType = import_module(f"foveate.attention.triton.{module}")
     return found
+
+
+def packed(
+    q: Tensor,
+    keys: Sequence[Any],
+    values: Sequence[Any],
+    lengths: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    """Attention of q [P, G, 1, Dk] over tokens in few bits and the exact ones behind them, of one pair per row.
+
+    Args:
+        keys, values: the fields of `triton.decode_packed.PackedSide`.
+    """
+    kernels = _kernels("decode_packed")
+    sides = kernels.PackedSide(*keys), kernels.PackedSide(*values)
+    return Partial(*kernels.decode_packed(q, *sides, lengths, scale, softcap))

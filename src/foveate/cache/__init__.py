@@ -3,7 +3,7 @@
 from foveate.cache.band import Band
 from foveate.cache.cache import FoveateCache
 from foveate.cache.chain import chained
-from foveate.cache.column import Column, FittedSide, Observed, PackedColumn, Side
+from foveate.cache.column import Column, FittedSide, LowBit, Observed, PackedColumn, Side
 from foveate.cache.joint import JointColumn, JointSide, hold_together
 from foveate.cache.place import Place, PlacedColumn
 from foveate.cache.state import Blocks, Tag
@@ -20,6 +20,7 @@ __all__ = [
     "FoveateCache",
     "JointColumn",
     "JointSide",
+    "LowBit",
     "Observed",
     "PackedColumn",
     "Place",

@@ -62,6 +62,8 @@ class CourierLayer(CacheLayerBase):
         """The prompt is complete: what methods evict was evicted."""
         self.dirty = False
         """Tokens arrived since the last settling."""
+        self.clock = np.zeros(0, dtype=np.int64)
+        """Tokens of each row decoded since its last prompt, host int64 [B]. Never changed in place."""
         self.owner: Any = None
 
     # -- what transformers calls --------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ class CourierLayer(CacheLayerBase):
                 raise Refused(f"cannot crop {n} tokens: {name} has already freed tokens that would be visible again")
             self.store.crop(removed)
             self.columns -= n
-            self.mine = {}
+            self.mine, self.clock = {}, np.zeros_like(self.clock)
             if self.columns < self.sealed_at:
                 self.prepared = {}
         if self.record_past and self.sealed and self.dirty:
@@ -134,6 +136,7 @@ class CourierLayer(CacheLayerBase):
             self.samples = self.samples.index_select(0, index.to(self.samples.device))
             self.sample_order = self.sample_order.index_select(0, index.to(self.sample_order.device))
         self.mine, self.prepared = select_rows(self.mine, rows), select_rows(self.prepared, rows)
+        self.clock = self.clock[rows]
         if self.limit is not None:
             self.limit = self.limit[rows]
 

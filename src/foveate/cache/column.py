@@ -53,6 +53,18 @@ class Side(Protocol):
         ...
 
 
+class LowBit(NamedTuple):
+    """What a side states as `low_bit` if its body is codes, scales and zero points in the layout of the decode kernel.
+
+    Args:
+        bits: of a code: 2, 4 or 8.
+        per_channel: tokens share a scale, channel by channel; False: channels of a token do.
+    """
+
+    bits: int
+    per_channel: bool
+
+
 class Observed(NamedTuple):
     """The prompt's last queries, as far as somebody needs them (`Needs.window`), right-aligned.
 
@@ -199,7 +211,7 @@ class PackedColumn:
         if not self.closed:
             room = min(room, max(width, self.side.tail + max(self.side.flush, self._slack)))
         if self.tail.data.shape[1] > room + (0 if self.closed else SPARE):
-            self._to_front(lengths, room)
+            self.to_front(lengths, room)
         elif width == 0:
             self.start = self.packed
 
@@ -208,8 +220,9 @@ class PackedColumn:
         """Slots of the tail for tokens that are packed by now, where they are packed one or a few at a time."""
         return SPARE if 0 < self.side.flush < SPARE else 0
 
-    def _to_front(self, lengths: Counts, capacity: int) -> None:
-        """Move what is not packed to the front of the tail, or of a new one if it has other than `capacity` slots."""
+    def to_front(self, lengths: Counts, capacity: int | None = None) -> None:
+        """Move what is not packed to the front of the tail, or of a new one of `capacity` slots."""
+        capacity = self.tail.data.shape[1] if capacity is None else capacity
         old, width = self.tail.data, int((lengths - self.packed).max(initial=0))
         kept = self._exact(width)
         if capacity == old.shape[1]:
@@ -284,7 +297,7 @@ class PackedColumn:
         exact = int((lengths - self.packed).max(initial=0))
         most = max(exact + 1, self.side.tail + max(self.side.flush, self._slack))
         if self.tail.data.shape[1] < most or self.room(lengths, 0) < 1:
-            self._to_front(lengths, max(most, self.tail.data.shape[1]))
+            self.to_front(lengths, max(most, self.tail.data.shape[1]))
 
     def unpacked(self, tokens: int | None = None) -> Tensor:
         """The first tokens of the body [P, tokens, D]; None: all that it has room for."""
@@ -314,7 +327,7 @@ class PackedColumn:
         exact, here = int((counts - self.packed).max(initial=0)), self.tail.data.shape[1]
         most = max(exact + max(coming, min(capacity - used, SPARE)), here)
         if (self.start < self.packed).any():
-            self._to_front(counts, here if exact + coming <= here else most)
+            self.to_front(counts, None if exact + coming <= here else most)
         else:
             self.tail.reserve(most, min(exact, here))
 

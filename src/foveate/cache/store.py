@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from foveate.attention import Span
@@ -81,6 +82,10 @@ class Store:
     def aligned(self) -> bool:
         """Every head of a row holds the same tokens in the same slots (nothing was evicted)."""
         return all(band.positions is None for band in self.bands)
+
+    def newest(self, fresh: Counts) -> Tensor:
+        """Position of the first of the newest fresh[b] tokens of each row, int64 [B], on the device."""
+        return torch.from_numpy(self.seen - fresh).to(self.bands[0].device)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -61,6 +61,16 @@ class View:
         """Tokens of the longest row so far, evicted ones counted; a host integer."""
         return int(self._store.seen.max(initial=0))
 
+    def exceeds(self, tokens: int) -> bool:
+        """Whether the longest row has had more tokens than that. Where steps are recorded and replayed, ask this: when
+        the answer changes, they are recorded anew."""
+        return self.longest > tokens
+
+    @property
+    def reach(self) -> int:
+        """No held token stands at this position or behind it; a host integer."""
+        return self.longest
+
     @property
     def aligned(self) -> bool:
         """Every head of a row holds the same tokens in the same slots."""

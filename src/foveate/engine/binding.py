@@ -18,7 +18,7 @@ from foveate.engine.plan import LayerPlan, plan_layers, scoring
 from foveate.engine.read import Reading
 from foveate.engine.rows import Rows
 from foveate.errors import BadArgument, Refused
-from foveate.methods.base import Composition, Method, Needs, Profile
+from foveate.methods.base import Composition, Method, Needs, Profile, uniform
 from foveate.methods.profile import fingerprint
 from foveate.models.shape import ModelShape
 
@@ -73,9 +73,21 @@ class Binding:
     @property
     def graph(self) -> bool:
         """Whether a decode step of these methods is device work alone, which a GPU can record and replay."""
+        return not self.ungraphed
+
+    @property
+    def ungraphed(self) -> str:
+        """Why a decode step of these methods cannot be recorded; empty if it can."""
         chooser = self.choosers["decode"]
         hooks = [*self.observers, *([] if chooser is None else [chooser])]
-        return all(m.graph for m in hooks) and not any(m.every_step or m.offloads for m in self.composition.methods)
+        for m in self.composition.methods:
+            if m.offloads:
+                return f"{m.id} holds tokens in the host's memory and attends to them there"
+            if m.every_step and m.rule is not uniform:
+                return f"{m.id} decides over all heads together which tokens leave at each step"
+            if (m.every_step or m in hooks) and not m.graph:
+                return f"{m.id} looks at values on the host at each step"
+        return ""
 
     @property
     def active(self) -> bool:

@@ -8,24 +8,17 @@ looks at values on the host, a window is still filling, a column has to grow) th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from foveate import compat
-from foveate.attention import ALL
-from foveate.cache import FoveateCache, Store
-from foveate.cache.fixed import FixedStore, FixedView
-from foveate.engine.context import LayerContext
+from foveate.cache import FoveateCache
+from foveate.cache.cache import WARMUP
 from foveate.engine.fused import fused
-from foveate.engine.plan import LayerPlan
-from foveate.engine.read import Reading, read
-from foveate.engine.rows import Rows
+from foveate.engine.step import StepCall
 from foveate.errors import Refused
-from foveate.methods.base import Method
 
 LEAST_ROOM = 256
 """Fewest tokens that a recorded step finds room for."""
@@ -40,128 +33,13 @@ _HARMLESS = frozenset({"use_cache", "return_dict", "attention_mask", "cache_posi
 _KNOWN = _HARMLESS | {"past_key_values"}
 
 
-class StepCall:
-    """What the layers of a recorded step are handed instead of `forward.Call`."""
-
-    def __init__(self, cache: FoveateCache, room: int) -> None:
-        self.binding, self.cache = cache.owner, cache
-        self.plans: dict[int, LayerPlan] = cache.owner.plans(cache)
-        self.layers = {index: cache.layers[index] for index in self.plans}
-        self.stores = {index: FixedStore(layer.store, room) for index, layer in self.layers.items()}
-        self.scratch: dict[str, dict[str, Any]] = {}
-        self.rows = Rows(np.ones(next(iter(self.stores.values())).rows, dtype=np.int64))
-
-    def manages(self, module: nn.Module) -> bool:
-        """Whether this attention module is one of the decoder's that Foveate serves."""
-        return getattr(module, "layer_idx", None) in self.stores and hasattr(module, "num_key_value_groups")
-
-    def attention(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """One layer: append, select, attend, on the device alone."""
-        index = module.layer_idx
-        plan, store = self.plans[index], self.stores[index]
-        k, v = self.layers[index].take()
-        projection = compat.LatentProjection(module) if plan.value_dim is not None else None
-        if projection is not None:
-            k, v, query = torch.cat([k, v], dim=-1), None, projection.absorb(query)
-        store.append(k, v)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        how = Reading(self.rows, (), scale, softcap, s_aux, self.binding.move)
-        view, parts = FixedView(store), ALL
-        managed = plan.shape.kind == "full"
-        chooser = self.binding.choosers["decode"]
-        if chooser is not None and managed:
-            parts = chooser.select(query, view, self._context(plan, store, chooser, how))
-        probs = plan.needs.probs and managed
-        if parts is ALL and not probs and not plan.needs.lse and not (managed and self.binding.observers):
-            out = store.attend(query, scale, softcap, s_aux)
-            if out is not None:
-                return self._given(out, projection)
-        result = read(store, query, parts, how, lse=plan.needs.lse and managed, probs=probs)
-        out = result.out
-        for method in self.binding.observers if managed else ():
-            changed = method.attended(query, view, result, self._context(plan, store, method, how))
-            out = out if changed is None else changed
-        return self._given(out, projection)
-
-    @staticmethod
-    def _given(out: Tensor, projection: compat.LatentProjection | None) -> tuple[Tensor, None]:
-        """What the attention module is given back: [B, N, H, Dv]."""
-        if projection is not None:
-            out = projection.values(out)
-        return out.transpose(1, 2).contiguous(), None
-
-    def _context(self, plan: LayerPlan, store: FixedStore, method: Method, how: Reading) -> LayerContext:
-        layer = self.layers[plan.shape.index]
-        return LayerContext(
-            id=method.id,
-            phase="decode",
-            layer=plan.shape.index,
-            shape=plan.shape,
-            role=plan.roles[method.id],
-            store=store,
-            how=how,
-            rope=self.binding,
-            own=layer.mine,
-            common=self.cache.shared,
-            scratch=self.scratch,
-            granted=layer.limit,
-        )
-
-    # -- between steps ------------------------------------------------------------------------------------------------
-
-    @property
-    def stale(self) -> bool:
-        """Something lies elsewhere now, or has no room for one more token."""
-        return any(_moved(store, self.layers[index].store) for index, store in self.stores.items())
-
-    def catch_up(self) -> None:
-        """Take over what came by another way since the last replay."""
-        for store in self.stores.values():
-            for band in store.bands:
-                if band.behind:
-                    band.refresh()
-
-    def counters(self) -> list[Tensor]:
-        """What a step changes besides the store's slots."""
-        return [t for s in self.stores.values() for b in s.bands for t in (b.lengths, b.seen, b.turn)]
-
-    def arrived(self) -> None:
-        """Count one replayed step on the host."""
-        for index, store in self.stores.items():
-            layer = self.layers[index]
-            for band in store.bands:
-                band.arrived()
-                layer.dirty = layer.dirty or band.cyclic
-            layer.store.seen = layer.store.seen + 1
-            layer.columns += 1
-
-
-def _moved(fixed: FixedStore, store: Store) -> bool:
-    """Whether a recorded store is no longer where the layer's tokens are."""
-    if fixed.rows != store.rows or len(fixed.bands) != len(store.bands):
-        return True
-    return any(b.stale or b.band is not now for b, now in zip(fixed.bands, store.bands, strict=True))
-
-
 class Step:
-    """One recorded decode step of one cache.
+    """The recorded decode steps of one cache, one of each kind.
 
     Args:
         forward: the model's own forward.
         cache: sealed, with a token per row decoded already.
-        ids, positions: [B, 1], as the next step brings them.
+        ids: [B, 1], as the next step brings them; so do positions.
         options: further keyword arguments of the forward.
     """
 
@@ -171,58 +49,76 @@ class Step:
         seen = max(int(layer.store.seen.max(initial=0)) for layer in cache.couriers())
         room = cache.horizon - seen if cache.horizon > seen else max(LEAST_ROOM, seen // 16)
         self.call = StepCall(cache, room)
+        self.forward, self.cache = forward, cache
         self.ids, self.positions, self.options = ids.clone(), positions.clone(), dict(options)
-        self.kind: Any = None
-
-        def run() -> Tensor:
-            cache.recording = self.call
-            try:
-                with fused(cache.owner.model):
-                    out = forward(
-                        input_ids=self.ids,
-                        position_ids=self.positions,
-                        past_key_values=cache,
-                        use_cache=True,
-                        **options,
-                    )
-            finally:
-                cache.recording = None
-            self.kind = type(out)
-            return out.logits
-
-        self._replay = record(run, self.call.counters(), ids.device)
+        self.form: Any = None
+        self._replays: dict[Hashable, Callable[[], Tensor]] = {}
         for index in self.call.stores:
             cache.touch(index)  # what was reserved counts
 
     def fits(self, ids: Tensor, options: dict[str, Any]) -> bool:
-        """Whether the next step is this one."""
+        """Whether the next step is one of these."""
         return ids.shape == self.ids.shape and options == self.options and not self.call.stale
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Any:
-        """The model's output for tokens [B, 1] at positions [B, 1]."""
-        self.call.catch_up()
+        """The model's output for tokens [B, 1] at positions [B, 1]; None if this step is made in the ordinary way.
+
+        Raises:
+            Refused: if it cannot be recorded.
+        """
+        kind = self.call.kind()
+        if kind is None:
+            return None
         self.ids.copy_(ids)
         self.positions.copy_(positions)
-        logits = self._replay()
+        if kind not in self._replays:
+            self._replays[kind] = record(self._run, self.call.counters(), ids.device)
+        logits = self._replays[kind]()
         self.call.arrived()
-        return self.kind(logits=logits.clone(), past_key_values=self.call.cache)
+        return self.form(logits=logits.clone(), past_key_values=self.cache)
+
+    def _run(self, rehearsing: bool = False) -> Tensor:
+        self.cache.recording, self.call.rehearsing, self.call.scratch = self.call, rehearsing, {}
+        try:
+            with fused(self.cache.owner.model):
+                out = self.forward(
+                    input_ids=self.ids,
+                    position_ids=self.positions,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    **self.options,
+                )
+            self.call.standing.write_back()
+        finally:
+            self.cache.recording = None
+            self.call.standing.put_back()
+            for layer in self.cache.couriers():
+                layer.staged = None
+        self.form = type(out)
+        return out.logits
 
 
-def record(run: Callable[[], Tensor], counters: list[Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """A function that repeats the device work of `run` and returns its result, which the next call overwrites."""
-    before = [t.clone() for t in counters]
+def record(run: Callable[..., Tensor], counters: list[Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """A function that repeats the device work of `run` and returns its result, which the next call overwrites.
 
-    def rewind() -> None:
-        for t, value in zip(counters, before, strict=True):
-            t.copy_(value)
+    Args:
+        run: makes the step; run(rehearsing=True) is undone by putting the counters back.
+        counters: what a step changes, besides what nobody reads yet.
 
+    Raises:
+        Refused: if the work waits for the host.
+    """
     if device.type != "cuda":
         return run
+    before = [t.clone() for t in counters]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        run()  # libraries initialise themselves outside the recording
-        rewind()
+        try:
+            run(rehearsing=True)  # libraries initialise themselves outside the recording
+        finally:
+            for t, value in zip(counters, before, strict=True):
+                t.copy_(value)
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
@@ -259,20 +155,25 @@ class Forward:
         if positions is None:
             positions = torch.full_like(ids, cache.get_seq_length())
         options = {k: v for k, v in kwargs.items() if k not in _KNOWN and v is not None}
-        step = cache.step
-        if step is None or not step.fits(ids, options):
-            step = cache.step = self._record(cache, ids, positions, options)
-        return self.original(**kwargs) if step is None else step(ids, positions)
+        out = self._replayed(cache, ids, positions, options)
+        return self.original(**kwargs) if out is None else out
 
-    def _record(self, cache: FoveateCache, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Step | None:
-        if cache.waiting > 0:
-            cache.waiting -= 1
+    def _replayed(self, cache: FoveateCache, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Any:
+        """The output of a recorded step, or None where the step has to be made in the ordinary way."""
+        step = cache.step
+        if step is not None and not step.call.catch_up():
+            cache.step, cache.waiting = None, WARMUP  # methods have to find their way again
             return None
-        cache.step = None
         try:
-            return Step(self.original, cache, ids, positions, options)
+            if step is None or not step.fits(ids, options):
+                cache.step = None
+                if cache.waiting > 0:
+                    cache.waiting -= 1
+                    return None
+                cache.step = Step(self.original, cache, ids, positions, options)
+            return cache.step(ids, positions)
         except Refused as refused:
-            cache.unrecorded, cache.waiting = str(refused), PATIENCE
+            cache.step, cache.unrecorded, cache.waiting = None, str(refused), PATIENCE
             return None
 
 

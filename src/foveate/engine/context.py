@@ -40,6 +40,13 @@ class LayerContext:
     samples: Tensor | None = None
     sample_order: Tensor | None = None
     ready: State = field(default_factory=dict)
+    clock: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    looks: bool = True
+    """Whether the host may look at values of the device."""
+
+    def sure(self, flags: Tensor) -> bool:
+        """Whether all flags are known to be set."""
+        return self.looks and bool(flags.all())
 
     @property
     def scale(self) -> float:

@@ -234,6 +234,8 @@ def _append(layer: CourierLayer, plan: LayerPlan, module: Any, rows: Rows) -> bo
         raise Refused(f"the cache holds {layer.store.rows} rows, but this forward has {k.shape[0]}")
     layer.store.append(k, v, rows.counts)
     layer.columns += k.shape[2]
+    if len(layer.clock) != k.shape[0]:
+        layer.clock = np.zeros(k.shape[0], dtype=np.int64)
     layer.dirty = True
     if rows.order is not None:
         layer.padded = layer.columns
@@ -325,6 +327,7 @@ def _context(
         samples=layer.samples,
         sample_order=layer.sample_order,
         ready=layer.prepared,
+        clock=layer.clock,
     )
 
 
@@ -345,6 +348,7 @@ def _capture_window(layer: CourierLayer, q: Tensor, real: np.ndarray, width: int
 
 def _finish(call: Call, plan: LayerPlan, layer: CourierLayer, index: int, how: Reading) -> None:
     """Seal at the prompt's end; keep the steady state after it."""
+    layer.clock = layer.clock + how.fresh if call.phase == "decode" else np.zeros_like(layer.clock)
     assert call.cache is not None
     owner = call.cache.owner
     if call.phase == "prompt":

@@ -82,7 +82,7 @@ def read(
     others = [None] * len(store.bands) if keys_instead is None else store.scatter(keys_instead)
     for band, other in zip(store.bands, others, strict=True):
         apart = is_apart(band) and other is None
-        keys, values = (None, None) if apart else _held(band)
+        keys, values = (None, None) if apart or isinstance(band, FixedBand) else _held(band)
         keys = keys if other is None else other.unsqueeze(1)
         geometry = band.geometry(placed) if isinstance(band, FixedBand) else _geometry(band, how, queries)
         visible = how.spans if how.spans is not None else band.spans
@@ -94,13 +94,20 @@ def read(
                 continue
             selection = _local(part, band, group, store)
             rows = _rows(turned, band, group, store)
+            if isinstance(band, FixedBand) and part is ALL and other is None:
+                whole = band.attend(rows, how.scale, how.softcap)
+                if whole is not None:
+                    got.append(whole)
+                    chosen.append((rows, selection))
+                    continue
             if apart and selection.frame.keys is None:
                 got += attend_apart(band, rows, selection, geometry, visible, scale=how.scale, softcap=how.softcap)
                 chosen.append((rows, selection))
                 _note(band, selection, geometry, visible, group, store, how)
                 continue
-            if keys is None or values is None:  # keys that are turned are brought together
-                keys, values = _held(band)
+            if keys is None or values is None:  # of two places only keys that are turned are brought together
+                held, values = _held(band)
+                keys = held if keys is None else keys
             if selection.frame.keys is not None:
                 got.append(framed.attend(rows, values, _pieces(rows, keys, selection, geometry, visible, how)))
             else:
@@ -245,7 +252,7 @@ def _moved(q: Tensor, part: Selection | Partial, store: Store, how: Reading) -> 
     if isinstance(part, Partial) or part.frame.query is None:
         return q
     assert how.move is not None, "a frame needs the model's rotary embedding"
-    start = torch.from_numpy(store.seen - how.fresh).to(q.device)
+    start = store.newest(how.fresh).to(q.device)
     positions = start.unsqueeze(1) + torch.arange(q.shape[2], device=q.device)
     return how.move(q, part.frame.query.to(q.device) - positions)
 

@@ -91,13 +91,14 @@ def evict(layer: CourierLayer, keeper: Method, ctx: LayerContext) -> None:
     lengths = view.host_lengths
     if (lengths <= layer.limit[:, None]).all():
         return
-    scores = protected(keeper, keeper.score(view, ctx), view, layer.limit)
+    recent = recent_of(keeper, layer.limit, store.bands[0].device)
     excess = lengths - layer.limit[:, None]
     if (excess == 1).all() and keeper.rule is uniform:
-        victims = scores.masked_fill(~view.valid(), torch.inf).argmin(-1).flatten()
+        victims = least(keeper, keeper.score(view, ctx), view, recent).flatten()
         for band in store.bands:
             band.drop_one(victims[band.index], np.arange(len(band.pairs)))
         return
+    scores = protected(keeper, keeper.score(view, ctx), view, recent)
     counts = keeper.rule(scores, view, torch.from_numpy(layer.limit), ctx).cpu().numpy()
     order = scores.argsort(dim=-1, descending=True, stable=True).cpu().numpy()
     kept: dict[int, np.ndarray] = {}
@@ -108,19 +109,29 @@ def evict(layer: CourierLayer, keeper: Method, ctx: LayerContext) -> None:
     store.keep(kept, store.seen)
 
 
-def protected(keeper: Method, scores: Tensor, view: View, limit: np.ndarray) -> Tensor:
-    """Scores [B, Hs, C] with +inf on protected slots and -inf behind the end of each row."""
-    lengths = view.lengths
-    scores = scores.float().expand(*lengths.shape, scores.shape[-1]).clone()
-    capacity = lengths.max()
-    if scores.shape[-1] > int(capacity):
-        scores = scores[..., : int(capacity)]
+def recent_of(keeper: Method, limit: np.ndarray, device: torch.device) -> Tensor:
+    """Newest tokens of each row that are never evicted, int64 [B], where it holds limit [B] per head."""
+    return torch.tensor([keeper.protect.recent_of(int(n)) for n in limit], device=device)
+
+
+def least(keeper: Method, scores: Tensor, view: View, recent: Tensor) -> Tensor:
+    """The slot of each head's token with the least score, [B, Hs]."""
+    return protected(keeper, scores, view, recent).masked_fill(~view.valid(), torch.inf).argmin(-1)
+
+
+def protected(keeper: Method, scores: Tensor, view: View, recent: Tensor) -> Tensor:
+    """Scores [B, Hs, C] with +inf on protected slots and -inf behind the end of each row.
+
+    Args:
+        recent: newest tokens that are protected, int64 [B].
+    """
+    lengths, slots = view.lengths, view.capacity
+    scores = scores[..., :slots].float().expand(*lengths.shape, -1).clone()
     positions = view.positions[..., : scores.shape[-1]]
     guard = keeper.protect
     if guard.sink:
         scores.masked_fill_(positions < guard.sink, torch.inf)
     if guard.recent:
-        recent = torch.tensor([guard.recent_of(int(n)) for n in limit], device=scores.device)
         newest = view.seen.to(scores.device)[:, None, None] - recent[:, None, None]
         scores.masked_fill_(positions >= newest, torch.inf)
     slot = torch.arange(scores.shape[-1], device=scores.device)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from foveate.attention import ALL, Parts
@@ -131,6 +132,11 @@ class Method:
         """Once the prompt is complete and what is evicted gone: tensors to look things up in later, rows first. They
         are `ctx.prepared` until tokens of the prompt are taken back, and lie where the layer's place is."""
         return {}
+
+    def kind(self, clock: np.ndarray) -> Hashable:
+        """What kind of decode step comes next, where the host's clock alone (see `Context`) makes a difference: those
+        of one kind are recorded once. None: it is made in the ordinary way."""
+        return ()
 
     # -- what is held -------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from foveate.attention import Parts
@@ -33,6 +34,7 @@ class Context(Protocol):
         samples: [B, H, n, D] prompt queries by chance, and `samples_valid` [B, n], in `prepare` if needed.
         prepared: what `prepare` made of this layer's prompt; empty before.
         scale: the softmax scale of the logits.
+        clock: tokens of each row decoded since its last prompt, before this forward; int64 [B] on the host.
         limit: tokens per head this layer may hold, [B] on the host (keep methods with a budget).
         mine, shared: tensors of this method per layer / per cache, rows first; cleared by crop.
         forward: this method's scratch of one forward, shared by its layers.
@@ -63,6 +65,8 @@ class Context(Protocol):
     @property
     def limit(self) -> Tensor | None: ...
     @property
+    def clock(self) -> np.ndarray: ...
+    @property
     def rope(self) -> Rope: ...
     @property
     def mine(self) -> dict[str, Tensor]: ...
@@ -70,6 +74,11 @@ class Context(Protocol):
     def shared(self) -> dict[str, Tensor]: ...
     @property
     def forward(self) -> dict[str, Any]: ...
+
+    def sure(self, flags: Tensor) -> bool:
+        """Whether all flags are known to be set, so that work may be left out. A step that is recorded to be replayed
+        cannot look at values: then the answer is False, and the step must be right whatever they are."""
+        ...
 
     @property
     def counts(self) -> bool:

@@ -34,6 +34,7 @@ class H2O(Method):
     slots = frozenset({"keep"})
     core = True
     every_step = True
+    graph = True
     search = tries(heavy=(0.25, 0.5, 0.75))
 
     heavy: float = 0.5

@@ -20,9 +20,9 @@ from foveate.heads.passkeys import Example, evenly, passkey_examples, shortest
 from foveate.methods.base import Context, Method, Probe, Profile, Result, Role, register
 from foveate.methods.budget import Budget
 from foveate.methods.policies.lists import top_lists
-from foveate.methods.policies.places import ascending, positions_of, slots_of
+from foveate.methods.policies.places import ascending, on_device, positions_of, slots_of
 from foveate.methods.policies.rows import group_reduce, row_probs
-from foveate.methods.profile import fingerprint
+from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import ModelShape
 
 
@@ -52,6 +52,7 @@ class LycheeDecode(Method):
     paper = "2602.04541"
     slots = frozenset({"decode"})
     calibrated = True
+    graph = True
 
     tokens: int = 4096
     recent: int = 16
@@ -70,6 +71,11 @@ class LycheeDecode(Method):
                 raise BadArgument(name, getattr(self, name), "give 0 or more")
         if self.reduce not in ("max", "mean"):
             raise BadArgument("reduce", self.reduce, 'give "max" or "mean"')
+
+    def stand_in(self, shape: ModelShape) -> Profile:
+        """The first kv head of every layer retrieves."""
+        gates = [[float(head == 0) for head in range(layer.num_kv_heads)] for layer in shape.layers]
+        return made_up(self.id, shape, {"open": gates})
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         layers = gated_layers(shape)
@@ -108,7 +114,7 @@ class LycheeDecode(Method):
 
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         role = ctx.role
-        if role.name not in ("mixed", "reuse") or role.extra["keep"] >= view.longest:
+        if role.name not in ("mixed", "reuse") or not view.exceeds(role.extra["keep"]):
             return ALL
         handed = ctx.forward["lists"]
         lists = ascending(slots_of(handed.flatten(2), view).unflatten(2, handed.shape[2:]))
@@ -124,7 +130,7 @@ class LycheeDecode(Method):
         publish = ctx.role.extra.get("publish", ())
         if ctx.phase != "decode" or not publish:
             return
-        heads = torch.tensor(publish, device=q.device)
+        heads = on_device(publish, q.device)
         keys, own = view.k().index_select(1, heads), _own(q, view)
         queries = q.unflatten(1, (view.lengths.shape[1], -1)).index_select(1, heads).flatten(1, 2)
         slot, positions = torch.arange(keys.shape[2], device=q.device), view.positions.index_select(1, heads)
@@ -194,6 +200,5 @@ def _own(q: Tensor, view: View) -> Tensor:
 
 def _heads(chosen: Sequence[int], view: View) -> Tensor:
     """Which store heads are among the chosen, bool [1, Hs, 1, 1]."""
-    flags = torch.zeros(view.lengths.shape[1], dtype=torch.bool)
-    flags[list(chosen)] = True
-    return flags.to(view.lengths.device).view(1, -1, 1, 1)
+    flags = tuple(int(head in chosen) for head in range(view.lengths.shape[1]))
+    return on_device(flags, view.lengths.device).view(1, -1, 1, 1).bool()

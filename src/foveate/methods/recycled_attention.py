@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +50,7 @@ class RecycledAttention(Method):
     paper = "2411.05787"
     slots = frozenset({"decode"})
     croppable = False
+    graph = True
 
     tokens: int = 4096
     stride: int = 50
@@ -105,18 +106,19 @@ class RecycledAttention(Method):
         """Slots [B, Hs, K] that the i-th new tokens read, their queries being q [B, H, D], and whether these are all
         they can see. Brings the state from before the tokens to behind them."""
         room, real = ctx.role.extra["keep"], view.host_fresh > i
-        clock = state["clock"].numpy() if state else np.zeros(len(q), dtype=np.int64)
-        due = self._due(q, clock, state) & real
+        due = self._due(q, ctx.clock + i, state, ctx) & real
         own = view.lengths - view.fresh[:, None] + i
-        own = own.masked_fill(~torch.from_numpy(real).to(own.device)[:, None], -1).unsqueeze(-1)
+        if not real.all():
+            own = own.masked_fill(~torch.from_numpy(real).to(own.device)[:, None], -1)
+        own = own.unsqueeze(-1)
         slot = torch.arange(keys.shape[2], dtype=torch.int32, device=q.device)
         read = torch.where(slot <= own, slot, -1)
-        full = torch.from_numpy(due).to(q.device).view(-1, 1, 1)
         whole = bool(due[real].all()) or keys.shape[2] <= room + 1
+        some = None if due.all() or not due.any() else torch.from_numpy(due).to(q.device).view(-1, 1, 1)
         if not due.all() and state:
             listed = ascending(torch.cat([slots_of(state["list"], view), own], dim=-1))
             wide = F.pad(listed, (0, max(0, read.shape[-1] - listed.shape[-1])), value=-1)
-            read = torch.where(full, read, wide) if due.any() else listed
+            read = listed if some is None else torch.where(some, read, wide)
         kept = read
         if read.shape[-1] > room:
             at = read.long().clamp_min(0).unsqueeze(-1)
@@ -124,16 +126,22 @@ class RecycledAttention(Method):
             score = group_reduce(row_probs(q, near, read >= 0, ctx), self.reduce)
             best = top_lists(score.masked_fill(read < 0, -torch.inf), room)
             kept = read.gather(-1, best.long().clamp_min(0)).masked_fill(best < 0, -1)
-        if self.similarity is not None:
-            state["query"] = torch.where(full, q, state["query"]) if state else q.clone()
-        state["clock"] = torch.from_numpy(np.where(due, 1, clock + real))
+        if self.similarity is not None and (due.any() or not state):
+            state["query"] = q.clone() if some is None else torch.where(some, q, state.get("query", q))
         state["list"] = positions_of(kept, view).clone()
         return read, whole
 
-    def _due(self, q: Tensor, clock: np.ndarray, state: dict[str, Tensor]) -> np.ndarray:
-        """Which rows look everywhere now. The clock counts the steps from a full one on, that one included."""
+    def _due(self, q: Tensor, clock: np.ndarray, state: dict[str, Tensor], ctx: Context) -> np.ndarray:
+        """Which rows look everywhere now: the first step after a prompt, and whenever a period is over."""
         due = clock % self.period == 0
-        if self.similarity is None or not state or not due.any():
+        if not state:
+            return np.ones_like(due)
+        if self.similarity is None or not due.any():
             return due
         alike = F.cosine_similarity(q.float(), state["query"].float(), dim=-1).mean(1).cpu().numpy()
         return due & ((alike < self.similarity) | (clock == 0))
+
+    def kind(self, clock: np.ndarray) -> Hashable:
+        """A comparison looks at values, so such a step is made in the ordinary way."""
+        due = clock % self.period == 0
+        return None if self.similarity is not None and due.any() else tuple(due.tolist())

@@ -38,6 +38,7 @@ class StreamingLLM(Method):
     name = "StreamingLLM"
     paper = "2309.17453"
     slots = frozenset({"keep"})
+    graph = True
     core = True
     search = tries(sink=(1, 4, 16))
 
@@ -73,7 +74,7 @@ class StreamingLLM(Method):
 
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         recent = ctx.role.extra["recent"]
-        if view.longest <= recent:
+        if not view.exceeds(recent):
             return ALL
         near = Selection(span=Span(window=recent))
         if self.sink == 0:

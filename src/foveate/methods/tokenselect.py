@@ -56,6 +56,7 @@ class TokenSelect(Method):
     causality = "prompt"
     chunked = "approximate"
     aligned = True
+    graph = True
 
     init: int = 128
     local: int = 512
@@ -85,7 +86,7 @@ class TokenSelect(Method):
 
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         k = ctx.role.extra["k"]
-        if view.longest <= self.init + self.local + k:
+        if not view.exceeds(self.init + self.local + k):
             return ALL
         raw: list[Tensor] = []  # keys at position 0, made when the first vote needs them
         block = self.chunk if ctx.phase == "prompt" else 1
@@ -137,7 +138,7 @@ class TokenSelect(Method):
         stands = torch.zeros_like(crowded)
         if state:
             stands = state["voted"] & crowded & (F.cosine_similarity(flat, state["query"], dim=1) >= self.theta)
-            if stands.all():
+            if ctx.sure(stands):
                 return state["list"], state
         if not raw:
             raw.append(at_position(view.k(), view.positions, 0, ctx.rope).float())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,13 @@ def ascending(lists: Tensor) -> Tensor:
     return order.masked_fill(order == last, -1)
 
 
+@lru_cache(maxsize=256)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """A few whole numbers, int64. They are brought to the device once: a step that is recorded takes nothing from the
+    host."""
+    return torch.tensor(numbers, device=device)
+
+
 def slots_of(positions: Tensor, view: View) -> Tensor:
     """Where the tokens at these logical positions are held: slots for positions, both [B, Hs, K] with -1 for none.
 
@@ -22,7 +31,7 @@ def slots_of(positions: Tensor, view: View) -> Tensor:
     """
     if view.aligned:
         return positions
-    nowhere = view.longest
+    nowhere = view.reach
     held = view.positions.long().masked_fill(~view.valid(), nowhere)
     slots = torch.arange(held.shape[-1], device=held.device).expand(held.shape)
     where = held.new_full((*held.shape[:2], nowhere + 1), -1).scatter(2, held, slots)

@@ -1,0 +1,190 @@
+"""What the layers of a recorded step do instead of `forward.attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foveate import compat
+from foveate.attention import ALL
+from foveate.cache import FoveateCache
+from foveate.cache.cache import CourierLayer, State
+from foveate.cache.fixed_store import FixedStore, FixedView
+from foveate.engine import seal as sealing
+from foveate.engine.context import LayerContext
+from foveate.engine.plan import LayerPlan
+from foveate.engine.read import Reading, read
+from foveate.engine.rows import Rows
+from foveate.engine.standing import Standing
+from foveate.errors import Refused
+from foveate.methods.base import Method
+
+
+class StepCall:
+    """What the layers of a recorded step are handed instead of `forward.Call`.
+
+    Args:
+        cache: sealed, with a token per row decoded already.
+        room: steps that it should serve.
+    """
+
+    def __init__(self, cache: FoveateCache, room: int) -> None:
+        self.binding, self.cache = cache.owner, cache
+        self.plans: dict[int, LayerPlan] = cache.owner.plans(cache)
+        self.layers: dict[int, CourierLayer] = {index: cache.layers[index] for index in self.plans}
+        self.recent: dict[int, Tensor] = {}
+        """Newest tokens that are not freed, int64 [B], of layers that free a token in each step."""
+        self.stores = {index: self._store(index, room) for index in self.layers}
+        states = [partial(_mine, layer) for layer in self.layers.values()] + [partial(_shared, cache)]
+        self.standing = Standing(states)
+        self.scratch: dict[str, dict[str, Any]] = {}
+        self.rows = Rows(np.ones(next(iter(self.stores.values())).rows, dtype=np.int64))
+        self.rehearsing = False
+        """Nothing that is held may be lost: the step is made to be undone."""
+
+    def _store(self, index: int, room: int) -> FixedStore:
+        layer, keeper = self.layers[index], self.binding.keeper
+        if keeper is None or not keeper.every_step or layer.limit is None:
+            return FixedStore(layer.store, room)
+        lengths, limit = layer.store.lengths, layer.limit[:, None]
+        if (lengths < limit).all():
+            return FixedStore(layer.store, min(room, int((limit - lengths).min())))
+        if (lengths != limit).any():
+            raise Refused("some heads free a token in each step already, and some do not yet")
+        self.recent[index] = sealing.recent_of(keeper, layer.limit, layer.store.bands[0].device)
+        return FixedStore(layer.store, room, evicting=True)
+
+    def manages(self, module: nn.Module) -> bool:
+        """Whether this attention module is one of the decoder's that Foveate serves."""
+        return getattr(module, "layer_idx", None) in self.stores and hasattr(module, "num_key_value_groups")
+
+    def attention(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """One layer: append, select, attend, free, pack, on the device alone."""
+        index = module.layer_idx
+        plan, store = self.plans[index], self.stores[index]
+        k, v = self.layers[index].take()
+        projection = compat.LatentProjection(module) if plan.value_dim is not None else None
+        if projection is not None:
+            k, v, query = torch.cat([k, v], dim=-1), None, projection.absorb(query)
+        store.append(k, v)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        how = Reading(self.rows, (), scale, softcap, s_aux, self.binding.move)
+        out = self._attend(plan, store, query, how)
+        if index in self.recent:
+            self._evict(plan, store, how)
+        store.settled(self.rehearsing)
+        if projection is not None:
+            out = projection.values(out)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _attend(self, plan: LayerPlan, store: FixedStore, q: Tensor, how: Reading) -> Tensor:
+        """Select, attend, observe: q [B, H, 1, Dk] -> [B, H, 1, Dv]."""
+        view, parts = FixedView(store), ALL
+        managed = plan.shape.kind == "full"
+        observers = self.binding.observers if managed else []
+        chooser = self.binding.choosers["decode"]
+        if chooser is not None and managed:
+            parts = chooser.select(q, view, self._context(plan, store, chooser, how))
+        probs = plan.needs.probs and managed
+        if parts is ALL and not probs and not plan.needs.lse and not observers:
+            out = store.attend(q, how.scale, how.softcap, how.sinks)
+            if out is not None:
+                return out
+        result = read(store, q, parts, how, lse=plan.needs.lse and managed, probs=probs)
+        out = result.out
+        for method in observers:
+            changed = method.attended(q, view, result, self._context(plan, store, method, how))
+            out = out if changed is None else changed
+        return out
+
+    def _evict(self, plan: LayerPlan, store: FixedStore, how: Reading) -> None:
+        """Each head frees the token with the least score."""
+        keeper, view = self.binding.keeper, FixedView(store)
+        scores = keeper.score(view, self._context(plan, store, keeper, how))
+        least = sealing.least(keeper, scores, view, self.recent[plan.shape.index])
+        if self.rehearsing:
+            least = view.lengths.long() - 1
+        store.drop(least)
+
+    def _context(self, plan: LayerPlan, store: FixedStore, method: Method, how: Reading) -> LayerContext:
+        layer = self.layers[plan.shape.index]
+        return LayerContext(
+            id=method.id,
+            phase="decode",
+            layer=plan.shape.index,
+            shape=plan.shape,
+            role=plan.roles[method.id],
+            store=store,
+            how=how,
+            rope=self.binding,
+            own=layer.mine,
+            common=self.cache.shared,
+            scratch=self.scratch,
+            granted=layer.limit,
+            ready=layer.prepared,
+            clock=layer.clock,
+            looks=False,
+        )
+
+    # -- between steps ------------------------------------------------------------------------------------------------
+
+    @property
+    def stale(self) -> bool:
+        """Something lies elsewhere now, or has no room for one more token."""
+        return any(store.stale for store in self.stores.values())
+
+    def kind(self) -> Hashable:
+        """What kind of step comes next, of all layers; None if it is made in the ordinary way."""
+        methods = [m for m in self.binding.composition.methods if type(m).kind is not Method.kind]
+        if not methods:
+            return ()
+        kinds = tuple(m.kind(layer.clock) for m in methods for layer in self.layers.values())
+        return None if None in kinds else kinds
+
+    def catch_up(self) -> bool:
+        """Take over what came by another way since the last replay. False if a step can no longer be this one."""
+        for store in self.stores.values():
+            for band in store.bands:
+                if band.behind:
+                    band.refresh()
+        return self.standing.take_over()
+
+    def counters(self) -> list[Tensor]:
+        """What a step changes besides the store's slots."""
+        return [t for store in self.stores.values() for t in store.counters()] + self.standing.tensors()
+
+    def arrived(self) -> None:
+        """Count one replayed step on the host."""
+        for index, store in self.stores.items():
+            layer = self.layers[index]
+            for band in store.bands:
+                band.arrived()
+                layer.dirty = layer.dirty or band.cyclic
+            layer.store.seen = layer.store.seen + 1
+            layer.columns += 1
+            layer.clock = layer.clock + 1
+
+
+def _mine(layer: CourierLayer) -> State:
+    return layer.mine
+
+
+def _shared(cache: FoveateCache) -> State:
+    return cache.shared
