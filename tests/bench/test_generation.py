@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from tests.cli.program import invoke
 
 from foveate.bench.clock import Timing, clock, rates
 from foveate.bench.generation import PLAIN, Bench, read_bytes, weight_bytes
+from foveate.bench.pairs import dense_pairs
 from foveate.bench.prompt import filled, plain
 from foveate.engine.apply import apply, resolve
 from foveate.errors import BadArgument
+from foveate.methods.base import METHODS
+from foveate.methods.profile import load_profile, save_profile
 from foveate.models import ModelShape, tiny
 from foveate.models.named import NAMED, named
 
@@ -136,3 +140,45 @@ def test_bad_input_is_one_line(arguments: list[str], says: str, capsys: pytest.C
     done = invoke(capsys, ["bench", *arguments, "--cpu"])
     assert done.code == 2
     assert says in done.err and len(done.err.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method.calibrated))
+def test_random_weights_need_no_calibration(name: str, tmp_path: Path) -> None:
+    """Every method that wants a profile makes one up for the bench, and the row says so."""
+    model = tiny("llama", layers=4, kv_heads=4)
+    method = METHODS[name]()
+    made = method.stand_in(ModelShape.of(model))
+    assert made is not None and made.arbitrary
+    assert load_profile(save_profile(made, tmp_path / "profile.json")) == made
+    applied = [resolve(method, ModelShape.of(model), profile=made)]
+    (row,) = Bench(steps=1, baseline=False).run(model, applied, [100])
+    assert row.arbitrary == (name,) and row.as_json()["arbitrary"] == [name]
+    assert row.decode is not None or "budget" in row.refused, row.refused
+
+
+def test_pairs_of_a_prompt_are_counted() -> None:
+    """Density is that of the spans, counting is no part of the time, and the floor falls with what is read."""
+    model = tiny("llama", kv_heads=4)
+    shape = ModelShape.of(model)
+    applied = [resolve(name, shape, budget) for name, budget in (("dense", None), ("streaming-llm", 40))]
+    dense, sparse = Bench(prompt=True, steps=1, baseline=False).run(model, applied, [200])
+    span = sum(min(i + 1, 40) for i in range(200)) / (200 * 201 / 2)
+    assert dense.density == 1 and sparse.density == pytest.approx(span, rel=0.02)
+    assert 0 < sparse.prefill_floor_s < dense.prefill_floor_s
+    got = sparse.as_json()
+    assert got["prefill_of_floor"] == pytest.approx(got["prefill_ms"] / got["prefill_floor_ms"])
+    layer = shape.layers[0]
+    assert dense_pairs(layer, 200) == layer.num_heads * 200 * 201 // 2
+    assert dense_pairs(replace(layer, window=8), 20) == layer.num_heads * sum(min(i + 1, 8) for i in range(20))
+
+
+def test_a_method_that_breaks_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama", kv_heads=4)
+    applied = [resolve(name, ModelShape.of(model), budget) for name, budget in (("snapkv", 0.5), ("dense", None))]
+
+    def broken(*given: object) -> None:
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(METHODS["snapkv"], "score", broken)
+    first, second = Bench(steps=1, baseline=False).run(model, applied, [100])
+    assert first.refused == "ValueError: no such luck" and second.decode is not None

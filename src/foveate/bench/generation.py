@@ -16,12 +16,14 @@ from foveate import compat
 from foveate.attention import Geometry, Selection
 from foveate.attention.pairs import bytes_read
 from foveate.bench.clock import Rates, Timing, rates, wait
+from foveate.bench.pairs import PromptPairs, density, multiplied, narrowed, prompt_flops
 from foveate.bench.prompt import filled, plain
 from foveate.cache import Band, FoveateCache
 from foveate.engine.apply import apply
 from foveate.engine.binding import Binding
 from foveate.errors import FoveateError
 from foveate.methods.base import Composition, Profile
+from foveate.models.shape import ModelShape
 
 PLAIN = "transformers"
 """The row of the model without Foveate."""
@@ -40,7 +42,10 @@ class Row:
         method: composition id, or `PLAIN`.
         length: tokens of context.
         settings: by method id.
+        arbitrary: methods whose calibration was made up, since random weights have nothing to calibrate on.
         prefill: of the prompt; None where it was made of random keys without one.
+        density: pairs of the prompt that were read, over those that the model reads.
+        prefill_floor_s: seconds for the operations of the weights and of the pairs that were read.
         decode: of one token; None where none was asked for.
         floor_s: seconds for the bytes that one token must read, at the measured rate.
         read_bytes: of keys and values (and of what is looked at to choose them) per token.
@@ -55,7 +60,10 @@ class Row:
     method: str
     length: int
     settings: dict[str, Any] = field(default_factory=dict)
+    arbitrary: tuple[str, ...] = ()
     prefill: Timing | None = None
+    density: float = 1.0
+    prefill_floor_s: float = 0.0
     decode: Timing | None = None
     floor_s: float = 0.0
     read_bytes: int = 0
@@ -69,10 +77,16 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; times in milliseconds."""
-        values = {k: v for k, v in vars(self).items() if k not in ("prefill", "decode", "floor_s")}
+        apart = ("prefill", "density", "prefill_floor_s", "decode", "floor_s", "arbitrary")
+        values = {k: v for k, v in vars(self).items() if k not in apart}
+        if self.arbitrary:
+            values["arbitrary"] = list(self.arbitrary)
         for name, timing in (("prefill", self.prefill), ("decode", self.decode)):
             if timing is not None:
                 values |= {f"{name}_{k}": v for k, v in timing.as_ms().items()}
+        if self.prefill is not None:
+            values |= {"prefill_density": self.density, "prefill_floor_ms": 1e3 * self.prefill_floor_s}
+            values["prefill_of_floor"] = self.prefill.median / self.prefill_floor_s
         if self.decode is not None:
             values |= {"decode_floor_ms": 1e3 * self.floor_s, "decode_of_floor": self.decode.median / self.floor_s}
         return values
@@ -110,7 +124,8 @@ class Bench:
                 yield self._safely(Row(PLAIN, length), lambda n=length: self._plain(model, n, machine), model.device)
             for composition, profiles in methods:
                 watch(f"{composition.id}, {length} tokens")
-                row = Row(composition.id, length, {m.id: m.settings() for m in composition.methods})
+                settings = {m.id: m.settings() for m in composition.methods}
+                row = Row(composition.id, length, settings, tuple(n for n, p in profiles.items() if p.arbitrary))
                 yield self._safely(
                     row, lambda r=row, a=(composition, profiles): self._method(model, a, r, machine), model.device
                 )
@@ -127,12 +142,14 @@ class Bench:
             return replace(row, refused=str(error))
         except torch.OutOfMemoryError:
             return replace(row, refused="out of memory")
+        except Exception as error:  # one method that fails must not take the rows of the others with it
+            return replace(row, refused=f"{type(error).__name__}: {str(error).strip()[-300:]}")
 
     def _plain(self, model: Any, length: int, machine: Rates) -> Row:
         row = Row(PLAIN, length, weight_bytes=weight_bytes(model))
         cache: Any = None
         if self.prompt:
-            row, cache = self._read(model, row, lambda: compat.DynamicCache(config=model.config))
+            row, cache = self._read(model, row, lambda: compat.DynamicCache(config=model.config), machine)
         if self.steps:
             cache = plain(model, length, rows=self.rows) if cache is None else cache
             row = replace(row, decode=self._generate(model, cache, length))
@@ -147,12 +164,13 @@ class Bench:
             handle.binding.check(row.length)
             cache: Any = None
             if self.prompt:
-                row, cache = self._read(model, row, handle.cache)
+                count = narrowed(handle.binding, row.length)
+                row, cache = self._read(model, row, handle.cache, machine, count)
             if self.steps:
                 cache = filled(handle.binding, row.length, rows=self.rows) if cache is None else cache
                 row = replace(row, decode=self._generate(model, cache, row.length))
                 recorded = cache.step is not None
-                why = "" if recorded else cache.unrecorded or "its hooks look at values on the host"
+                why = "" if recorded else cache.unrecorded or handle.binding.ungraphed
                 cache.step = None  # a graph has memory of its own
                 row = replace(row, recorded=recorded, why_not=why if model.device.type == "cuda" else "")
             row = replace(row, kv_bytes=cache.nbytes, peak_bytes=peak(model.device))
@@ -161,22 +179,42 @@ class Bench:
                 row = replace(row, read_bytes=read, floor_s=machine.floor(row.weight_bytes + read))
         return row
 
-    def _read(self, model: Any, row: Row, make: Callable[[], Any]) -> tuple[Row, Any]:
-        """Read a prompt into a new cache, several times; the last cache stays."""
+    def _read(
+        self, model: Any, row: Row, make: Callable[[], Any], machine: Rates, count: bool = False
+    ) -> tuple[Row, Any]:
+        """Read a prompt into a new cache, several times; the last cache stays.
+
+        Args:
+            count: count the pairs that are read. What that takes is taken off the time.
+        """
         vocabulary = compat.text_config(model).vocab_size
         ids = torch.randint(0, vocabulary, (self.rows, row.length), device=model.device)
-        seconds, cache = [], None
+        seconds, cache, pairs = [], None, PromptPairs()
         for number in range(self.repeats + 1):
             cut = min(row.length, 2048) if number == 0 else row.length  # the first prompt compiles what there is
             cache = None
             cache = make()
+            pairs = PromptPairs()
+            if count:
+                cache.trace = pairs
             wait(model.device)
             start = time.perf_counter()
             model(input_ids=ids[:, :cut], past_key_values=cache, use_cache=True, logits_to_keep=1)
             wait(model.device)
             if number:
-                seconds.append(time.perf_counter() - start)
-        return replace(row, prefill=Timing.of(seconds), prefill_peak_bytes=peak(model.device)), cache
+                seconds.append(time.perf_counter() - start - pairs.seconds)
+            if count:
+                cache.trace = None
+        shape = ModelShape.of(model)
+        flops = prompt_flops(shape, row.length, self.rows, multiplied(model, row.weight_bytes), pairs.read)
+        row = replace(
+            row,
+            prefill=Timing.of(seconds),
+            density=density(shape, row.length, self.rows, pairs.read),
+            prefill_floor_s=machine.floor(row.weight_bytes, flops),
+            prefill_peak_bytes=peak(model.device),
+        )
+        return row, cache
 
     def _generate(self, model: Any, cache: Any, length: int) -> Timing:
         """The time of one token inside `generate()`, the first few left out."""

@@ -193,24 +193,27 @@ def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
     model = named(given["shape"], layers=given["layers"], device=device)
     geometry = ModelShape.of(model)
     rows: list[dict[str, Any]] = []
+
+    def data() -> dict[str, Any]:
+        facts = {"shape": given["shape"], "layers": geometry.num_layers, "crossovers": crossings(rows)}
+        return record(kind, _command(kind, given), device, rows, **facts)
+
     applied = []
     for setting in settings:
         parts = setting.composition.methods
-        made = [profile for m in parts if m.calibrated and (profile := m.stand_in(geometry)) is not None]
+        made = [profile for m in parts if m.needs_profile and (profile := m.stand_in(geometry)) is not None]
         try:
             applied.append((setting.composition, find_profiles(setting.composition, geometry, made)))
         except FoveateError as error:
             rows += [{"method": setting.method, "length": n, "refused": str(error)} for n in lengths]
     for row in bench.run(model, applied, lengths, say):
         rows.append(row.as_json())
-    facts = {"shape": given["shape"], "layers": geometry.num_layers, "crossovers": crossings(rows)}
-    data = record(kind, _command(kind, given), device, rows, **facts)
-    if given["out"] is not None:
-        write(given["out"], data)
+        if given["out"] is not None:  # after each row, so that a run that is cut short leaves those before
+            write(given["out"], data())
     if given["as_json"]:
-        print_json(data)
+        print_json(data())
     else:
-        _show(kind, data)
+        _show(kind, data())
 
 
 def _command(kind: str, given: dict[str, Any]) -> str:

@@ -21,8 +21,11 @@ from foveate.methods.base import Context, Method, Needs, Probe, Profile, Role, r
 from foveate.methods.budget import Budget
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
-from foveate.methods.profile import fingerprint
+from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import LayerShape, ModelShape
+
+CENTROIDS = 4096
+"""Of each codebook (paper)."""
 
 
 @register
@@ -65,6 +68,18 @@ class A2ATS(Method):
         for name, least in (("sink", 0), ("window", 1), ("distance", 0)):
             if getattr(self, name) < least:
                 raise BadArgument(name, getattr(self, name), f"give at least {least}")
+
+    def stand_in(self, shape: ModelShape) -> Profile:
+        """As many random centroids as in the paper, under a metric that sees all channels alike."""
+        generator = torch.Generator().manual_seed(0)
+        tensors: dict[str, Tensor] = {}
+        for layer in shape.layers:
+            if layer.kind == "full":
+                heads, dim = layer.num_kv_heads, layer.head_dim
+                centroids = torch.randn(heads, CENTROIDS, dim, generator=generator)
+                book = Codebook(centroids, torch.eye(dim).expand(heads, dim, dim))
+                tensors |= book.tensors(str(layer.index))
+        return made_up(self.id, shape, {"distance": self.distance, "centroids": CENTROIDS}, tensors)
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         self._refuse(shape)
@@ -166,7 +181,7 @@ class A2ATS(Method):
         shape = ModelShape.of(probe.model)
         self._refuse(shape)
         on_cpu = next(probe.model.parameters()).device.type == "cpu"
-        centroids, tokens = centroids or (64 if on_cpu else 4096), tokens or (8192 if on_cpu else 81920)
+        centroids, tokens = centroids or (64 if on_cpu else CENTROIDS), tokens or (8192 if on_cpu else 81920)
         length = min(length or (512 if on_cpu else 2048), shape.max_positions, tokens)
         for name, value, most in (("centroids", centroids, 2**15), ("length", length, tokens)):
             if not 1 <= value <= most:

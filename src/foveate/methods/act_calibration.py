@@ -19,7 +19,7 @@ from foveate.heads.passkeys import Example, passkey_examples, shortest
 from foveate.heads.tap import Tap, Tapped, frozen
 from foveate.methods.base import Context, Method, Needs, Probe, Profile, Result, Role, register
 from foveate.methods.policies.lists import mask_lists
-from foveate.methods.profile import fingerprint
+from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import ModelShape
 
 
@@ -65,6 +65,12 @@ class ACT(Method):
             raise BadArgument("theta", self.theta, "give a share of attention between 0 and 1")
         if self.alpha is not None and self.alpha <= 0:
             raise BadArgument("alpha", self.alpha, "give a number above 0, or None for theta")
+
+    def stand_in(self, shape: ModelShape) -> Profile:
+        """Every other head is edited, but for the first two layers and the last."""
+        inner = {layer.index for layer in shape.layers[2:-1]}
+        heads = [list(range(0, layer.num_heads, 2)) if layer.index in inner else [] for layer in shape.layers]
+        return made_up(self.id, shape, {"heads": heads})
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         try:

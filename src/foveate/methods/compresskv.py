@@ -20,7 +20,7 @@ from foveate.methods.base import Context, Method, Needs, Probe, Profile, Role, r
 from foveate.methods.budget import Budget
 from foveate.methods.policies.layers import affordable, error_aware
 from foveate.methods.policies.window import check_window, pooled, window_mass
-from foveate.methods.profile import fingerprint
+from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import ModelShape
 
 
@@ -67,6 +67,11 @@ class CompressKV(Method):
             raise BadArgument("least", self.least, f"it must not be below window={self.window}")
         if self.most < 1:
             raise BadArgument("most", self.most, "give at least 1, which makes all layers alike")
+
+    def stand_in(self, shape: ModelShape) -> Profile:
+        """Heads and layers that count the more, the later they come."""
+        scores = [[float(head) for head in range(layer.num_heads)] for layer in shape.layers]
+        return made_up(self.id, shape, {"scores": scores, "errors": [1.0 + layer.index for layer in shape.layers]})
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         roles = [Role() for _ in shape.layers]

@@ -121,6 +121,10 @@ class Codec:
         return Codec(chained(self.keys, other.keys), chained(self.values, other.values), self.joint or other.joint)
 
 
+ARBITRARY = "arbitrary, for random weights"
+"""How a profile says that its numbers were made up."""
+
+
 @dataclass(frozen=True, eq=False)
 class Profile:
     """What calibration produced: a small table with provenance, and weights if any, saved as one JSON file.
@@ -138,6 +142,11 @@ class Profile:
     data: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def arbitrary(self) -> bool:
+        """Whether its numbers were made up (`Method.stand_in`), not found on a model."""
+        return self.provenance.get("made") == ARBITRARY
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Profile):

@@ -21,7 +21,7 @@ from foveate.methods.budget import Budget
 from foveate.methods.policies.chunks import chunk_scores
 from foveate.methods.policies.lists import mask_lists, top_lists
 from foveate.methods.policies.sequences import sequences
-from foveate.methods.profile import fingerprint
+from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import ModelShape
 
 WINDOW = 4
@@ -96,6 +96,18 @@ class DHSA(Method):
     def _end(self, n: int) -> int:
         """The first of n queries whose block reads everything."""
         return n if self.instruction == 0 else max(0, n - self.instruction) // self.block * self.block
+
+    def stand_in(self, shape: ModelShape) -> Profile | None:
+        """A predictor that nobody trained."""
+        full = [layer for layer in shape.layers if layer.kind == "full"]
+        if not full:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made = BoundaryPredictor((full[0].num_heads if full[0].latent else full[0].num_kv_heads) * full[0].head_dim)
+        return made_up(
+            self.id, shape, {"window": made.window}, {name: x.half() for name, x in made.state_dict().items()}
+        )
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         full = [layer for layer in shape.layers if layer.kind == "full"]

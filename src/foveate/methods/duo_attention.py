@@ -17,7 +17,7 @@ from foveate.heads.passkeys import Example, evenly, passkey_examples, shortest
 from foveate.heads.tap import Tapped
 from foveate.methods.base import Method, Probe, Profile, Role, register, tries
 from foveate.methods.budget import Budget
-from foveate.methods.profile import fingerprint
+from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import ModelShape
 
 
@@ -67,7 +67,7 @@ class DuoAttention(Method):
             [] if layer.kind != "full" else [(head + 0.5) / layer.num_kv_heads for head in range(layer.num_kv_heads)]
             for layer in shape.layers
         ]
-        return Profile(self.id, fingerprint(shape), {"gates": gates}, {"made": "arbitrary, for random weights"})
+        return made_up(self.id, shape, {"gates": gates})
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         ranked = self._ranked(shape, profile)

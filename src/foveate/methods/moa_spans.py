@@ -18,7 +18,7 @@ from foveate.heads.passkeys import Example, passkey_examples
 from foveate.methods.base import Method, Probe, Profile, Role, register
 from foveate.methods.budget import PAIR_BYTES, Budget
 from foveate.methods.policies.choice import choose
-from foveate.methods.profile import fingerprint
+from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import ModelShape
 
 POSITION = 4
@@ -57,6 +57,16 @@ class MoASpans(Method):
         super().__post_init__()
         if not 0 < self.density <= 1:
             raise BadArgument("density", self.density, "give a share above 0 and at most 1")
+
+    def stand_in(self, shape: ModelShape) -> Profile:
+        """Losses that fall with the window, faster in each head than in the one before it."""
+        lengths, block = (2048, 8192), 64
+
+        def falling(head: int, n: int) -> list[float]:
+            return [(1 - w / (n // block)) ** (head + 1) for w in range(1, n // block + 1)]
+
+        loss = [[[falling(h, n) for h in range(layer.num_kv_heads)] for layer in shape.layers] for n in lengths]
+        return made_up(self.id, shape, {"block": block, "lengths": list(lengths), "loss": loss})
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         block, table = self._table(shape, profile)

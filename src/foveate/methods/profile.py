@@ -6,15 +6,18 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from foveate.errors import BadArgument
 from foveate.methods.base import Profile
+from foveate.methods.declared import ARBITRARY
 from foveate.models.shape import ModelShape
 
 
@@ -24,6 +27,13 @@ def fingerprint(shape: ModelShape) -> str:
     facts += [(x.kind, x.num_heads, x.num_kv_heads, x.head_dim, x.window) for x in shape.layers]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     return f"{shape.family}-{len(shape.layers)}x{shape.hidden_size}-{digest}"
+
+
+def made_up(
+    method: str, shape: ModelShape, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> Profile:
+    """A profile with arbitrary numbers (`Method.stand_in`), which says so."""
+    return Profile(method, fingerprint(shape), data, {"made": ARBITRARY}, tensors or {})
 
 
 def save_profile(profile: Profile, path: str | os.PathLike[str]) -> Path:

@@ -22,7 +22,7 @@ from foveate.methods.base import Context, Method, Probe, Profile, Role, register
 from foveate.methods.policies.lists import mask_lists
 from foveate.methods.policies.lowbit import block_peaks
 from foveate.methods.policies.sequences import sequences
-from foveate.methods.profile import fingerprint
+from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import ModelShape
 
 
@@ -73,6 +73,11 @@ class SALE(Method):
             raise BadArgument("local", self.local, f"give 0 or a multiple of k_block={self.k_block}")
         if self.dense_below < 0:
             raise BadArgument("dense_below", self.dense_below, "give 0 or more tokens")
+
+    def stand_in(self, shape: ModelShape) -> Profile:
+        """A threshold that lets about a tenth of the blocks through where keys and queries are random numbers of the
+        size that random weights of a model of 8B give them."""
+        return made_up(self.id, shape, {"tau": [[1.0] * layer.num_heads for layer in shape.layers]})
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         roles = [Role()] * len(shape.layers)
