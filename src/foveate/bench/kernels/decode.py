@@ -140,6 +140,7 @@ def _listed(sizes: Sizes, n: int, page: int, tokens: int, generator: torch.Gener
         kernels = [
             Kernel("foveate decode", lambda: ours.decode_lists(q, k[0], v[0], lists, counts, lengths, page=page)),
             Kernel("torch gather, sdpa", lambda: _gathered(q, k, v, lists, page)),
+            *rivals.listed(q, k, v, lists, page),
         ]
     else:
         kernels = [
@@ -169,6 +170,7 @@ def _latent(sizes: Sizes, n: int, heads: int, generator: torch.Generator) -> Mad
         ours = _ours("decode_latent")
         lengths = torch.full((rows,), n, dtype=torch.int32, device=q.device)
         kernels.insert(0, Kernel("foveate decode", lambda: ours.decode_latent(q, c, lengths, scale, LATENT)))
+        kernels += rivals.latent(q, c, scale, LATENT)
     else:
         kernels.insert(0, Kernel("foveate sdpa", lambda: attend(q, k, v, scale=scale, backend="sdpa")))
     return Made(kernels, _check(q, k, v, scale=scale), nbytes, 2 * rows * heads * n * (dim + LATENT))

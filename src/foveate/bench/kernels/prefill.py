@@ -77,7 +77,11 @@ def _check(
 def _dense(sizes: Sizes, n: int, generator: torch.Generator) -> Made:
     q, k, v = _draw(sizes, n, generator)
     nbytes, flops = _work(sizes, n, sizes.heads * n * (n + 1) / 2)
-    kernels = [Kernel("foveate attend", lambda: attend(q, k, v)), *rivals.prefill(q, k, v)]
+    kernels = [
+        Kernel("foveate attend", lambda: attend(q, k, v, lse=False).out),
+        Kernel("foveate attend, with lse", lambda: attend(q, k, v)),
+        *rivals.prefill(q, k, v),
+    ]
     return Made(kernels, _check(q, k, v, ALL, generator), nbytes, flops)
 
 
@@ -89,8 +93,7 @@ def _block_sparse(sizes: Sizes, n: int, density: float, k_block: int, generator:
     nbytes, flops = _work(sizes, n, found.pairs)
     if has_kernels(q.device):
         kernels = [Kernel("foveate triton", lambda: attend(q, k, v, selection, backend="triton"))]
-        if k_block == rivals.BLOCK:
-            kernels.append(rivals.flex(q, k, v, rivals.listed_blocks(lists, n)))
+        kernels += rivals.block_sparse(q, k, v, lists, Q_BLOCK, k_block)
     else:
         kernels = [
             Kernel("foveate gather", lambda: attend(q, k, v, selection, backend="gather")),

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foveate.attention import attend
+from foveate.bench.kernels import flashinfer
 from foveate.bench.kernels.case import Kernel
 
 LIBRARIES = ("flashinfer", "fla", "natten")
@@ -55,20 +56,15 @@ def prefill(q: Tensor, k: Tensor, v: Tensor) -> list[Kernel]:
     kernels = _torch(q, k, v, True)
     if q.device.type != "cuda":
         return [*kernels, *uncompiled(lambda: attend(q, k, v, backend="flex"), q.shape[2])]
-    first = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]  # [N, H, D]
-    second = [x.unsqueeze(0) for x in first]  # [1, N, H, D]
-    calls: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        "flashinfer": (
-            lambda: _library("flashinfer", "single_prefill_with_kv_cache")(*first, causal=True),
-            lambda x: x.transpose(0, 1).unsqueeze(0),
-        ),
-        "fla": (lambda: _library("fla.ops.attn", "parallel_attn")(*second), lambda x: x.transpose(1, 2)),
-        "natten": (
-            lambda: _library("natten", "na1d")(*second, kernel_size=q.shape[2], is_causal=True),
-            lambda x: x.transpose(1, 2),
-        ),
-    }
-    kernels += [Kernel(name, *calls[name]) for name in LIBRARIES if find_spec(name) is not None]
+    if flashinfer.installed(q.device):
+        kernels.append(flashinfer.dense_prompt(q, k, v))
+    rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]  # [1, N, H, D]
+    if find_spec("fla") is not None:
+        kernels.append(Kernel("fla", lambda: _library("fla.ops.attn", "parallel_attn")(*rows), _turned))
+    if find_spec("natten") is not None:  # it knows no shared heads
+        each = [x.repeat_interleave(q.shape[1] // x.shape[2], dim=2) for x in rows]
+        how = {"kernel_size": q.shape[2], "is_causal": True}
+        kernels.append(Kernel("natten", lambda: _library("natten", "na1d")(*each, **how), _turned))
     return [*kernels, flex(q, k, v, causal_blocks(q.shape[2], q.device))]
 
 
@@ -77,16 +73,39 @@ def decode(q: Tensor, k: Tensor, v: Tensor) -> list[Kernel]:
     kernels = _torch(q, k, v, False)
     if q.device.type != "cuda":
         return kernels
-    if find_spec("flashinfer") is not None:
-        one, keys, values = q[0, :, 0], *(x[0].transpose(0, 1).contiguous() for x in (k, v))
-        kernels.append(
-            Kernel(
-                "flashinfer",
-                lambda: _library("flashinfer", "single_decode_with_kv_cache")(one, keys, values),
-                lambda x: x.view(q.shape),
-            )
-        )
+    if flashinfer.installed(q.device):
+        kernels.append(flashinfer.dense_step(q, k, v))
+    if find_spec("fla") is not None:
+        rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        ends = torch.tensor([0, k.shape[2]], device=q.device)
+        step = partial(_library, "fla.ops.attn.decoding", "attn_decoding_one_step")
+        kernels.append(Kernel("fla", lambda: step()(*rows, cu_seqlens=ends), _turned))
     return [*kernels, flex(q, k, v, None)]
+
+
+def listed(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, page: int) -> list[Kernel]:
+    """One query over listed pages, lists [1, Hk, K]."""
+    return [flashinfer.listed_step(q, k, v, lists, page)] if flashinfer.installed(q.device) else []
+
+
+def latent(q: Tensor, c: Tensor, scale: float, width: int) -> list[Kernel]:
+    """Absorbed queries [B, H, 1, D] over latents [B, n, D], of which the first `width` channels are values."""
+    return [flashinfer.latent_step(q, c, scale, width)] if flashinfer.installed(q.device) else []
+
+
+def block_sparse(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, q_block: int, k_block: int) -> list[Kernel]:
+    """Causal attention over listed blocks, lists [1, H, N / q_block, K] that end with the blocks of the queries."""
+    kernels = []
+    if flashinfer.installed(q.device):
+        kernels.append(flashinfer.listed_prompt(q, k, v, lists, q_block, k_block))
+    if q_block == k_block == BLOCK:
+        kernels.append(flex(q, k, v, listed_blocks(lists, q.shape[2])))
+    return kernels
+
+
+def _turned(out: Any) -> Tensor:
+    """[1, N, H, D] -> [1, H, N, D]."""
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
 def uncompiled(work: Callable[[], Any], length: int) -> list[Kernel]:
