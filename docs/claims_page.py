@@ -175,16 +175,19 @@ def baseline(check: Check, sweep: Sweep, key: RowKey) -> list[Record]:
 
 
 def timed(check: Check, benches: Sequence[dict[str, Any]]) -> Finding:
-    """The largest saving of time among the settings benched at the greatest length, beside dense of the same file."""
+    """The largest saving of time among the settings benched at the greatest length, beside dense of the same file. A
+    bench of any kind that timed this part of a run counts."""
     name = f"{check.measure}_ms"
-    found = []
+    found, refused = [], []
     for bench in benches:
         dense = {row["length"]: row for row in bench["rows"] if row["method"] == DENSE and row.get(name)}
         for row in bench["rows"]:
-            if row["method"] == check.method and row.get(name) and row["length"] in dense:
+            if row["method"] == check.method and row.get("refused"):
+                refused.append(f"{row['refused']} at {row['length']:,} tokens")
+            elif row["method"] == check.method and row.get(name) and row["length"] in dense:
                 found.append((-row["length"], row[name] / dense[row["length"]][name], bench, row, dense[row["length"]]))
     if not found:
-        return Finding(check, why=f"no {check.measure} time of it in the benches")
+        return Finding(check, why="; ".join([f"no {check.measure} time of it in the benches", *refused]))
     _, ratio, bench, row, dense = min(found, key=lambda each: each[:2])
     low = row.get(f"{name}_low", row[name]) / dense.get(f"{name}_high", dense[name])
     high = row.get(f"{name}_high", row[name]) / dense.get(f"{name}_low", dense[name])

@@ -243,6 +243,37 @@ def test_times_are_those_of_the_longest_context(pages: Any) -> None:
     assert "no prefill time" in pages.claims_page.look(check(measure="prefill", holds=0.4, part=0.7), None, [bench]).why
 
 
+def test_times_come_from_benches_of_every_kind(pages: Any, tmp_path: Path) -> None:
+    """Prefill, decode and both at once, of any method; what a bench refused says so, CPUs and kernels do not count."""
+
+    def bench(kind: str, device: str, **ms: float) -> None:
+        rows = [
+            {"method": name, "length": 131072, "settings": {}, "refused": ""} for name in ("dense", "quest", "sale")
+        ]
+        for name, value in ms.items():
+            rows[0][f"{name}_ms"], rows[1][f"{name}_ms"] = 2 * value, value
+        rows[2]["refused"] = "it took too long"
+        data = {"kind": kind, "shape": "llama3-8b", "device": device, "rows": rows}
+        (tmp_path / f"{len(list(tmp_path.iterdir()))}.json").write_text(json.dumps(data))
+
+    def timed(method: str, measure: str) -> Any:
+        asked = check(method=method, measure=measure, holds=0.6, part=0.8, budget=None)
+        return pages.claims_page.look(asked, None, pages.grid.benches(tmp_path))
+
+    bench("prefill", "an Intel CPU", prefill=1.0)
+    bench("kernels", "NVIDIA H100", prefill=1.0)
+    assert "no prefill time" in timed("quest", "prefill").why
+    bench("decode", "NVIDIA H100", decode=3.0)
+    assert timed("quest", "decode").value == 0.5 and "no prefill time" in timed("quest", "prefill").why
+    bench("prefill", "NVIDIA H100", prefill=5.0)
+    assert timed("quest", "prefill").verdict == "holds"
+    for file in tmp_path.iterdir():
+        file.unlink()
+    bench("e2e", "NVIDIA H100", prefill=5.0, decode=3.0)
+    assert timed("quest", "prefill").value == timed("quest", "decode").value == 0.5
+    assert timed("sale", "prefill").why.endswith("it took too long at 131,072 tokens")
+
+
 def test_the_claims_page_has_a_row_per_claim(pages: Any, sweep: Any) -> None:
     claim = Claim(says="It keeps all.", where="somewhere", checks=(check(),), why="The rest.")
     paper = Paper(id="quest", name="Quest", title="Quest", home="methods", tier=1, claim=claim)
