@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +23,7 @@ from foveate.methods.policies.neighbours import (
     inverted_lists,
     key_graph,
     probe,
-    query_graph,
+    query_graphs,
     scan,
     stacked,
     walk,
@@ -121,36 +122,31 @@ class RetrievalAttention(Method):
         return Needs(queries=self.queries if self.index == "graph" and role.name == "retrieve" else 0)
 
     def prepare(self, view: View, ctx: Context) -> Mapping[str, Tensor]:
-        make = self._maker(ctx)
-        if ctx.role.name != "retrieve" or ctx.role.place is None or make is None:
+        if ctx.role.name != "retrieve" or ctx.role.place is None or self.index == "flat":
             return {}
         keys, values, first = view.k(), view.v(), ctx.role.place.sink
-        tables = []
-        for b, row in enumerate(ctx.role.place.away(view.host_lengths.ravel()).reshape(view.host_lengths.shape)):
-            for h, count in enumerate(row.tolist()):
-                there = slice(first, first + count)
-                # Fewer keys than are looked up need no index.
-                enough = count > max(2, ctx.role.extra["k"])
-                tables.append(make(keys[b, h, there], values[b, h, there], b, h) if enough else None)
-        return stacked(tables, len(keys))
+        away = ctx.role.place.away(view.host_lengths.ravel()).reshape(view.host_lengths.shape)
+        # Fewer keys than are looked up need no index.
+        pairs = [(b, h) for b, h in np.ndindex(*away.shape) if away[b, h] > max(2, ctx.role.extra["k"])]
+        parts = [(keys[at][first : first + away[at]], values[at][first : first + away[at]]) for at in pairs]
+        made = dict(zip(pairs, self._made(pairs, parts, ctx), strict=False))
+        return stacked([made.get(at) for at in np.ndindex(*away.shape)], len(keys))
 
-    def _maker(self, ctx: Context) -> Callable[[Tensor, Tensor, int, int], dict[str, Tensor]] | None:
-        """What makes the index of one (row, kv head) out of its keys and values; None: there is none to be made."""
-        samples, real = ctx.samples, ctx.samples_valid
-        if self.index == "graph" and samples is not None and real is not None:
-
-            def graph(k: Tensor, v: Tensor, row: int, head: int) -> dict[str, Tensor]:
-                group = samples[row].unflatten(0, (ctx.shape.store_heads, -1))[head]
-                return query_graph(k, group[:, real[row]].flatten(0, 1), self.knn, self.degree)
-
-            return graph
+    def _made(
+        self, pairs: Sequence[tuple[int, int]], parts: Sequence[tuple[Tensor, Tensor]], ctx: Context
+    ) -> Sequence[dict[str, Tensor]]:
+        """The index of each (row, kv head), out of its keys and values; none where there is none to be made."""
+        if self.index == "graph":
+            if ctx.samples is None or ctx.samples_valid is None or not pairs:
+                return []
+            groups = ctx.samples.unflatten(1, (ctx.shape.store_heads, -1))
+            queries = [groups[b, h][:, ctx.samples_valid[b]].flatten(0, 1) for b, h in pairs]
+            return query_graphs([k for k, _ in parts], queries, self.knn, self.degree)
         if self.index == "hnsw":
-            return lambda k, v, row, head: key_graph(k, self.degree)
+            return [key_graph(k, self.degree) for k, _ in parts]
         if self.index == "ivf":
-            return lambda k, v, row, head: inverted_lists(k, round(len(k) ** 0.5), self.seed)
-        if self.index == "wave":
-            return lambda k, v, row, head: key_clusters(k, v, self.segment, self.cluster)
-        return None
+            return [inverted_lists(k, round(len(k) ** 0.5), self.seed) for k, _ in parts]
+        return [key_clusters(k, v, self.segment, self.cluster) for k, v in parts]
 
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         away = view.away

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -52,29 +53,49 @@ def query_graph(keys: Tensor, queries: Tensor, knn: int, degree: int) -> dict[st
 
     Source: RetrievalAttention (2409.10516) section 3.2, after RoarGraph.
     """
-    keys, queries = keys.float(), queries.float()
-    count = len(keys)
-    best = torch.cat([(some @ keys.T).topk(min(knn, count), dim=1).indices for some in queries.split(ROWS)])
-    pivot = best[:, :1].expand(-1, best.shape[1] - 1).flatten()
-    other = best[:, 1:].flatten()
-    links, shared = torch.unique(torch.cat([pivot * count + other, other * count + pivot]), return_counts=True)
-    here = torch.arange(count, device=keys.device)
-    near = torch.cat([_nearest(keys, some, min(degree, count - 1)) for some in here.split(ROWS)])
-    projected = _spread_out(keys, _ranked(links, shared, count, 2 * degree), degree - degree // 4)
+    return query_graphs([keys], [queries], knn, degree)[0]
+
+
+def query_graphs(keys: Sequence[Tensor], queries: Sequence[Tensor], knn: int, degree: int) -> list[dict[str, Tensor]]:
+    """`query_graph` of several sets of keys, each with queries of its own, made together: as one graph in several
+    parts, so that a device is not asked for the same few numbers over and over."""
+    starts = [0, *accumulate(len(each) for each in keys)]
+    total, every = starts[-1], torch.cat(list(keys)).float()
+    bests, pairs, near, sources, ranks = [], [], [], [], []
+    for some, asked, start in zip(keys, queries, starts, strict=False):
+        some, count = some.float(), len(some)
+        best = torch.cat([(q.float() @ some.T).topk(min(knn, count), dim=1).indices for q in asked.split(ROWS)])
+        bests.append(best[:, 0])
+        best = best + start
+        pairs.append(torch.stack([best[:, :1].expand(-1, best.shape[1] - 1).flatten(), best[:, 1:].flatten()]))
+        here = torch.arange(count, device=some.device)
+        found = torch.cat([_nearest(some, part, min(degree, count - 1)) for part in here.split(ROWS)])
+        near.append((found + start).flatten())
+        sources.append((here + start)[:, None].expand_as(found).flatten())
+        ranks.append(torch.arange(found.shape[1], device=some.device).expand_as(found).flatten())
+    pivot, other = torch.cat(pairs, dim=1)
+    links, shared = torch.unique(torch.cat([pivot * total + other, other * total + pivot]), return_counts=True)
+    projected = _spread_out(every, _ranked(links, shared, total, 2 * degree), degree - degree // 4)
     # Links to near keys both ways: who is near to nobody's query can be reached by those that are near to it.
-    source, target = here[:, None].expand_as(near).flatten(), near.flatten()
-    rank = torch.arange(near.shape[1], device=keys.device).expand_as(near).flatten()
-    links, order = torch.unique(torch.cat([source * count + target, target * count + source]), return_inverse=True)
-    weight = torch.full_like(links, near.shape[1] + 1).scatter_reduce(0, order, rank.repeat(2), "amin")
-    plain = _ranked(links, -weight, count, degree)
-    edges = torch.cat([projected, plain], dim=1)
+    source, target, rank = torch.cat(sources), torch.cat(near), torch.cat(ranks)
+    links, order = torch.unique(torch.cat([source * total + target, target * total + source]), return_inverse=True)
+    weight = torch.full_like(links, degree + 1).scatter_reduce(0, order, rank.repeat(2), "amin")
+    edges = torch.cat([projected, _ranked(links, -weight, total, degree)], dim=1)
     edges = _first_unique(edges)[:, :degree]
-    popular = torch.bincount(best[:, 0], minlength=count).argsort(descending=True, stable=True)
-    ring = ((here + 1) % count)[:, None]
-    return {
-        "edges": torch.cat([F.pad(edges, (0, degree - edges.shape[1]), value=-1), ring], dim=1).to(torch.int32),
-        "entries": _fit(popular[:ENTRIES], ENTRIES).to(torch.int32),
-    }
+    edges = F.pad(edges, (0, degree - edges.shape[1]), value=-1)
+    graphs = []
+    for some, best, start in zip(keys, bests, starts, strict=False):
+        count, own = len(some), edges[start : start + len(some)]
+        own = torch.where(own < 0, -1, own - start)
+        ring = (torch.arange(count, device=own.device) + 1) % count
+        popular = torch.bincount(best, minlength=count).argsort(descending=True, stable=True)
+        graphs.append(
+            {
+                "edges": torch.cat([own, ring[:, None]], dim=1).to(torch.int32),
+                "entries": _fit(popular[:ENTRIES], ENTRIES).to(torch.int32),
+            }
+        )
+    return graphs
 
 
 def key_graph(keys: Tensor, degree: int) -> dict[str, Tensor]:
