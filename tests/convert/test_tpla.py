@@ -119,7 +119,7 @@ def test_factors_are_what_they_say():
     """Against definitions written out, on latents of uneven energy."""
     q, k = torch.randn(2, 4, 5, 12), torch.randn(2, 5, 12) * torch.linspace(3, 0.2, 12)
     p = (torch.randn(2, 4, 5, 5) + torch.full((5, 5), -torch.inf).triu(1)).softmax(-1)
-    sums = Slices(3)
+    sums = Slices(12, 3)
     sums.add_latents(k)
     sums.add_scores(q, k, p, [slice(0, 4)] * 3)
     energy = k.double().square().unflatten(-1, (3, 4)).sum(-1)
@@ -155,12 +155,12 @@ def test_hadamard_slices_need_g_for_the_norm():
     """With energy spread evenly every slice has 1/g of it, so all ways to choose alpha agree on g (section 4.2)."""
     x = torch.randn(4000, 64) * torch.linspace(2, 0.01, 64)
     turned = x @ hadamard(64).float()
-    sums = Slices(4)
+    sums = Slices(64, 4)
     sums.add_latents(turned)
     assert torch.tensor(sums.shares).sub(0.25).abs().max() < 0.02
     for how in ("variance", "least-squares"):
         assert torch.tensor(sums.norm_scale(how)).sub(4).abs().max() < 0.4
-    uneven = Slices(4)
+    uneven = Slices(64, 4)
     uneven.add_latents(x)
     assert uneven.norm_scale("variance")[3] > 20
 
@@ -196,6 +196,20 @@ def test_what_slicing_costs_and_in_which_order():
     assert 0.01 < separated < 0.9 * plain
     assert plain < 0.5 * grouped
     assert plain < 0.7 * loss(separation=False, basis="identity")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@torch.no_grad()
+def test_what_shards_do_not_divide(grouped):
+    """9 heads and a latent of 32 dims over 4 and 5 ranks: cut, decoded and opened as any other."""
+    model, text, tokens = structured(heads=9), ids(40, 4, seed=1), ids(20, 2, seed=2)
+    whole = model(tokens).logits[:, 10:]
+    for shards, heads in ((4, [3, 2, 2, 2]), (5, [2, 2, 2, 2, 1])):
+        done = run(model, text, shards=shards, grouped=grouped, separation=False)
+        module = converted.decoder_layers(done.model)[0].self_attn
+        assert [len(range(9)[module.heads_of(rank)]) for rank in range(shards)] == (heads if grouped else [9] * shards)
+        assert sum(done.ladder[-1].facts["energy"][0]) == pytest.approx(1)
+        assert 1e-3 < error(decoded(done.model, tokens, 10), whole) < 1.5
 
 
 @torch.no_grad()
@@ -254,7 +268,7 @@ def test_what_is_refused():
     with pytest.raises(Refused, match="no latent attention"):
         TPLA().check(tiny("llama"), ModelShape.of(tiny("llama")))
     for settings, argument in (
-        ({"shards": 3}, "shards"),
+        ({"shards": 33}, "shards"),
         ({"shards": 0}, "shards"),
         ({"shards": 16, "grouped": True}, "shards"),
         ({"basis": "svd"}, "basis"),

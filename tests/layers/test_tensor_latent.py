@@ -14,6 +14,7 @@ from foveate.errors import BadArgument
 from foveate.layers import tensor_latent
 from foveate.layers.eager import visible
 from foveate.layers.latent import latent_spec
+from foveate.layers.tensor_latent import even_parts
 from foveate.models import converted
 from foveate.models.shape import ModelShape
 from foveate.models.tiny import tiny
@@ -120,16 +121,17 @@ def test_the_sum_of_all_scores_would_be_exact():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("shards", [2, 3, 4])
 def test_grouped_is_the_whole_with_other_groups_weights_at_zero(shards):
     module, x, position = one(shards=shards, separation=False, grouped=True, norm_scale=[1.5] * shards)
     grouped = module(x, position)[0]
-    assert [module.heads_of(rank) for rank in (0, shards - 1)] == [slice(0, 8 // shards), slice(8 - 8 // shards, 8)]
+    served = [range(8)[module.heads_of(rank)] for rank in range(shards)]
+    assert [len(heads) for heads in served] == {2: [4, 4], 3: [3, 3, 2], 4: [2, 2, 2, 2]}[shards]
     module.grouped = False
     assert not close(module(x, position)[0], grouped, 0.05)
     up = module.kv_b_proj.weight.view(8, -1, module.kv_lora_rank)
     for rank in range(shards):
-        for head in set(range(8)) - set(range(8)[slice(rank * 8 // shards, (rank + 1) * 8 // shards)]):
+        for head in set(range(8)) - set(served[rank]):
             up[head, :, module.slice_of(rank)] = 0
     assert close(module(x, position)[0], grouped, 1e-12)
 
@@ -153,8 +155,33 @@ def test_one_sum_over_ranks_in_each_layer(monkeypatch):
     assert set(given) == {module.rank_elements} == {16 + 8}
 
 
+@pytest.mark.parametrize(("total", "shards"), [(9, 4), (9, 2), (8, 8), (32, 3), (5, 1)])
+def test_parts_are_even_and_whole(total, shards):
+    parts = [list(range(total)[part]) for part in even_parts(total, shards)]
+    assert [each for part in parts for each in part] == list(range(total))
+    sizes = [len(part) for part in parts]
+    assert len(sizes) == shards and sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
+
+
+@torch.no_grad()
+def test_slices_of_uneven_width_see_all_there_is():
+    """Without the softmax between, ranks add up to the whole layer: every dim and every head is somewhere, once."""
+    module, x, position = one(shards=5)
+    q_nope, q_rot, latent, k_rot = module.project(x, position)
+    latent = module.kv_a_layernorm(latent)
+    # Only the first token is seen: the softmax has nothing to choose, and outputs are linear in the slices.
+    mask = torch.zeros(7, 7, dtype=torch.bool).index_fill_(1, torch.tensor(0), True)[None, None]
+    _, w_uv = LatentProjection(module).weights(x)
+    values = torch.einsum("br,hvr->bhv", latent[:, 0, 0], w_uv).flatten(1)
+    expected = module.o_proj(values)[:, None].expand(-1, 7, -1)
+    assert close(module.sliced(q_nope, q_rot, latent, k_rot, mask), expected, 1e-12)
+    assert module.rank_elements == 7 + 8
+    assert module.norm_scale == [32 / 7] * 2 + [32 / 6] * 3
+
+
 @pytest.mark.parametrize(
-    ("rank", "rope", "shards", "elements"), [(512, 64, 2, 320), (512, 64, 4, 192), (512, 64, 1, 576)]
+    ("rank", "rope", "shards", "elements"),
+    [(512, 64, 2, 320), (512, 64, 4, 192), (512, 64, 1, 576), (512, 64, 3, 171 + 64)],
 )
 def test_elements_of_a_rank(rank, rope, shards, elements):
     config = tiny("deepseek-v3").config
@@ -257,7 +284,7 @@ def test_foveates_engine_leaves_cut_layers_alone():
 @pytest.mark.parametrize(
     ("numbers", "argument"),
     [
-        ({"shards": 3}, "shards"),
+        ({"shards": 33}, "shards"),
         ({"shards": 0}, "shards"),
         ({"shards": 16, "grouped": True}, "shards"),
         ({"shards": 2, "norm_scale": [1.0]}, "norm_scale"),

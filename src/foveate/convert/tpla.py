@@ -35,11 +35,12 @@ class TPLA(Conversion):
     paper takes "variance" for both: on some latents that is worse than no factor.
 
     Args:
-        shards: ranks, each of which holds one slice.
+        shards: ranks, each of which holds one slice. What they do not divide is cut as evenly as it goes.
         basis: "pca" of the calibration text's normed latents, "hadamard" with random signs, "identity".
         separation: read prompts whole and only decode from slices; the paper's recommendation. What is measured on a
             text in one forward is then as before: the loss is in decoding (`output_error` of the stage).
-        grouped: each rank serves its own share of the heads alone (GLA, the paper's baseline).
+        grouped: each rank serves its own share of the heads alone (GLA, the paper's baseline); 9 heads over 4 ranks are
+            3, 2, 2 and 2.
         norm_scale, score_scale: how a slice makes up for the norm and the scores of the whole: "none", "variance",
             "least-squares", or "auto": the best of them.
         seed: of the signs.
@@ -76,11 +77,10 @@ class TPLA(Conversion):
         for index, module in latent.items():
             if getattr(module, "shards", 1) > 1:
                 raise Refused(f"layer {index} of {shape.name} is cut into {module.shards} slices already")
-            if self.shards < 1 or module.kv_lora_rank % self.shards:
-                mend = f"give a divisor of the latent's rank in layer {index}, {module.kv_lora_rank}"
-                raise BadArgument("shards", self.shards, mend)
-            if self.grouped and module.num_heads % self.shards:
-                raise BadArgument("shards", self.shards, f"grouped needs a divisor of the {module.num_heads} heads")
+            most = min(module.kv_lora_rank, module.num_heads) if self.grouped else module.kv_lora_rank
+            if not 1 <= self.shards <= most:
+                what = "heads, of which each shard needs one" if most < module.kv_lora_rank else "dims of the latent"
+                raise BadArgument("shards", self.shards, f"give 1 to {most}: layer {index} has {most} {what}")
         if self.align < 0 or self.rate <= 0:
             raise BadArgument("align" if self.align < 0 else "rate", min(self.align, self.rate), "give more")
         if self.align and (self.separation or self.shards == 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from foveate.layers.latent import LatentAttention
 from foveate.layers.mixer import mixer
 from foveate.layers.rotation import angles, turn
 
-__all__ = ["ALL_ATTENTION_FUNCTIONS", "TensorLatentAttention", "all_reduce", "normed_slice", "shard_output"]
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "TensorLatentAttention",
+    "all_reduce",
+    "even_parts",
+    "normed_slice",
+    "shard_output",
+]
 
 
 def all_reduce(parts: Sequence[Tensor]) -> Tensor:
@@ -25,6 +33,13 @@ def all_reduce(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def even_parts(total: int, shards: int) -> list[slice]:
+    """Dims or heads over ranks, as evenly as they go and in order: 9 over 4 are 3, 2, 2 and 2."""
+    least, more = divmod(total, shards)
+    ends = [rank * least + min(rank, more) for rank in range(shards + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def normed_slice(latent: Tensor, rank: int, scale: float, eps: float) -> Tensor:
@@ -85,12 +100,12 @@ class TensorLatentAttention(LatentAttention):
     calibration chooses (`convert.tpla`). With one shard, or in a prompt under `separation`, this is `LatentAttention`.
 
     Args (beside those of `LatentAttention`):
-        shards: ranks, a divisor of the latent's rank.
+        shards: ranks, at most the latent's rank. What they do not divide is cut as evenly as it goes (`even_parts`).
         separation: prompts are read whole, and only a single new token behind held ones is read from slices
             ("PD separation"). Several new tokens at once, such as a chunk of a prompt, count as prompt. False: all is
             read from slices.
-        grouped: each rank serves only its own 1 / shards of the heads (grouped latent attention, the paper's baseline).
-        norm_scale: by slice, the whole latent's squared norm over the slice's; None: `shards` for each.
+        grouped: each rank serves only its own share of the heads (grouped latent attention, the paper's baseline).
+        norm_scale: by slice, the whole latent's squared norm over the slice's; None: the whole's dims over the slice's.
         score_scale: by slice, what its products of query and latent are multiplied by; None: 1.
     """
 
@@ -108,15 +123,16 @@ class TensorLatentAttention(LatentAttention):
     ) -> None:
         super().__init__(config, layer_idx, **numbers)
         rank, heads = self.kv_lora_rank, self.num_heads
-        if shards < 1 or rank % shards:
-            raise BadArgument("shards", shards, f"give a divisor of the latent's rank, {rank}")
-        if grouped and heads % shards:
-            raise BadArgument("shards", shards, f"grouped heads need a divisor of {heads}, the number of heads")
+        if not 1 <= shards <= rank:
+            raise BadArgument("shards", shards, f"give 1 to {rank}, the latent's rank")
+        if grouped and shards > heads:
+            raise BadArgument("shards", shards, f"grouped, each needs a head of its own; give 1 to {heads}")
         for name, given in (("norm_scale", norm_scale), ("score_scale", score_scale)):
             if given is not None and len(given) != shards:
                 raise BadArgument(name, list(given), f"give one number for each of the {shards} shards")
         self.shards, self.separation, self.grouped = shards, separation, grouped
-        self.norm_scale = [float(shards)] * shards if norm_scale is None else [float(x) for x in norm_scale]
+        even = [rank / (part.stop - part.start) for part in even_parts(rank, shards)]
+        self.norm_scale = even if norm_scale is None else [float(x) for x in norm_scale]
         self.score_scale = [1.0] * shards if score_scale is None else [float(x) for x in score_scale]
 
     @property
@@ -136,20 +152,16 @@ class TensorLatentAttention(LatentAttention):
 
     @property
     def rank_elements(self) -> int:
-        """Elements that each rank holds per token: its slice of the latent and the whole rotated key."""
-        return self.kv_lora_rank // self.shards + self.qk_rope_head_dim
+        """Elements that a rank holds per token, the one with the most: its slice and the whole rotated key."""
+        return -(-self.kv_lora_rank // self.shards) + self.qk_rope_head_dim
 
     def slice_of(self, rank: int) -> slice:
         """The dims of the latent that a rank holds."""
-        width = self.kv_lora_rank // self.shards
-        return slice(rank * width, (rank + 1) * width)
+        return even_parts(self.kv_lora_rank, self.shards)[rank]
 
     def heads_of(self, rank: int) -> slice:
         """The query heads that a rank serves."""
-        if not self.grouped:
-            return slice(0, self.num_heads)
-        count = self.num_heads // self.shards
-        return slice(rank * count, (rank + 1) * count)
+        return even_parts(self.num_heads, self.shards)[rank] if self.grouped else slice(0, self.num_heads)
 
     def project(self, hidden_states: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries without position [B, H, N, nope_dim] and rotated [B, H, N, rope_dim], latents not yet normed

@@ -14,7 +14,7 @@ from foveate.compat import LatentProjection
 from foveate.convert.base import Calibration
 from foveate.errors import BadArgument
 from foveate.layers.eager import visible, weigh
-from foveate.layers.tensor_latent import TensorLatentAttention
+from foveate.layers.tensor_latent import TensorLatentAttention, even_parts
 
 SCALES = ("none", "variance", "least-squares")
 """Ways to choose the factors of the slices."""
@@ -62,11 +62,12 @@ class Slices:
     """Sums over calibration tokens from which the factors of the slices follow.
 
     Args:
-        shards: slices of equal width that latents are cut into.
+        rank: dims of the latents.
+        shards: slices that they are cut into, as evenly as they go.
     """
 
-    def __init__(self, shards: int) -> None:
-        self.shards = shards
+    def __init__(self, rank: int, shards: int) -> None:
+        self.parts = even_parts(rank, shards)
         self.tokens = 0
         zeros = torch.zeros(shards, dtype=torch.float64)
         self._energy, self._fraction, self._root = zeros.clone(), zeros.clone(), zeros.clone()
@@ -74,7 +75,8 @@ class Slices:
 
     def add_latents(self, latents: Tensor) -> None:
         """Count latents [..., r], normed or not."""
-        energy = latents.unflatten(-1, (self.shards, -1)).double().square().sum(-1).reshape(-1, self.shards).cpu()
+        square = latents.double().square().flatten(0, -2)
+        energy = torch.stack([square[:, part].sum(-1) for part in self.parts], dim=-1).cpu()
         fraction = energy / energy.sum(-1, keepdim=True).clamp_min(1e-300)
         self.tokens += energy.shape[0]
         self._energy += energy.sum(0)
@@ -91,9 +93,7 @@ class Slices:
             heads: by slice, the query heads that read it.
         """
         whole = torch.einsum("bhnr,bmr->bhnm", q, k)
-        width = q.shape[-1] // self.shards
-        for index, rows in enumerate(heads):
-            part = slice(index * width, (index + 1) * width)
+        for index, (part, rows) in enumerate(zip(self.parts, heads, strict=True)):
             p, x = weights[:, rows], whole[:, rows]
             y = torch.einsum("bhnr,bmr->bhnm", q[:, rows, :, part], k[..., part])
             # Softmax forgets what all scores of a row have in common, so both are taken around their mean under p.
@@ -115,7 +115,8 @@ class Slices:
         latent c with slice s these are a^-1/2 s / |s| and s / |c|, in the same direction, so a^-1/2 = mean |s| / |c|.
         """
         if how == "none":
-            return [float(self.shards)] * self.shards
+            rank = self.parts[-1].stop
+            return [rank / (part.stop - part.start) for part in self.parts]
         if how == "variance":
             return (self.tokens / self._fraction.clamp_min(1e-12 * self.tokens)).tolist()
         if how == "least-squares":
@@ -130,7 +131,7 @@ class Slices:
         slice's attention from it.
         """
         if how == "none":
-            return [1.0] * self.shards
+            return [1.0] * len(self.parts)
         if how == "variance":
             return (self._energy.sum() / self._energy.clamp_min(1e-300)).tolist()
         if how == "least-squares":
@@ -152,7 +153,7 @@ def choose(
         By layer: the "energy" of each slice, the ways chosen as "norm_scale" and "score_scale", and as "output_error"
         the relative RMS error of the layer's output where every token is read from slices.
     """
-    sums = {index: Slices(module.shards) for index, module in layers.items()}
+    sums = {index: Slices(module.kv_lora_rank, module.shards) for index, module in layers.items()}
 
     def count(index: int, module: TensorLatentAttention, x: Tensor, out: Tensor, given: dict[str, Any]) -> None:
         q_nope, q_rot, latent, k_rot = module.project(x, given["position_embeddings"])
