@@ -23,9 +23,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bench_page import bench_part
 from claims_page import claims_part
 from conversions_page import conversions_part
-from foveate.bench.crossing import sentence
 from foveate.evaluate.record import MANIFEST, RECORDS, Record, read
 from foveate.papers import papers
 from foveate.report import quantities as q
@@ -135,41 +135,7 @@ def benched(name: str) -> str:
     if not path.is_file():
         return ""
     data = json.loads(path.read_text(encoding="utf-8"))
-    if data["kind"] == "kernels":
-        return kernels_part(data)
-    shown = [column for column in BENCHED if any(row.get(column[1]) for row in data["rows"])]
-    lines = [
-        f"| method | tokens | {' | '.join(title for title, *_ in shown)} |",
-        f"|---|--:|{'--:|' * len(shown)}",
-    ]
-    notes = []
-    for row in data["rows"]:
-        label = row["method"].replace("|", "\\|")
-        if row.get("refused"):
-            notes.append(f"- {label}, {row['length']:,} tokens: {row['refused']}.")
-            continue
-        values = (format(row[key] * unit, how) if row.get(key) else q.MISSING for _, key, unit, how in shown)
-        lines.append(f"| {label} | {row['length']:,} | {' | '.join(values)} |")
-    machine, versions = data["rates"], ", ".join(f"{n} {v}" for n, v in sorted(data["versions"].items()))
-    speed = f"reads {machine['bytes_per_s'] / 1e12:.2f} TB/s and multiplies at {machine['flops'] / 1e12:.0f} TFLOP/s"
-    model = f"{data['shape']} with random weights, {data['layers']} layers, bf16"
-    made = f"{model}; {data['device']}, which {speed}; {versions}. `{data['command']}`"
-    shortest = min(row["length"] for row in data["rows"])
-    crossed = [f"- {sentence(found, shortest)}." for found in data.get("crossovers", [])]
-    lines += ["", *([*notes, ""] if notes else []), *([*crossed, ""] if crossed else []), made, ""]
-    return "\n".join(lines)
-
-
-BENCHED = [
-    ("prefill, s", "prefill_ms", 1e-3, ".2f"),
-    ("ms per token", "decode_ms", 1, ".2f"),
-    ("floor", "decode_floor_ms", 1, ".2f"),
-    ("times the floor", "decode_of_floor", 1, ".2f"),
-    ("read per token, GB", "read_bytes", 1e-9, ".2f"),
-    ("held, GB", "kv_bytes", 1e-9, ".2f"),
-    ("peak, GB", "peak_bytes", 1e-9, ".1f"),
-]
-"""Title, key, unit and format of a bench's columns; those that no row has are left out."""
+    return kernels_part(data) if data["kind"] == "kernels" else bench_part(data)
 
 
 def provenance(view: View, records: list[Record]) -> str:
