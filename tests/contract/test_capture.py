@@ -22,6 +22,7 @@ from foveate.attention import decoding
 from foveate.engine import captured
 from foveate.engine.apply import Handle
 from foveate.engine.captured import Forward
+from foveate.errors import Refused
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def test_recorded_steps_are_eager_steps(case: Case, family: str, seed: int) -> N
             assert layer.columns == other.columns
 
 
-@pytest.mark.parametrize("name", ["snapkv", "duo-attention", "quest"])
+@pytest.mark.parametrize("name", ["snapkv", "duo-attention", "quest", "kivi", "h2o", "tokenselect"])
 def test_kernels_make_the_same_steps(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but in Triton's interpreter: tokens arrive and are read by kernels."""
     pytest.importorskip("triton")
@@ -88,5 +89,70 @@ def test_kernels_make_the_same_steps(name: str, seed: int, monkeypatch: pytest.M
         with recording(net, handle, by=captured.record):  # no tape notes what Triton launches
             cache, got = steps(net, handle, ids, None, new)
         assert cache.step is not None
-        assert all(store.kernels is not None for store in cache.step.call.stores.values())
+        stores = cache.step.call.stores.values()
+        assert all(store.kernels is not None or not band.exact for store in stores for band in store.bands)
         assert_close(got, want, EXACT)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("kivi", {}), ("snapkv|kivi", {}), ("kivi|quest", {}), ("h2o", {})])
+def test_one_recording_serves_an_answer(name: str, settings: dict[str, Any], seed: int) -> None:
+    """Packing a group, moving a tail on and freeing tokens leave everything where it is."""
+    case, *others = (CASES[part] for part in name.split("|"))
+    net = precise(CASES["kivi"])
+    methods = case.method() if not others else case.method() | others[0].method()
+    ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 60).unsqueeze(0)
+    with applied(net, case, methods) as handle:
+        _, want = steps(net, handle, ids, None, new)
+        made: list[Any] = []
+        with recording(net, handle, by=lambda *args: made.append(args) or record(*args)):
+            cache, got = steps(net, handle, ids, None, new)
+        assert cache.step is not None and len(made) == 1
+        assert_close(got, want, EXACT)
+
+
+def test_steps_of_each_kind_are_recorded_once(seed: int) -> None:
+    """Recycled Attention looks everywhere in one step of so many: that is another step than those between."""
+    net, method = model("llama", 2), CASES["recycled-attention"].cls(tokens=24, stride=6)
+    ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 40).unsqueeze(0)
+    with applied(net, CASES["recycled-attention"], method) as handle:
+        _, want = steps(net, handle, ids, None, new)
+        made: list[Any] = []
+        with recording(net, handle, by=lambda *args: made.append(args) or record(*args)):
+            cache, got = steps(net, handle, ids, None, new)
+        assert cache.step is not None and len(made) == 2
+        assert_close(got, want, EXACT)
+
+
+def test_what_is_remembered_may_be_lost_between_steps(seed: int) -> None:
+    """A crop forgets votes: a few steps are made in the ordinary way, then one is recorded again."""
+    net, case = model("llama", 2), CASES["tokenselect"]
+    ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 24).unsqueeze(0)
+
+    def go(handle: Handle) -> tuple[Any, Tensor]:
+        cache, first = steps(net, handle, ids, None, new[:, :12])
+        cache.crop(-3)
+        out = []
+        with torch.no_grad():
+            for i in range(12, 24):
+                at = torch.full((1, 1), 61 + i - 3)
+                got = net(input_ids=new[:, i : i + 1], position_ids=at, past_key_values=cache, use_cache=True)
+                out.append(got.logits[:, -1])
+        return cache, torch.cat([first, torch.stack(out, 1)], 1)
+
+    with applied(net, case) as handle:
+        _, want = go(handle)
+        with recording(net, handle):
+            cache, got = go(handle)
+        assert cache.step is not None
+        assert_close(got, want, EXACT)
+
+
+def test_a_step_that_looks_at_values_is_refused_by_the_tape() -> None:
+    """The test above would not notice otherwise."""
+    x = torch.zeros(3)
+
+    def step(rehearsing: bool = False) -> Tensor:
+        return x + float(x.sum())
+
+    with pytest.raises(Refused, match="item"):
+        record(step, [], x.device)

@@ -12,6 +12,7 @@ from foveate.attention import Span
 from foveate.cache.column import Column, Counts, Observed, PackedColumn, Side, fitted, stack_index
 from foveate.cache.place import AnyColumn, Place, PlacedColumn, placed, recalled, slots
 from foveate.cache.state import Blocks, Tag
+from foveate.cache.summaries import Summaries
 
 GROWTH = 16
 """Smallest number of spare slots when a band grows; more (1/16 of the length) once it is long."""
@@ -52,7 +53,7 @@ class Band:
             for name, t in tags.items()
         }
         self.declared = dict(blocks)
-        self.summaries: dict[str, Tensor] = {}
+        self.summaries = Summaries()
         self._arrived = 0
         """Tokens that every pair took and that are not in the counts yet: a decode step waits for the host."""
         self._seen = np.zeros(len(pairs), dtype=np.int64)
@@ -253,28 +254,10 @@ class Band:
 
     def refold(self, start: int = 0) -> None:
         """Recompute the summaries of every block that holds a slot >= start."""
-        for name, spec in self.declared.items():
-            first = start // spec.size
-            total = -(-self.used // spec.size)
-            kept = self.summaries.get(name)
-            if total <= first and kept is not None and kept.shape[1] >= total:
-                continue
-            lo, hi = first * spec.size, total * spec.size
-            keys = _pad_slots(self.keys(lo), hi - lo)
-            values = _pad_slots(self.values(first=lo), hi - lo)
-            slot = torch.arange(lo, hi, device=self.device)
-            valid = (slot < self.device_lengths()[:, None]).view(len(self.pairs), -1, spec.size)
-            shape = (len(self.pairs), total - first, spec.size)
-            fresh = spec.fold(keys.reshape(*shape, keys.shape[-1]), values.reshape(*shape, values.shape[-1]), valid)
-            if kept is None or kept.shape[1] < total:
-                room = total + (max(1, total // 16) if kept is not None else 0)
-                bigger = fresh.new_zeros(len(self.pairs), room, fresh.shape[-1])
-                if kept is not None:
-                    bigger[:, : min(first, kept.shape[1])] = kept[:, :first]
-                kept = bigger
-                self._renew()
-            kept[:, first:total] = fresh
-            self.summaries[name] = kept
+        if self.summaries.refold(
+            self.declared, start, self.used, self.device_lengths(), self.keys, lambda first: self.values(first=first)
+        ):
+            self._renew()
 
     # -- leaving ------------------------------------------------------------------------------------------------------
 
@@ -293,7 +276,7 @@ class Band:
             column.gather(index, index.shape[1] + spare)
         self.lengths = counts
         self.floor = self.seen.copy() if upcoming is None else np.maximum(self.floor, upcoming)
-        self.summaries = {}
+        self.summaries = Summaries()
         self.refold()
 
     def drop_one(self, slots: Tensor, pairs: np.ndarray) -> None:
@@ -404,16 +387,8 @@ class Band:
         new.positions = None if self.positions is None else self.positions.pick(index)
         new.tags = {name: c.pick(index) for name, c in self.tags.items()}
         new.declared = self.declared
-        new.summaries = {name: t.index_select(0, index) for name, t in self.summaries.items()}
+        new.summaries = self.summaries.pick(index)
         new._arrived, new._seen, new.lengths = 0, self.seen[source], self.lengths[source]
         new.floor = self.floor[source]
         new._renew()
         return new
-
-
-def _pad_slots(x: Tensor, width: int) -> Tensor:
-    if x.shape[1] == width:
-        return x
-    out = x.new_zeros(x.shape[0], width, x.shape[2])
-    out[:, : x.shape[1]] = x
-    return out

@@ -206,11 +206,13 @@ class PackedColumn:
         for amount in np.unique(due[due > 0]):
             self._pack(np.nonzero(due == amount)[0], int(amount))
         width = int((lengths - self.packed).max())
-        # The tail never grows beyond its exact tokens and one flush, whatever the prompt left behind.
-        room = width + SPARE
+        # The tail never grows beyond its exact tokens and one flush, whatever the prompt left behind; what is no longer
+        # than that stays where it is.
+        room = most = width + SPARE
         if not self.closed:
-            room = min(room, max(width, self.side.tail + max(self.side.flush, self._slack)))
-        if self.tail.data.shape[1] > room + (0 if self.closed else SPARE):
+            full = self.side.tail + max(self.side.flush, self._slack)
+            room, most = min(room, max(width, full)), max(width, full) + SPARE
+        if self.tail.data.shape[1] > most:
             self.to_front(lengths, room)
         elif width == 0:
             self.start = self.packed

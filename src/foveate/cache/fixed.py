@@ -55,8 +55,8 @@ class FixedBand:
         plain = [c.data.shape[1] for c in band._columns() if isinstance(c, Column)]
         self.used = min(plain, default=band.used + room)
         """Slots of every tensor: what is readable of them, the device knows."""
-        if not self.cyclic:
-            _reserve_summaries(band, self.used)
+        if not self.cyclic and band.summaries.reserve(band.declared, self.used):
+            band._renew()
         self.k = self._fixed(band.k, room)
         self.v = None if band.v is None else self._fixed(band.v, room)
         self.positions = None if band.positions is None else FixedColumn(band.positions)
@@ -286,14 +286,3 @@ def _free_slot(band: Band) -> None:
         for column in band._columns():
             assert isinstance(column, Column)
             column.data = column.data[:, : band.used + 1].contiguous()
-
-
-def _reserve_summaries(band: Band, slots: int) -> None:
-    """Room for the summaries of all blocks that the slots can hold."""
-    for name, spec in band.declared.items():
-        kept, blocks = band.summaries[name], -(-slots // spec.size)
-        if kept.shape[1] < blocks:
-            bigger = kept.new_zeros(kept.shape[0], blocks, kept.shape[2])
-            bigger[:, : kept.shape[1]] = kept
-            band.summaries[name] = bigger
-            band._renew()

@@ -14,6 +14,7 @@ from foveate.cache.band import GROWTH, Band
 from foveate.cache.column import Column, Counts, Observed, Side
 from foveate.cache.place import Place
 from foveate.cache.state import Blocks, Tag
+from foveate.cache.summaries import Summaries
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ class Store:
             local = np.nonzero(np.isin(source.pairs % spec.heads, heads))[0]
             band = source.pick(local, source.pairs[local])
             band.recall()
-            band.spans, band.declared, band.summaries, band.place = spans, dict(spec.blocks), {}, spec.place
+            band.spans, band.declared, band.summaries, band.place = spans, dict(spec.blocks), Summaries(), spec.place
             k = band.keys()
             band.tags = {
                 name: band.tags.get(name)

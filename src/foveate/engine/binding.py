@@ -81,6 +81,8 @@ class Binding:
         chooser = self.choosers["decode"]
         hooks = [*self.observers, *([] if chooser is None else [chooser])]
         for m in self.composition.methods:
+            if m.corrects:
+                return f"{m.id} takes tokens back to correct them"
             if m.offloads:
                 return f"{m.id} holds tokens in the host's memory and attends to them there"
             if m.every_step and m.rule is not uniform:

@@ -40,8 +40,9 @@ class StepCall:
         self.recent: dict[int, Tensor] = {}
         """Newest tokens that are not freed, int64 [B], of layers that free a token in each step."""
         self.stores = {index: self._store(index, room) for index in self.layers}
-        states = [partial(_mine, layer) for layer in self.layers.values()] + [partial(_shared, cache)]
-        self.standing = Standing(states)
+        others = [layer for layer in cache.layers if not isinstance(layer, CourierLayer)]
+        states = [*(partial(_mine, layer) for layer in self.layers.values()), *(partial(_stock, x) for x in others)]
+        self.standing = Standing([*states, partial(_shared, cache)])
         self.scratch: dict[str, dict[str, Any]] = {}
         self.rows = Rows(np.ones(next(iter(self.stores.values())).rows, dtype=np.int64))
         self.rehearsing = False
@@ -184,6 +185,11 @@ class StepCall:
 
 def _mine(layer: CourierLayer) -> State:
     return layer.mine
+
+
+def _stock(layer: Any) -> dict[str, dict[Any, Tensor | None]]:
+    """States of a layer without keys, which it changes in place."""
+    return {name: getattr(layer, name) for name in ("conv_states", "recurrent_states") if hasattr(layer, name)}
 
 
 def _shared(cache: FoveateCache) -> State:
