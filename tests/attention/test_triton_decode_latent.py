@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.attention.test_triton_decode import check, made, on, spoiled, truth
+from tests.attention.test_triton_decode import (
+    DEVICE,
+    _poison,  # noqa: F401  (a fixture: what is allocated and not written is NaN)
+    check,
+    made,
+    on,
+    spoiled,
+    truth,
+)
+from torch import Tensor
 
 from foveate.attention import Partial
 from foveate.errors import BadArgument
@@ -12,8 +21,10 @@ from foveate.errors import BadArgument
 pytest.importorskip("triton")
 
 from foveate.attention.triton.append import append
-from foveate.attention.triton.decode import Stores
-from foveate.attention.triton.decode_latent import decode_latent
+from foveate.attention.triton.decode import Stores, decode_ragged
+from foveate.attention.triton.decode_latent import decode_latent, merge, overlapped, overlaps
+
+HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +62,98 @@ def test_latent_refusals() -> None:
         decode_latent(q, c, held, 1.0, 32, first=3)
     with pytest.raises(BadArgument, match="of c"):
         decode_latent(q, c, held, 1.0, 81)
+
+
+def pieces(q: Tensor, c: Tensor, held: Tensor, scale: float, dim: int, workers: int, block: int) -> list[Tensor]:
+    """What the workers leave of an even split: outputs and log-masses in base 2, NaN where nobody writes."""
+    units, rows = len(held), q.shape[1] * q.shape[2]
+    part, weight = torch.full((workers + units, rows, dim), torch.nan), torch.full((workers + units, rows), torch.nan)
+    blocks = [-(-int(n) // block) for n in held]
+    for worker in range(workers):
+        at, end = (w * sum(blocks) // workers for w in (worker, worker + 1))
+        for unit in range(units):
+            before = sum(blocks[:unit])
+            first, last = (min(max(x - before, 0), blocks[unit]) * block for x in (at, end))
+            seen = c[unit, first : min(last, int(held[unit]))].double()
+            if last > first:
+                s = q[unit].double().flatten(0, 1) @ seen.T * scale
+                part[worker + unit] = (s.softmax(-1) @ seen[:, :dim]).float()
+                weight[worker + unit] = (s.logsumexp(-1) / torch.tensor(2.0).log()).float()
+    return [part, weight]
+
+
+@pytest.mark.parametrize(("workers", "lengths"), [(1, [40, 3]), (5, [0, 90, 65]), (70, [1, 0, 300]), (3, [0, 0])])
+@pytest.mark.parametrize("dim", [16, 160])
+def test_what_workers_found_is_merged(seed: int, workers: int, lengths: list[int], dim: int) -> None:
+    torch.manual_seed(seed)
+    held, size = torch.tensor(lengths, dtype=torch.int32), max(*lengths, 1)
+    q, c = made(torch.float32, len(lengths), 3, 1, dim + 8), made(torch.float32, len(lengths), size, dim + 8)
+    want = truth(q, c, c[..., :dim], held, scale=0.3)
+    q, held, part, weight = on(q, held, *pieces(q, c, held, 0.3, dim, workers, 8))
+    check(merge(q, part, weight, held, None, None, workers, 8), want, torch.float32)
+
+
+def test_merging_knows_pairs_and_sinks(seed: int) -> None:
+    torch.manual_seed(seed)
+    held, sinks = torch.tensor([30, 7], dtype=torch.int32), torch.tensor([0.5, -1.0, 2.0])
+    q, c = made(torch.float32, 2, 3, 1, 24), made(torch.float32, 2, 30, 24)
+    want = truth(q, c, c[..., :16], held, scale=0.3)
+    found = pieces(q, c, held, 0.3, 16, 4, 8)
+    q, held, pairs, logits, part, weight = on(q, held, torch.tensor([1, 0], dtype=torch.int32), sinks, *found)
+    out, lse = (x.cpu().flip(0) for x in merge(q, part, weight, held, pairs, logits, 4, 8))
+    mass = torch.logaddexp(want.lse, sinks.double()[None, :, None])
+    torch.testing.assert_close(lse.double(), mass, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.double(), want.out * (want.lse - mass).exp().unsqueeze(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not HOPPER, reason="the kernel for many heads is written for Hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "queries", "lengths"),
+    [(128, 1, [0, 1, 777, 1024]), (128, 1, [8999, 64, 130]), (80, 1, [65]), (35, 2, [1, 1025, 777]), (40, 3, [2, 130])],
+)
+def test_many_heads(seed: int, heads: int, queries: int, lengths: list[int], dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    held, room = torch.tensor(lengths, dtype=torch.int32), max(lengths) + 77
+    q, c = made(dtype, len(lengths), heads, queries, 576), made(dtype, len(lengths), room, 576)
+    want = truth(q, c, c[..., :512], held, scale=0.07)
+    q, c, held = on(q, spoiled(c, held), held)
+    check(overlapped(q, Stores(c, c[..., :512], held), 0.07, None), want, dtype)
+
+
+@pytest.mark.skipif(not HOPPER, reason="the kernel for many heads is written for Hopper")
+def test_many_heads_as_they_are_chosen(seed: int) -> None:
+    """By pairs in another order, in a buffer with room behind each row, and captured."""
+    torch.manual_seed(seed)
+    held = torch.tensor([16301, 5], dtype=torch.int32)
+    q, c = made(torch.bfloat16, 2, 128, 1, 576), made(torch.bfloat16, 2, 16384, 576)
+    want = truth(q, c, c[..., :512], held, scale=0.07)
+    turned, c, held = on(q.flip(0), spoiled(c, held), held)
+    pairs = on(torch.tensor([1, 0], dtype=torch.int32))[0]
+    stores = Stores(c, c[..., :512], held, None, pairs)
+    assert overlaps(turned, stores, 0.07, None) == (True, "")
+    decode_ragged(turned, stores, 0.07)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = decode_ragged(turned, stores, 0.07)
+    graph.replay()
+    check((out.flip(0), lse.flip(0)), want, torch.bfloat16)
+
+
+def test_why_the_kernel_for_many_heads_does_not_serve() -> None:
+    def why(rows: int, room: int, dtype: torch.dtype, size: int = 576, softcap: float | None = None) -> str:
+        q, c = torch.empty(4, rows, 1, size, dtype=dtype), torch.empty(4, 1, size, dtype=dtype).expand(4, room, size)
+        stores = Stores(c, c[..., : size - 64], torch.empty(4, dtype=torch.int32))
+        serves, reason = overlaps(q, stores, 1.0, softcap)
+        assert not serves
+        return reason
+
+    assert "576 channels" in why(128, 8192, torch.bfloat16, 320)
+    assert "64 query rows" in why(64, 8192, torch.bfloat16)
+    assert "4 x 8,191 tokens" in why(128, 8191, torch.bfloat16)
+    assert "half precision" in why(128, 8192, torch.float32)
+    assert "softcap" in why(128, 8192, torch.float16, softcap=30.0)
+    assert "one grid" in why(128, 8192, torch.float16)
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -210,6 +211,9 @@ def run(
     q: Tensor, stores: Stores, scale: float, softcap: float | None, sinks: Tensor | None, layout: Tuning | None = None
 ) -> tuple[Tensor, Tensor]:
     """`decode_ragged` in a layout of one's own (for measurements)."""
+    latent = import_module("foveate.attention.triton.decode_latent")  # which is built on this module
+    if layout is None and latent.overlaps(q, stores, scale, softcap)[0]:
+        return latent.overlapped(q, stores, scale, sinks)
     k, v = stores.k, stores.v
     k_dim, v_dim, units = k.shape[-1], v.shape[-1], stores.lengths.shape[0]
     batch, heads, queries, _ = q.shape

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+import triton.language as tl
 from torch import Tensor
+from triton import __version__, knobs
 
 from foveate.attention.triton.decode import Stores, decode_ragged
+from foveate.attention.triton.workers import LN2, LOG2E, jit, multiprocessors, partials, power_of_two
 from foveate.errors import BadArgument
 
 
@@ -35,3 +43,130 @@ def decode_latent(
         given = f"channels {first} to {first + value_dim}"
         raise BadArgument("value_dim", given, f"they must lie in the {c.shape[2]} of c, the first a multiple of 8")
     return decode_ragged(q, Stores(c, c[..., first : first + value_dim], lengths), scale, softcap)
+
+
+ROWS = range(65, 129)
+"""Query rows of a unit for which the kernel for many heads was measured, and was faster: on an H100 with 128 rows, over
+4 x 32,768 and 4 x 131,072 tokens and 16 x 32,768. With 64 rows and fewer reading takes the time, and it was slower."""
+ROOM = 1 << 15
+"""Tokens of all units from which on it was: it was slower over 4 x 2,048, and the lines through both points of both
+kernels meet at 28,000. How many tokens are held is known on the device alone, so that what has room for them counts."""
+
+
+def overlaps(q: Tensor, stores: Stores, scale: float, softcap: float | None) -> tuple[bool, str]:
+    """Whether `overlapped` can read these stores, and is the faster; if not, why."""
+    k, v, units = stores.k, stores.v, stores.lengths.shape[0]
+    rows = q.shape[1] * q.shape[2]
+    if v.data_ptr() != k.data_ptr() or v.stride() != k.stride() or (k.shape[2], v.shape[2]) != (576, 512):
+        return False, "the tokens have other than 576 channels of which the first 512 are the value"
+    if units != q.shape[0] or rows not in ROWS or units * k.shape[1] < ROOM:
+        return False, f"it was not faster for {rows} query rows over {units} x {k.shape[1]:,} tokens"
+    if q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype:
+        return False, "it knows half precision alone"
+    if softcap is not None or scale <= 0:
+        return False, "it knows no softcap, and no scale that is not positive"
+    step = k.stride(1)
+    if stores.starts is not None or step < 576 or step % 8 or k.stride(0) % step or (q.data_ptr() | k.data_ptr()) % 16:
+        return False, "the tokens of all rows do not lie in one grid"
+    return _overlaps_on(q.device)
+
+
+@cache
+def _overlaps_on(device: torch.device) -> tuple[bool, str]:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False, "it is written for Hopper"
+    if knobs.runtime.interpret:
+        return False, "Triton's interpreter knows no Gluon"
+    if not __version__.startswith("3.6."):
+        return False, "Gluon changes from version to version of Triton: it is written for 3.6"
+    return True, ""
+
+
+def overlapped(q: Tensor, stores: Stores, scale: float, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`decode.run` where products take as long as reading (see `decode_latent_hopper`); for what `overlaps`."""
+    hopper: Any = import_module("foveate.attention.triton.decode_latent_hopper")
+    rows, units = q.shape[1] * q.shape[2], stores.lengths.shape[0]
+    workers = max(1, multiprocessors(q.device) // -(-rows // hopper.TILE))
+    part, weight = partials(workers + units, rows, stores.v.shape[2], q.device)
+    hopper.start(q, stores.k, stores.lengths, stores.pairs, part, weight, scale * LOG2E.value, workers)
+    return merge(q, part, weight, stores.lengths, stores.pairs, sinks, workers, hopper.BLOCK)
+
+
+def merge(
+    q: Tensor,
+    part: Tensor,
+    weight: Tensor,
+    lengths: Tensor,
+    pairs: Tensor | None,
+    sinks: Tensor | None,
+    workers: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and lse of what workers found of units whose blocks of tokens were split evenly among them.
+
+    With many rows there is much to merge: programs take some channels of one row each, of many workers at a time.
+
+    Args:
+        q: [B, H, N, Dk], for its shape and dtype.
+        part: [workers + P, H * N, Dv], weight (log-masses, base 2): [workers + P, H * N]; float32.
+        lengths: int32 [P]; pairs: int32 [P] or None; sinks: [H] or None.
+    """
+    (batch, heads, queries, _), units, dim = q.shape, lengths.shape[0], part.shape[2]
+    out = torch.empty(batch, heads, queries, dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    width = min(128, power_of_two(dim))
+    _merge[(units * heads * queries, -(-dim // width))](
+        part, weight, lengths, lengths if pairs is None else pairs, lengths if sinks is None else sinks, out, lse,
+        units, workers, heads, queries, DV=dim, WIDTH=width, UNITS=power_of_two(units), BLOCK=block, WIDE=32,
+        PAIRS=pairs is not None, SINKS=sinks is not None,
+    )  # fmt: skip
+    return out, lse
+
+
+@jit(do_not_specialize=["units", "workers", "heads", "queries"])
+def _merge(
+    part, weight, lengths, pairs, sinks, out, lse, units, workers, heads, queries, DV: tl.constexpr,
+    WIDTH: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
+    SINKS: tl.constexpr,
+):  # fmt: skip
+    rows = heads * queries
+    unit, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    pair = unit
+    if PAIRS:
+        pair = tl.load(pairs + unit)
+    place = pair.to(tl.int64) * rows + row
+    top, mass = tl.cast(float("-inf"), tl.float32), tl.cast(0.0, tl.float32)
+    if SINKS:
+        top = tl.load(sinks + row // queries).to(tl.float32) * LOG2E
+        mass = tl.cast(1.0, tl.float32)
+    number = tl.arange(0, UNITS)
+    blocks = (tl.load(lengths + number, mask=number < units, other=0) + BLOCK - 1) // BLOCK
+    total = tl.sum(blocks, 0)
+    before = tl.sum(tl.where(number < unit, blocks, 0), 0)
+    mine = tl.sum(tl.where(number == unit, blocks, 0), 0)
+    # Worker w begins at or before block b as long as w T < (b + 1) W. No memory holds so many blocks that products of
+    # them with workers need 64 bits.
+    some = tl.maximum(total, 1)
+    first = ((before + 1) * workers - 1) // some
+    last = tl.where(mine > 0, ((before + mine) * workers - 1) // some, first - 1)
+    d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    acc = tl.zeros([WIDTH], dtype=tl.float32)
+    for w0 in tl.range(first, last + 1, WIDE, num_stages=1):
+        w = w0 + tl.arange(0, WIDE)
+        # With fewer blocks than workers some of them had nothing to read, and left nothing.
+        busy = (w <= last) & (w * total // workers < (w + 1) * total // workers)
+        slot = (w + unit).to(tl.int64) * rows + row
+        e = tl.load(weight + slot, mask=busy, other=float("-inf"))
+        x = tl.load(part + slot[:, None] * DV + d[None, :], mask=busy[:, None] & (d < DV)[None, :], other=0.0)
+        new = tl.maximum(top, tl.max(e, 0))
+        anchor = tl.where(new == float("-inf"), 0.0, new)
+        shrink = tl.exp2(top - anchor)
+        p = tl.exp2(e - anchor)
+        acc = acc * shrink + tl.sum(x * p[:, None], 0)
+        mass = mass * shrink + tl.sum(p, 0)
+        top = new
+    seen = mass > 0
+    mass = tl.where(seen, mass, 1.0)
+    tl.store(out + place * DV + d, (acc / mass).to(out.dtype.element_ty), mask=d < DV)
+    if tl.program_id(1) == 0:
+        tl.store(lse + place, tl.where(seen, (top + tl.log2(mass)) * LN2, float("-inf")))
