@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from foveate.cache.latent_side import LatentSide
 from foveate.cache.quantised import WIDTHS, Quantised, Rotated
 from foveate.errors import BadArgument, Infeasible, Refused
 from foveate.methods.base import Codec, Method, Profile, Role, register, tries
@@ -14,6 +15,8 @@ from foveate.methods.budget import Budget
 from foveate.models.shape import LayerShape, ModelShape
 
 EXACT = 16
+ROTATED = 8
+"""Bits of the rotated channels beside a latent."""
 Numbers = int | tuple[int, int]
 """One number for keys and values, or one for each."""
 
@@ -24,6 +27,10 @@ class KIVI(Method):
     """Asymmetric min-max quantisation of the cache once the prompt is over: groups of consecutive tokens per channel
     for keys, groups of channels per token for values. The newest tokens stay exact: keys until `residual` of them are
     complete, values always the last `residual`. The prompt's own attention uses exact tokens.
+
+    Under latent attention (MLA) the latents, which are values as much as keys, are held as values are, by groups of the
+    channels of a token, and the rotated channels beside them as keys are, in eight bits, which few channels cost little
+    and whose errors go into every score; both leave the exact tail as keys do.
 
     Heads that hold a constant window (because another method says so) stay exact: there is little to pack.
 
@@ -81,13 +88,15 @@ class KIVI(Method):
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         found = self._bits(shape, length)
         for layer, bits in zip(shape.layers, found, strict=True):
-            for dim, width in zip((layer.store_k_dim, layer.store_v_dim), bits, strict=True):
+            coded = (layer.latent_dim or layer.store_k_dim, layer.store_v_dim)
+            for dim, width in zip(coded, bits, strict=True):
                 if dim * width % 8:
                     raise Refused(f"{self.id}: {width}-bit codes of head size {dim} do not fill whole bytes")
             mixed = {"none": (), "values": (layer.store_v_dim,), "both": (layer.store_k_dim, layer.store_v_dim)}
             if any(dim & (dim - 1) for dim in mixed[self.hadamard]):
                 raise Refused(f"{self.id}: hadamard={self.hadamard} needs head sizes that are powers of two")
-        return [Role("packed", extra={"bits": bits}) for bits in found]
+        ranks = [layer.latent_dim for layer in shape.layers]
+        return [Role("packed", extra={"bits": bits, "rank": r}) for bits, r in zip(found, ranks, strict=True)]
 
     def codec(self, role: Role, shape: ModelShape, length: int) -> Codec | None:
         (bits_k, bits_v), (group_k, group_v) = role.extra["bits"], _two(self.group)
@@ -96,6 +105,10 @@ class KIVI(Method):
         mixed = self.hadamard == "both"
         k = Quantised(bits_k, group_k, per_channel=not mixed, tail=0, flush=self.residual)
         v = Quantised(bits_v, group_v, per_channel=False, tail=self.residual, flush=1)
+        if role.extra["rank"] and not mixed and bits_k != EXACT:
+            latent = Quantised(bits_k, group_v, per_channel=False, tail=0, flush=1)
+            rotated = Quantised(ROTATED, group_k, per_channel=True, tail=0, flush=self.residual)
+            return Codec(LatentSide(latent, rotated, role.extra["rank"]), None)
         keys, values = Rotated(k, True) if mixed else k, v if self.hadamard == "none" else Rotated(v, False)
         return Codec(None if bits_k == EXACT else keys, None if bits_v == EXACT else values)
 
@@ -129,6 +142,10 @@ class KIVI(Method):
         loose_k, loose_v = length % self.residual, tail
         k_group = math.gcd(layer.store_k_dim, k_group) if mixed else k_group
         v_group = math.gcd(layer.store_v_dim, v_group) or 1
+        if layer.latent_dim and not mixed:
+            rest, group = layer.store_k_dim - layer.latent_dim, math.gcd(layer.latent_dim, _two(self.group)[1])
+            packed = layer.latent_dim * (bits / 8 + 4 / group) + rest * (ROTATED / 8 + 4 / k_group)
+            return layer.store_heads * (loose_k * itemsize * layer.store_k_dim + (length - loose_k) * packed)
         keys = loose_k * itemsize + (length - loose_k) * (bits / 8 + 4 / k_group) + mixed * itemsize
         values = loose_v * itemsize + (length - loose_v) * (bits / 8 + 4 / v_group)
         return layer.store_heads * (keys * layer.store_k_dim + values * layer.store_v_dim)
