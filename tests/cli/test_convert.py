@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tests.cli.program import errors, invoke
-from tests.evaluate.small import small
-from transformers import AutoModelForCausalLM
+from tests.evaluate.small import byte_tokenizer, small
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import foveate
 from foveate.cli.screen import Watcher
@@ -23,7 +24,7 @@ from foveate.models import tiny
 from foveate.models.converted import is_converted
 
 QUICK: list[Any] = ["--calibration-tokens", 512, "--probe-tokens", 256, "--length", 128, "--dtype", "float32"]
-QUICK += ["--set", "freqfold=2", "--device", "cpu"]
+QUICK += ["--set", "freqfold=2", "--device", "cpu", "--needles", 0]
 HEAL: list[Any] = ["--heal", "2k", "--heal-set", "length=64", "--heal-set", "batch=2", "--heal-set", "needles=0"]
 HEAL += ["--heal-set", "evaluate_on=256"]
 
@@ -65,7 +66,11 @@ def test_a_converted_model_opens_again(capsys, model: Path, tmp_path: Path) -> N
     assert first["stage"] == "original"
     assert last["share"] <= 0.4
     assert all(rung["error"] < 1e-5 for rung in record["rungs"][:3])
-    assert record["before"]["needle_samples"] == record["after"]["needle_samples"] == 1
+    assert record["questions"] == {"task": "niah_single_2", "samples": 1, "length": 1100, "seed": 0}
+    assert [0 <= rung["needles"] <= 1 for rung in record["rungs"]] == [True] * 6
+    assert record["before"]["repeats"] == record["after"]["repeats"] >= 9
+    assert record["before"]["context"] == record["after"]["context"] == 512
+    assert "Needles: 1 prompts of 1,100 tokens" in (out / "report.html").read_text()
     assert record["before"]["cache_bytes"] > 2 * record["after"]["cache_bytes"]
     opened = foveate.load(out, dtype="float32", device="cpu").model
     assert is_converted(opened)
@@ -115,6 +120,8 @@ def test_healing_goes_on_where_it_was_stopped(
     assert record["healing"]["resumed"]
     assert record["healing"]["tokens"] >= 2000
     assert record["rungs"][-1]["stage"] == "healed"
+    assert all(record[time]["decode_ms"] > 0 for time in ("before", "converted", "after"))
+    assert "Converted" in (out / "report.html").read_text()
     assert "identity" not in record
     assert not work.exists()
     assert names(tmp_path) == ["out"]
@@ -142,6 +149,13 @@ BAD = {
     "text": (["--to", "mla", "--calibration", "nowhere"], "corpus='nowhere'"),
     "little": (["--to", "mla", "--calibration-tokens", 10**9], "calibration_tokens=1000000000"),
     "needles": (["--to", "mla", "--needles", -1], "--needles=-1"),
+    "needles-short": (["--to", "mla", "--needle-length", 99], "--needle-length=99: niah_single_2 needs at least"),
+    "needles-long": (["--to", "mla", "--needle-length", 9999], "--needle-length=9999: the model has 2,048 positions"),
+    "no-encoder": (["--to", "shrp"], "llama models are not encoders of BERT's build"),
+    "encoder-heal": (["--to", "shrp", "--heal", "1k"], "--heal=1000: shrp takes encoders"),
+    "encoder-needles": (["--to", "shrp", "--needles", 1], "--needles=1: shrp takes encoders"),
+    "encoder-export": (["--to", "shrp", "--export", "deepseek"], "--export='deepseek': shrp takes encoders"),
+    "no-latent": (["--to", "tpla"], "has no latent attention (MLA) to cut"),
     "length": (["--to", "mla", "--length", 1], "length=1: give at least 2"),
 }
 
@@ -186,6 +200,20 @@ def test_a_folder_with_something_in_it_stays(capsys, model: Path, tmp_path: Path
     assert names(tmp_path) == ["mine.txt"]
 
 
+def test_a_disk_that_fills_while_saving_leaves_nothing(
+    capsys, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, folder: Path, **options: Any) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    done = invoke(capsys, ["convert", model, "--to", "mla", "--kv", "40%", "--out", tmp_path / "out", *QUICK])
+    assert done.code == 2
+    assert "no space left to write" in errors(done)[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_one_line(capsys, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = saving.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage._replace(free=0))
@@ -202,9 +230,77 @@ def test_the_list(capsys) -> None:
     assert rows["transmla"]["also"] == ["mla"]
     assert {"name": "rank", "type": "int | none", "default": None} in rows["transmla"]["parameters"]
     assert all(row["what"] for row in rows.values())
+    assert {name for name, row in rows.items() if row["takes"] == "encoder"} == {"shrp"}
     done = invoke(capsys, ["convert", "--list"])
     for name in rows:
         assert re.search(rf"^{name}( \(\w+\))?: ", done.out, re.MULTILINE), name
+
+
+def bert(folder: Path, name: str = "Bert") -> Path:
+    """An encoder with random weights in a folder."""
+    import transformers
+
+    tokenizer = byte_tokenizer()
+    numbers = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
+    config = getattr(transformers, f"{name}Config")(vocab_size=len(tokenizer), max_position_embeddings=160, **numbers)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(config)
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            for parameter in layer.parameters():  # drawn so small that heads would not matter
+                parameter.mul_(10 if parameter.ndim == 2 else 1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta"])
+def test_an_encoder_is_pruned_and_opens_again(capsys, tmp_path: Path, name: str) -> None:
+    source, out, twice = bert(tmp_path / "encoder", name), tmp_path / "out", tmp_path / "twice"
+    capsys.readouterr()
+    quick = ["--calibration-tokens", 2048, "--probe-tokens", 512, "--dtype", "float32", "--device", "cpu"]
+    done = invoke(capsys, ["convert", source, "--to", "shrp", "--set", "heads=2", "--out", out, *quick, "--json"])
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    assert (record["kind"], record["family"], record["questions"]["passages"]) == ("encoder", name.lower(), 200)
+    assert record["text"]["length"] == 160 - 2 * (name == "Roberta")
+    original, experts, pruned = record["rungs"]
+    assert experts["exact"] and experts["error"] < 1e-5 and experts["similarity"] == pytest.approx(1)
+    assert experts["retrieval"] == pytest.approx(original["retrieval"], abs=0.02)
+    assert 0.5 < pruned["similarity"] < 0.9999 and pruned["error"] > 1e-3 and 0 <= pruned["retrieval"] <= 1
+    assert pruned["parameters"] == original["parameters"] - 2 * (4 * 48 * 24 + 3 * 24)
+    assert all(0.4 < share <= 1 for share in pruned["facts"]["used"])
+    assert record["before"]["encode_ms"] > 0 < record["after"]["encode_ms"]
+    assert "vectors" in (out / "report.html").read_text()
+    foveate.register_models()
+    opened = AutoModel.from_pretrained(out)
+    assert [layer.attention.self.num_attention_heads for layer in opened.encoder.layer] == [2, 2]
+    assert sum(p.numel() for p in opened.parameters()) == pruned["parameters"]
+    with pytest.raises(BadArgument, match="not a decoder-only language model"):
+        foveate.load(out)
+    done = invoke(capsys, ["convert", out, "--to", "shrp", "--out", twice, *quick])
+    assert done.code == 0, done.err
+    assert "parameters instead of" in done.out
+    assert AutoModel.from_pretrained(twice).encoder.layer[0].attention.self.num_attention_heads == 1
+
+
+def test_encoders_of_another_build_are_refused(capsys, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.DistilBertConfig(vocab_size=99, dim=32, n_layers=1, n_heads=2, hidden_dim=32)
+    transformers.DistilBertModel(config).save_pretrained(tmp_path / "other")
+    bert(tmp_path / "encoder")
+    capsys.readouterr()
+    for source, to, said in (
+        ("other", "shrp", "distilbert models are not encoders of BERT's build: bert, roberta"),
+        ("encoder", "mla", "BertModel is not a decoder-only language model"),
+        ("nowhere", "shrp", "no such file or folder"),
+    ):
+        done = invoke(capsys, ["convert", tmp_path / source, "--to", to, "--out", tmp_path / "out"])
+        assert done.code == 2
+        (line,) = errors(done)
+        assert said in line
+    assert names(tmp_path) == ["encoder", "other"]
 
 
 # -- what the command is made of ---------------------------------------------------------------------------------------

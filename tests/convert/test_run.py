@@ -9,6 +9,7 @@ import torch
 
 from foveate.convert.base import Calibration, Conversion, Stage
 from foveate.convert.run import NotExact, convert
+from foveate.convert.subject import Questions
 from foveate.errors import BadArgument
 from foveate.models.converted import decoder_layers, is_converted
 from foveate.models.shape import ModelShape
@@ -65,6 +66,20 @@ def test_each_stage_is_measured(dtype):
     assert original.perplexity == pytest.approx(nll.exp().item(), rel=1e-6)
     assert is_converted(done.model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_same_is_asked_after_each_stage():
+    calibration, probe = _texts()
+    seen = []
+
+    def ask(made: Any) -> float:
+        seen.append(made)
+        return len(seen) / 10
+
+    asked = Questions("needles", {}, ask)
+    done = convert(tiny("llama", kv_heads=2), Louder(), calibration, probe, questions=asked)
+    assert [rung.needles for rung in done.ladder] == [0.1, 0.2, 0.3]
+    assert all(made is done.model for made in seen)
 
 
 def test_a_stage_that_breaks_its_word_is_found():

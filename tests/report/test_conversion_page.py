@@ -15,11 +15,17 @@ from tests.report.test_html import Page
 from foveate.errors import BadArgument
 from foveate.report.conversion import print_ladder, read_ladder, render_conversion, write_conversion
 from foveate.report.conversion.ladder import error, exact_error, kl, number, per_layer, scalars
-from foveate.report.conversion.picture import bars, curve
+from foveate.report.conversion.picture import bars, curve, stacks
 
 
 def rung(
-    stage: str, exact: bool, error: float | None, perplexity: float | None, kv: int, **facts: Any
+    stage: str,
+    exact: bool,
+    error: float | None,
+    perplexity: float | None,
+    kv: int,
+    needles: float | None = 0.9,
+    **facts: Any,
 ) -> dict[str, Any]:
     return {
         "stage": stage,
@@ -29,6 +35,7 @@ def rung(
         "perplexity": perplexity,
         "kv_bytes": kv,
         "share": kv / 4096,
+        "needles": needles,
         "parameters": 123456,
         "seconds": 1.5,
         "facts": facts,
@@ -51,12 +58,11 @@ RECORD: dict[str, Any] = {
         rung("lift", True, 3.1e-7, 10.0, 4096),
         rung("partial rope", False, 0.51, 12.5, 4096, energy=[0.9, 0.8, 0.7], freqfold=2, tried={"2": 12.0}),
         rung("balance", True, 0.5100004, 12.5, 4096, factor=[2.0, 3.0, 4.0]),
-        rung("low rank", False, 0.7, 15.25, 1024, energy=[0.99, 0.98, 0.97], rank=48),
+        rung("low rank", False, 0.7, 15.25, 1024, 0.7, energy=[0.99, 0.98, 0.97], rank=48),
     ],
-    "before": {"context": 1024, "prefill_s": 1.0, "decode_ms": 20.0, "cache_bytes": 4194304, "needles": 0.9,
-               "needle_samples": 10, "needle_length": 1024},
-    "after": {"context": 1024, "prefill_s": 1.5, "decode_ms": 12.0, "cache_bytes": 1048576, "needles": 0.7,
-              "needle_samples": 10, "needle_length": 1024},
+    "questions": {"task": "niah_single_2", "samples": 10, "length": 1024, "seed": 0},
+    "before": {"context": 1024, "repeats": 16, "prefill_s": 1.0, "decode_ms": 20.0, "cache_bytes": 4194304},
+    "after": {"context": 1024, "repeats": 16, "prefill_s": 1.5, "decode_ms": 12.0, "cache_bytes": 1048576},
     "healing": None,
     "export": None,
     "versions": {"torch": "2.13.0"},
@@ -88,7 +94,7 @@ def test_the_page_says_what_was_measured() -> None:
     assert page.open == []
     for words in (
         "small converted",
-        "1.0 KiB of cache per token instead of 4.0 KiB (25%), perplexity 15.25 instead of 10.00.",
+        "1.0 KiB of cache per token instead of 4.0 KiB (25%), perplexity 15.25 instead of 10.00, 70% of needles found",
         "3.1e-07",
         "freqfold 2",
         "rank 48",
@@ -98,9 +104,13 @@ def test_the_page_says_what_was_measured() -> None:
         "12 ms",
         "70%",
         "original 90%",
+        "Needles: 10 prompts of 1,024 tokens (niah_single_2), the same each time.",
+        "behind 1,024 tokens, the median of 16, on cpu in float32",
+        "partial rope: 12.5",
     ):
         assert words in page.text, words
-    assert len(page.of("rect", "bar-of")) == 9
+    # Three facts of three layers, and perplexity, needles and cache of five stages.
+    assert len(page.of("rect", "bar-of")) == 3 * 3 + 3 * 5
     assert "Healing" not in page.text
     assert "Export" not in page.text
 
@@ -114,6 +124,51 @@ def test_healing_and_export_are_told() -> None:
     assert len(page.of("polyline", "line-of")) == 1
 
 
+def test_unhealed_and_healed_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    record = {**RECORD, "healing": HEALED, "converted": {**RECORD["after"], "decode_ms": 13.0}}
+    page = Page(render_conversion(record))
+    assert page.open == []
+    for words in ("Converted", "Healed", "20 ms", "13 ms", "12 ms"):
+        assert words in page.text, words
+    print_ladder(record, None, Console(width=80))
+    assert "Decode, per token: 20 ms before, 13 ms converted, 12 ms healed" in capsys.readouterr().out
+
+
+def test_an_encoder_has_a_ladder_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def step(stage: str, exact: bool, parameters: int, similarity: float, found: float, **facts: Any) -> dict[str, Any]:
+        alike = {"similarity": similarity, "retrieval": found, "share": parameters / 4000}
+        return {
+            "stage": stage, "exact": exact, "error": 0.0, "parameters": parameters, "seconds": 1.0, "facts": facts
+        } | alike  # fmt: skip
+
+    rungs = [step("original", True, 4000, 1.0, 0.8), step("1 heads", False, 3000, 0.9123, 0.6, used=[0.5, 0.4, 0.3])]
+    record = {**RECORD, "kind": "encoder", "rungs": rungs}
+    record["questions"] = {"task": "inverse cloze", "passages": 200, "seed": 0}
+    record["before"] = {"context": 256, "batch": 16, "repeats": 9, "encode_ms": 8.0}
+    record["after"] = {**record["before"], "encode_ms": 6.0}
+    page = Page(render_conversion(record))
+    assert page.open == []
+    said = "3,000 parameters instead of 4,000 (75%), vectors 0.9123 alike, 60% of passages found instead of 80%."
+    for words in (said, "0.75×", "Retrieved: of 200 held-out passages", "16 sequences of 256 tokens at a time", "used"):
+        assert words in page.text, words
+    for words in ("Perplexity", "KL", "Cache", "Needles"):
+        assert words not in page.text, words
+    assert len(page.of("rect", "bar-of")) == 3 * 2 + 3
+    print_ladder(record, None, Console(width=80))
+    out = capsys.readouterr().out
+    assert "…" not in out and "3,000" in out and "Encode, per sequence: 8 ms before, 6 ms after" in out
+
+
+def test_shares_of_a_layer_are_stacked() -> None:
+    record = copy.deepcopy(RECORD)
+    record["rungs"][-1]["facts"] = {"energy": [[0.7, 0.3], [0.6, 0.4], [0.9, 0.1]], "kept": [[1, 2], [0, 3], [2, 3]]}
+    assert [what for _, what, _ in per_layer(record)] == ["energy", "factor", "energy"]
+    page = Page(str(stacks(record["rungs"][-1]["facts"]["energy"], "energy")))
+    heights = [float(str(each["height"])) for each in page.of("rect", "bar-of")]
+    assert len(heights) == 6
+    assert [heights[i] + heights[i + 1] for i in (0, 2, 4)] == pytest.approx([132.0] * 3, abs=0.2)
+
+
 def test_what_is_missing_is_left_out() -> None:
     record = copy.deepcopy(RECORD)
     record["rungs"][1]["error"] = record["rungs"][-1]["perplexity"] = None
@@ -121,9 +176,12 @@ def test_what_is_missing_is_left_out() -> None:
     page = Page(render_conversion(record))
     assert "In use" not in page.text
     record["before"], record["after"] = {"decode_ms": 1.0}, {"decode_ms": 2.0, "context": 64}
+    record["questions"] = None
+    for each in record["rungs"]:
+        each["needles"] = None
     page = Page(render_conversion(record))
     assert "2.00×" in page.text
-    assert "Needles" not in page.text
+    assert "eedles" not in page.text
 
 
 def test_nothing_is_loaded_and_any_text_is_safe() -> None:
@@ -190,10 +248,20 @@ def test_the_page_is_made_of_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_table_is_whole_at_any_width(width: int, capsys: pytest.CaptureFixture[str]) -> None:
-    record = {**RECORD, "export": EXPORTED}
+    record = copy.deepcopy({**RECORD, "export": EXPORTED})
+    record["rungs"][3]["stage"] = "the norm's gain goes into what follows"
     print_ladder(record, Path("out/report.html"), Console(width=width))
     out = capsys.readouterr().out
     assert "…" not in out
-    for words in ("partial rope", "15.25", "25%", "3.1e-07", "Needles found: 90% before, 70% after", "out/report.html"):
+    for words in (
+        "partial rope",
+        "15.25",
+        "25%",
+        "3.1e-07",
+        "Needles",
+        "70%",
+        "Decode, per token: 20 ms before, 12 ms after",
+        "out/report.html",
+    ):
         assert words in out, words
     assert ("rank 48" in out) == (width == 160)

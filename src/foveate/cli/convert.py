@@ -32,7 +32,9 @@ def convert(
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32_768,
     probe_tokens: Annotated[int, typer.Option(help="Other tokens of the text, to measure each stage on.")] = 4096,
     length: Annotated[int, typer.Option(help="Tokens of a sequence of these texts.")] = 512,
-    needles: Annotated[int, typer.Option(help="Needle prompts to ask before and after; 0: none.")] = 0,
+    needles: Annotated[
+        int | None, typer.Option(help="Needle prompts to ask after each stage; 0: none. Default: 10, of decoders.")
+    ] = None,
     needle_length: Annotated[int, typer.Option(help="Tokens of a needle prompt.")] = 1024,
     heal: Annotated[str, typer.Option(help="Tokens to heal with afterwards: 10M. Needs the extra heal.")] = "",
     heal_text: Annotated[
@@ -76,8 +78,6 @@ def convert(
         raise BadArgument("--export", export, f"give {' or '.join(EXPORTS)}")
     if pad and not export:
         raise BadArgument("--pad", pad, "it fills up an export; give --export deepseek too")
-    if needles < 0:
-        raise BadArgument("--needles", needles, "give a number of prompts, or 0")
     if (heal_text is not None or heal_sets) and not heal:
         option, value = (
             ("--heal-text", str(heal_text)) if heal_text is not None else ("--heal-set", (heal_sets or [])[0])
@@ -118,13 +118,13 @@ def convert(
     except KeyboardInterrupt:
         say(f"stopped: the same command goes on with the healing in {job.work}" if job.resumable else "stopped")
         raise typer.Exit(130) from None
-    from foveate.report.conversion import print_ladder, write_conversion
+    from foveate.report.conversion import print_ladder
+    from foveate.report.html import PAGE
 
-    page = write_conversion(out)
     if as_json:
         print_json(record)
     else:
-        print_ladder(record, page)
+        print_ladder(record, out / PAGE)
 
 
 def _chosen(to: str) -> Any:
@@ -158,7 +158,7 @@ def _print_list(as_json: bool) -> None:
             for field in fields(cls)
         ]
         also = [alias for alias, meant in ALIASES.items() if meant == name]
-        rows.append({"id": name, "also": also, "what": cls.what, "parameters": parameters})
+        rows.append({"id": name, "also": also, "takes": cls.takes, "what": cls.what, "parameters": parameters})
     if as_json:
         print_json(rows)
         return

@@ -14,7 +14,6 @@ from torch import Tensor
 from foveate.errors import BadArgument
 from foveate.heads.moments import Moments, collect
 from foveate.models.converted import decoder_layers
-from foveate.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,10 +77,15 @@ class Conversion(ABC):
     id: ClassVar[str]
     what: ClassVar[str]
     """One line for `foveate convert --help`."""
+    takes: ClassVar[str] = "decoder"
+    """The kind of model that it changes, a `Subject`: "decoder" or "encoder"."""
 
     @abstractmethod
-    def check(self, model: PreTrainedModel, shape: ModelShape) -> None:
+    def check(self, model: PreTrainedModel, shape: Any) -> None:
         """Refuse, before anything is read or changed, models and numbers that do not fit.
+
+        Args:
+            shape: the `ModelShape` of a decoder; None for an encoder.
 
         Raises:
             Refused: a model that this conversion cannot change, with the reason.

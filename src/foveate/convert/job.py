@@ -14,13 +14,13 @@ import torch
 
 from foveate.convert.base import Calibration, Conversion, Stage, conversion
 from foveate.convert.exporting.export import as_deepseek, check_around
-from foveate.convert.exporting.serving import decoding, needles
-from foveate.convert.run import Rung, convert, measure
+from foveate.convert.run import answered, convert
 from foveate.convert.sample_text import SampleText, sample_text
 from foveate.convert.saving import LADDER, check_free, save
+from foveate.convert.subject import Asking, Questions, Rung, Subject, subject_of
 from foveate.errors import BadArgument
-from foveate.models.open import load
-from foveate.models.shape import ModelShape
+from foveate.report.conversion import render_conversion
+from foveate.report.html import PAGE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,6 @@ Watch = Callable[[float, float, str], None]
 """Told (work done, work in all or 0, what is at work)."""
 
 FORMAT = 1
-_CONTEXT = 1024  # tokens behind which decoding is timed, where the model has so many positions
 
 
 @dataclass
@@ -37,10 +36,11 @@ class Job:
     """What `foveate convert` does.
 
     Args:
-        model: as `foveate.load` takes it.
+        model: name or folder, as the kind of model that the conversion takes is opened.
         to: id of the conversion; settings: its parameters.
         out: folder of the result, new or empty.
         text: file or folder to calibrate and measure on; None: Python's documentation.
+        needles: prompts to ask after each stage; None: as many as is usual. needle_length: tokens of each.
         heal: settings of the healing (`Recipe`), None: none. heal_text: what it reads.
         export: save a stock DeepSeek-V3 checkpoint in place of one of the converted type. pad: see `as_deepseek`.
     """
@@ -53,7 +53,7 @@ class Job:
     calibration_tokens: int
     probe_tokens: int
     length: int
-    needles: int
+    needles: int | None
     needle_length: int
     heal: dict[str, Any] | None
     heal_text: Path | None
@@ -74,78 +74,109 @@ class Job:
         return (self.work / "converted" / LADDER).is_file()
 
     def run(self, watch: Watch) -> dict[str, Any]:
-        """Do all of it; the record is in the folder as `ladder.json`.
+        """Do all of it; the record is in the folder as `ladder.json`, and as a page.
 
         Raises:
             BadArgument, Refused, Infeasible, FoveateError: nothing was saved but what a healing goes on from.
         """
         chosen = conversion(self.to, **self.settings)
+        subject = subject_of(chosen)
+        self._check_options(subject)
         check_free(self.out, "--out")
         if self.heal_text is not None and not self.heal_text.exists():
             raise BadArgument("--heal-text", str(self.heal_text), "no such file or folder")
         watch(0, 0, "loading")
-        model, tokenizer = load(self.model, dtype=self.dtype, device=self.device)
+        model, tokenizer = subject.open(self.model, self.dtype, self.device)
         if self.export:
             check_around(model)
-        shape = ModelShape.of(model)
-        chosen.check(model, shape)
+        subject.check(chosen, model)
         watch(0, 0, "reading text")
         text = sample_text(
             tokenizer,
             self.text,
             calibration=self.calibration_tokens,
             probe=self.probe_tokens,
-            length=min(self.length, shape.max_positions),
+            length=min(self.length, subject.positions(model)),
             seed=self.seed,
         )
+        asking = Asking(
+            tokenizer,
+            self.text,
+            self.needles,
+            self.needle_length,
+            self.seed,
+            lambda done, number: watch(done, number, f"question {min(done + 1, number)} of {number}"),
+        )
+        questions = subject.questions(asking, model)
         identity = plain(
             {
-                "model": shape.name,
+                "model": subject.name(model),
                 "to": self.to,
                 "settings": chosen.settings(),
                 "text": text.facts,
                 "dtype": str(model.dtype).removeprefix("torch."),
-                "needles": [self.needles, self.needle_length],
+                "questions": None if questions is None else questions.facts,
             }
         )
         kept = self._kept(identity) if self.heal is not None else None
         if kept is not None:
-            made = load(str(self.work / "converted"), dtype=model.dtype, device=model.device).model
+            made = subject.open(str(self.work / "converted"), model.dtype, model.device).model
             record = kept
         else:
-            before = self._served(model, tokenizer, text, watch, "before")
-            made, record = self._converted(model, chosen, text, watch)
+            watch(0, 0, "timing the original")
+            before = subject.in_use(model, text.calibration)
+            made, record = self._converted(model, chosen, subject, text, questions, watch)
             record |= {"before": before, "identity": identity}
             if self.export:
                 as_deepseek(made, pad=self.pad)  # refuses before the healing, not after it
             if self.heal is not None:
+                watch(0, 0, "timing the converted model")
+                record["converted"] = subject.in_use(made, text.calibration)
                 save(made, tokenizer, self.work / "converted", record)
         if self.heal is not None:
-            self._heal(made, model, tokenizer, text, record, watch)
+            self._heal(made, model, tokenizer, subject, text, questions, record, watch)
         final = made
         if self.export:
-            final, record["export"] = self._exported(made, text)
-        record["after"] = self._served(final, tokenizer, text, watch, "after")
+            final, record["export"] = self._exported(made, text, questions)
+        watch(0, 0, "timing the result")
+        record["after"] = subject.in_use(final, text.calibration)
         watch(0, 0, "saving")
         del record["identity"]
-        save(final, tokenizer, self.out, record)
+        save(final, tokenizer, self.out, record, {PAGE: render_conversion(record)})
         shutil.rmtree(self.work, ignore_errors=True)
         return record
 
+    def _check_options(self, subject: Subject) -> None:
+        """Refuse what such models cannot be given."""
+        for option, value in (
+            ("--needles", self.needles),
+            ("--heal", None if self.heal is None else self.heal["tokens"]),
+            ("--export", "deepseek" if self.export else None),
+        ):
+            if value is not None and option in subject.lacks:
+                raise BadArgument(option, value, f"{self.to} takes {subject.plural}, for which there is no {option}")
+
     def _converted(
-        self, model: PreTrainedModel, chosen: Conversion, text: SampleText, watch: Watch
+        self,
+        model: PreTrainedModel,
+        chosen: Conversion,
+        subject: Subject,
+        text: SampleText,
+        questions: Questions | None,
+        watch: Watch,
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
         def told(words: str) -> None:
             watch(0, 0, words)
 
         def measured(rung: Rung) -> None:
-            watch(0, 0, f"{rung.stage}: perplexity {rung.perplexity:.3g}")
+            watch(0, 0, f"{rung.stage}: {rung.summary}")
 
         calibration = Calibration(text.calibration, watch=told)
-        found = convert(model, chosen, calibration, text.probe, watch=told, measured=measured)
+        found = convert(model, chosen, calibration, text.probe, questions=questions, watch=told, measured=measured)
         record = {
             "format": FORMAT,
-            "model": ModelShape.of(model).name,
+            "model": subject.name(model),
+            "kind": subject.id,
             "family": model.config.model_type,
             "layers": model.config.num_hidden_layers,
             "conversion": self.to,
@@ -154,35 +185,23 @@ class Job:
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "text": text.facts,
+            "questions": None if questions is None else questions.facts,
             "rungs": [rung.json() for rung in found.ladder],
+            "converted": None,
             "healing": None,
             "export": None,
             "versions": {name: metadata.version(name) for name in ("foveate", "torch", "transformers")},
         }
         return found.model, plain(record)
 
-    def _served(
-        self, model: PreTrainedModel, tokenizer: Any, text: SampleText, watch: Watch, when: str
-    ) -> dict[str, Any]:
-        """Decoding of one model, and needles."""
-        watch(0, 0, f"decoding {when}")
-        room = min(_CONTEXT, text.calibration.numel(), ModelShape.of(model).max_positions - 32)
-        found = decoding(model, text.calibration.flatten()[None, :room])
-        if self.needles:
-
-            def told(done: int) -> None:
-                watch(done, self.needles, f"needles {when}")
-
-            found["needles"] = needles(model, tokenizer, self.needles, self.needle_length, seed=self.seed, watch=told)
-            found |= {"needle_samples": self.needles, "needle_length": self.needle_length}
-        return found
-
     def _heal(
         self,
         made: PreTrainedModel,
         model: PreTrainedModel,
         tokenizer: Any,
+        subject: Subject,
         text: SampleText,
+        questions: Questions | None,
         record: dict[str, Any],
         watch: Watch,
     ) -> None:
@@ -198,9 +217,10 @@ class Job:
         healing = heal(
             made, model, self.heal_text, tokenizer=tokenizer, recipe=recipe, out=self.work / "state", watch=told
         )
+        watch(0, 0, "measuring after: healed")
         stage = Stage("healed", False, {"tokens": healing.tokens})
-        rung = measure(made.eval(), stage, model, ModelShape.of(model), text.probe, healing.seconds)
-        record["rungs"].append(plain(rung.json()))
+        rung = subject.measure(made.eval(), stage, model, text.probe, healing.seconds)
+        record["rungs"].append(plain(answered(rung, made, questions).json()))
         record["healing"] = healing.json()
 
     def _kept(self, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -216,12 +236,17 @@ class Job:
             raise BadArgument("--out", str(self.out), mend)
         return record
 
-    def _exported(self, made: PreTrainedModel, text: SampleText) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def _exported(
+        self, made: PreTrainedModel, text: SampleText, questions: Questions | None
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
         final, facts = as_deepseek(made, pad=self.pad)
         ids = text.probe[:1].to(made.device)
         with torch.no_grad():
             ours, theirs = (each(ids, use_cache=False).logits.double() for each in (final, made))
-        return final, {**facts, "error": float((ours - theirs).norm() / theirs.norm())}
+        facts = {**facts, "error": float((ours - theirs).norm() / theirs.norm())}
+        if questions is not None:
+            facts[questions.name] = questions.ask(final)
+        return final, facts
 
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:

@@ -2,63 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from foveate.convert.base import Calibration, Conversion, Stage
+from foveate.convert.subject import Questions, Rung, subject_of
 from foveate.errors import BadArgument, FoveateError
-from foveate.models.converted import container
-from foveate.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-"""How far logits may move, as relative root mean square, in a stage that says it is exact."""
+"""How far what a model returns may move, as relative root mean square, in a stage that says it is exact."""
 
 
 class NotExact(FoveateError):
     """A stage that should have kept the function has changed it: the conversion does not fit this model."""
-
-
-@dataclass(frozen=True)
-class Rung:
-    """The model after one stage.
-
-    Args:
-        stage: its name; "original" is the model as it came.
-        exact: whether the stage had to keep the function.
-        error: relative root mean square by which logits differ from the original's on the probe text.
-        kl: mean over tokens of KL(original ‖ this), nats.
-        perplexity: on the probe text.
-        kv_bytes: that one token of context costs in the cache, all layers, in the model's dtype.
-        share: of the original's `kv_bytes`.
-        parameters: numbers in the model.
-        seconds: that the stage took, without measuring it.
-        facts: what the conversion said of it.
-    """
-
-    stage: str
-    exact: bool
-    error: float
-    kl: float
-    perplexity: float
-    kv_bytes: int
-    share: float
-    parameters: int
-    seconds: float
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
 
 
 @dataclass
@@ -72,7 +37,7 @@ class Converted:
     """
 
     model: PreTrainedModel
-    ladder: list[Rung]
+    ladder: list[Any]
     conversion: Conversion
 
 
@@ -83,14 +48,17 @@ def convert(
     calibration: Calibration,
     probe: Tensor,
     *,
+    questions: Questions | None = None,
     watch: Callable[[str], None] = lambda words: None,
     measured: Callable[[Rung], None] = lambda rung: None,
 ) -> Converted:
     """Convert a copy of the model; the model itself is not touched.
 
     Args:
+        model: of the kind that the conversion takes.
         calibration: text that the conversion may look at.
         probe: [S, N] token ids of other text, on which each rung is measured, 4 sequences at a time.
+        questions: what each rung's model is asked beside that.
         watch: told in words what is being done.
         measured: given each rung as soon as it is known.
 
@@ -100,14 +68,25 @@ def convert(
     """
     if probe.ndim != 2 or probe.shape[1] < 2:
         raise BadArgument("probe", tuple(probe.shape), "give token ids [S, N] with at least two tokens each")
+    subject = subject_of(conversion)
+
+    def rung_of(stage: Stage, seconds: float) -> Rung:
+        watch(f"measuring after: {stage.name}")
+        rung = subject.measure(made, stage, model, probe, seconds)
+        if ladder:
+            _check(rung, made.dtype, ladder[-1])
+        rung = answered(rung, made, questions)
+        ladder.append(rung)
+        measured(rung)
+        return rung
+
     was_training = model.training
     model.eval()
     try:
-        shape = ModelShape.of(model)
-        conversion.check(model, shape)
-        made = container(model)
-        ladder = [measure(made, Stage("original", True), model, shape, probe, 0.0)]
-        measured(ladder[0])
+        subject.check(conversion, model)
+        made = subject.container(model)
+        ladder: list[Any] = []
+        rung_of(Stage("original", True), 0.0)
         stages = iter(_with_grad(conversion.stages(made, calibration)))
         while True:
             begin = time.perf_counter()
@@ -115,15 +94,16 @@ def convert(
             if stage is None:
                 break
             seconds = time.perf_counter() - begin
-            watch(f"measuring after: {stage.name}")
             made.eval()
-            rung = measure(made, stage, model, shape, probe, seconds)
-            _check(rung, made.dtype, ladder[-1])
-            ladder.append(rung)
-            measured(rung)
+            rung_of(stage, seconds)
         return Converted(made, ladder, conversion)
     finally:
         model.train(was_training)
+
+
+def answered(rung: Any, made: PreTrainedModel, questions: Questions | None) -> Any:
+    """The rung with the model's answer to the questions."""
+    return rung if questions is None else replace(rung, **{questions.name: questions.ask(made)})
 
 
 def _with_grad(stages: Iterator[Stage]) -> Iterator[Stage]:
@@ -142,43 +122,6 @@ def _check(rung: Rung, dtype: torch.dtype, before: Rung) -> None:
     added = rung.error - before.error
     if rung.exact and (math.isnan(rung.error) or (bound is not None and added > bound)):
         raise NotExact(
-            f"{rung.stage!r} should keep the function, but moved the logits by {rung.error:.2e} (relative RMS; "
-            f"{before.error:.2e} before it): this conversion does not fit this model"
+            f"{rung.stage!r} should keep the function, but moved what the model returns by {rung.error:.2e} (relative "
+            f"RMS; {before.error:.2e} before it): this conversion does not fit this model"
         )
-
-
-@torch.no_grad()
-def measure(made: Any, stage: Stage, model: Any, shape: ModelShape, probe: Tensor, seconds: float) -> Rung:
-    """The rung of a converted model after a stage.
-
-    Args:
-        model: the original, and its shape.
-        probe: [S, N] token ids, read 4 sequences at a time.
-        seconds: that the stage took.
-    """
-    error = norm = kl = loss = 0.0
-    count = 0
-    for batch in probe.to(model.device).split(4):
-        ours, theirs = made(batch, use_cache=False).logits, model(batch, use_cache=False).logits
-        # In float64: errors of 1e-10 are measured, and float32 would round a KL near 0 below it.
-        for x, y, ids in zip(ours, theirs, batch, strict=True):
-            x, y = x.double(), y.double()
-            error += float((x - y).square().sum())
-            norm += float(y.square().sum())
-            log_p, log_q = y.log_softmax(-1), x.log_softmax(-1)
-            kl += float((log_p.exp() * (log_p - log_q)).sum())
-            loss -= float(log_q[:-1].gather(-1, ids[1:, None]).sum())
-            count += len(ids)
-    held = ModelShape.of(made).kv_bytes_per_token
-    return Rung(
-        stage=stage.name,
-        exact=stage.exact,
-        error=math.sqrt(error / norm),
-        kl=kl / count,
-        perplexity=math.exp(min(loss / (count - len(probe)), 700.0)),
-        kv_bytes=held,
-        share=held / shape.kv_bytes_per_token,
-        parameters=sum(p.numel() for p in made.parameters()),
-        seconds=seconds,
-        facts=copy.deepcopy(stage.facts),
-    )

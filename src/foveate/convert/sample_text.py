@@ -34,6 +34,11 @@ class SampleText:
     facts: dict[str, Any]
 
 
+def held_out(text: str) -> str:
+    """The end of a text, which is measured on and never calibrated on."""
+    return text[int(len(text) * (1 - _HELD)) :]
+
+
 def sample_text(
     tokenizer: PreTrainedTokenizerBase,
     source: str | Path | None = None,
@@ -62,12 +67,13 @@ def sample_text(
         if value < least:
             raise BadArgument(name, value, f"give at least {least}")
     text = corpus(source)
-    cut = int(len(text.text) * (1 - _HELD))
+    measured = held_out(text.text)
+    cut = len(text.text) - len(measured)
     generator = torch.Generator().manual_seed(seed)
     made = []
     for name, wanted, part in (
         ("calibration_tokens", calibration, text.text[:cut]),
-        ("probe_tokens", probe, text.text[cut:]),
+        ("probe_tokens", probe, measured),
     ):
         number = max(1, wanted // length)
         head = leading_ids(tokenizer)

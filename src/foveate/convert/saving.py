@@ -29,6 +29,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | os.PathLike[str],
     ladder: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the model as a folder that transformers opens, all of it or nothing.
 
@@ -39,6 +40,7 @@ def save(
             once `foveate.register_models()` was called.
         folder: new or empty; folders above it are made.
         ladder: plain JSON, written as `ladder.json`.
+        texts: further files by name.
 
     Raises:
         BadArgument: the folder holds something, is a file, or cannot be written to.
@@ -53,6 +55,8 @@ def save(
             tokenizer.save_pretrained(partial)
         if ladder is not None:
             (partial / LADDER).write_text(json.dumps(ladder, indent=1, allow_nan=False), encoding="utf-8")
+        for name, text in (texts or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
     return folder
 
 

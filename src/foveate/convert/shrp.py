@@ -20,7 +20,6 @@ from foveate.errors import BadArgument
 from foveate.heads.moments import Moments, collect
 from foveate.layers.expert_heads import ExpertHeads
 from foveate.models.encoders import check_encoder, encoder_layers, keep_heads, layer_flops, layer_parameters
-from foveate.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,9 +45,10 @@ class Shrp(Conversion):
     fitted: bool = True
 
     id: ClassVar[str] = "shrp"
+    takes: ClassVar[str] = "encoder"
     what: ClassVar[str] = "encoders only: keep the attention heads that a router uses most"
 
-    def check(self, model: PreTrainedModel, shape: ModelShape | None = None) -> None:
+    def check(self, model: PreTrainedModel, shape: None = None) -> None:
         check_encoder(model)
         fewest = min(layer.attention.self.num_attention_heads for layer in encoder_layers(model))
         if not 1 <= self.heads <= fewest:
@@ -59,7 +59,7 @@ class Shrp(Conversion):
     def stages(self, model: PreTrainedModel, calibration: Calibration) -> Iterator[Stage]:
         """Of a model of the type that `foveate.models.encoders.encoder_container` gives."""
         routed(model, self.router, k=None)
-        yield Stage("heads as experts, all of them on", exact=True)
+        yield Stage("heads as experts", exact=True)
         calibration.watch("counting which heads are used")
         usage = count_usage(model, calibration)
         written = None
@@ -72,7 +72,12 @@ class Shrp(Conversion):
         yield Stage(
             f"{self.heads} heads a layer",
             exact=False,
-            facts={"kept": kept, "usage": [counts.tolist() for counts in usage], **size(model, calibration)},
+            facts={
+                "kept": kept,
+                "usage": [counts.tolist() for counts in usage],
+                "used": [float(each[keep].sum() / each.sum()) for each, keep in zip(usage, kept, strict=True)],
+                **size(model, calibration),
+            },
         )
 
 

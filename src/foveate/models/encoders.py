@@ -29,16 +29,24 @@ def check_encoder(model: Any) -> None:
     Raises:
         Refused: with the reason.
     """
-    config = getattr(model, "config", None)
+    check_config(getattr(model, "config", model))
+    if not hasattr(model, "encoder"):
+        family = model.config.model_type
+        raise Refused(f"{type(model).__name__} has a task's head; give the encoder in it, such as model.{family}")
+
+
+def check_config(config: Any) -> None:
+    """Refuse what is not an encoder of BERT's build, by its configuration.
+
+    Raises:
+        Refused: with the reason.
+    """
     family = str(getattr(config, "model_type", "")).removeprefix(PREFIX)
     if family not in FAMILIES:
-        raise Refused(
-            f"{family or type(model).__name__} models are not encoders of BERT's build: {', '.join(FAMILIES)}"
-        )
+        what = family or type(config).__name__
+        raise Refused(f"{what} models are not encoders of BERT's build: {', '.join(FAMILIES)}")
     if getattr(config, "is_decoder", False):
         raise Refused(f"this {family} model is a decoder (is_decoder=True); heads are pruned in encoders")
-    if not hasattr(model, "encoder"):
-        raise Refused(f"{type(model).__name__} has a task's head; give the encoder in it, such as model.{family}")
 
 
 def encoder_layers(model: Any) -> Any:
@@ -46,9 +54,13 @@ def encoder_layers(model: Any) -> Any:
     return model.encoder.layer
 
 
-@functools.cache
-def registered(family: str) -> type[PreTrainedModel]:
+def registered(model_type: str) -> type[PreTrainedModel]:
     """The class of encoders of this family with fewer heads; the first call makes and registers it."""
+    return _class_of(model_type.removeprefix(PREFIX))
+
+
+@functools.cache
+def _class_of(family: str) -> type[PreTrainedModel]:
     config_base, model_base = compat.encoder_classes(family)
     config_class = type(
         f"Foveate{config_base.__name__}",
@@ -84,7 +96,7 @@ def encoder_container(model: PreTrainedModel) -> PreTrainedModel:
         Refused: not an encoder of BERT's build.
     """
     check_encoder(model)
-    cls: Any = registered(model.config.model_type.removeprefix(PREFIX))
+    cls: Any = registered(model.config.model_type)
     state = {
         name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")
     }

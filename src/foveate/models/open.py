@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from foveate.errors import BadArgument, FoveateError, Refused
-from foveate.models import builtin, converted, gguf_weights
+from foveate.models import builtin, converted, encoders, gguf_weights
 from foveate.models.placement import resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
@@ -52,8 +52,33 @@ def load(
     path, local = _locate(str(source))
     _register_type(path)
     config = _open_config(str(source), path, local)
+    _check_decoder(str(source), config)
     tokenizer = _open_tokenizer(str(source), path, local)
     model = _open_model(str(source), path, local, config, precision).to(place).eval()
+    return Loaded(model, tokenizer)
+
+
+def load_encoder(
+    source: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+) -> Loaded:
+    """Open an encoder of BERT's build, without a task's head, and its tokenizer.
+
+    Args:
+        source: a local folder in transformers' layout, with all heads or some, or a model id of the Hugging Face hub.
+        dtype, device: as `load` takes them.
+
+    Raises:
+        BadArgument: there is no such model, dtype or device.
+        Refused: a model of another build, or one that cannot be had here.
+    """
+    place = resolve_device(device)
+    precision = resolve_dtype(dtype, place)
+    path, local = _locate(str(source))
+    _register_type(path)
+    config = _open_config(str(source), path, local)
+    encoders.check_config(config)
+    tokenizer = _open_tokenizer(str(source), path, local)
+    model = _open_model(str(source), path, local, config, precision, "AutoModel").to(place).eval()
     return Loaded(model, tokenizer)
 
 
@@ -80,7 +105,8 @@ def _register_type(path: str) -> None:
     except (OSError, ValueError, AttributeError):
         return  # not a folder, or one that transformers will find fault with
     if str(family).startswith(converted.PREFIX):
-        converted.registered(family)
+        encoder = family.removeprefix(encoders.PREFIX) in encoders.FAMILIES
+        (encoders if encoder else converted).registered(family)
 
 
 def _close(source: str) -> str | None:
@@ -120,11 +146,9 @@ def _open_config(source: str, path: str, local: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=local, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, local_files_only=local, trust_remote_code=False)
     except Exception as error:
         raise _explained(source, path, "config", error) from error
-    _check_decoder(source, config)
-    return config
 
 
 def _open_tokenizer(source: str, path: str, local: bool) -> Any:
@@ -138,15 +162,17 @@ def _open_tokenizer(source: str, path: str, local: bool) -> Any:
         raise _explained(source, path, "tokenizer", error) from error
 
 
-def _open_model(source: str, path: str, local: bool, config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+def _open_model(
+    source: str, path: str, local: bool, config: Any, dtype: torch.dtype, auto: str = "AutoModelForCausalLM"
+) -> Any:
+    import transformers
     from transformers.utils import logging
 
     # Reading weights takes a second or two: a bar for it would only stand between the user and the answer.
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return getattr(transformers, auto).from_pretrained(
             path, config=config, dtype=dtype, local_files_only=local, trust_remote_code=False
         )
     except Exception as error:

@@ -1,19 +1,16 @@
-"""What a model costs and finds when it answers: time and bytes of decoding, needles found."""
+"""What a model costs when it answers: time and bytes of decoding."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from foveate.tasks import task
-
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _SHORT = 32  # tokens of the prompt before the one that is timed
 _WARM = 2  # first steps, not timed
@@ -40,6 +37,7 @@ def decoding(model: PreTrainedModel, ids: Tensor, steps: int = 16) -> dict[str, 
         seconds.append(_now(model) - begin)
     return {
         "context": ids.shape[1],
+        "repeats": steps,
         "prefill_s": prefill,
         "decode_ms": 1e3 * statistics.median(seconds[_WARM:]),
         "cache_bytes": held_bytes(out.past_key_values),
@@ -57,43 +55,6 @@ def held_bytes(cache: Any) -> int:
         return sum(inside(each) for each in value) if isinstance(value, list | tuple) else 0
 
     return sum(inside(vars(layer)) for layer in cache.layers)
-
-
-@torch.no_grad()
-def needles(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int,
-    length: int,
-    *,
-    name: str = "niah_single_2",
-    seed: int = 0,
-    watch: Callable[[int], None] = lambda done: None,
-) -> float:
-    """Share of needles found in prompts of `length` tokens, answered greedily.
-
-    Args:
-        name: of a task.
-        watch: told how many samples are done.
-
-    Raises:
-        BadArgument: no such task, or a length that it has no room in.
-    """
-    asked, generate = task(name), cast(Callable[..., Any], model.generate)
-    found = 0.0
-    for done, sample in enumerate(asked.generate(tokenizer, length, samples, seed), 1):
-        ids = torch.tensor([[*sample.context_ids, *sample.question_ids]], device=model.device)
-        made: Any = generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=sample.max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )
-        text = str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-        found += asked.score(text, sample)
-        watch(done)
-    return found / samples
 
 
 def _now(model: PreTrainedModel) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,25 @@ from foveate.report import quantities
 
 LADDER = "ladder.json"
 
+QUESTIONS = {"needles": "needles found", "retrieval": "passages found"}
+"""What may be asked after every stage, by the rung's field, and the words for an answer."""
+
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One thing that was measured after every stage.
+
+    Args:
+        name: of the rung's field. heading: over the column.
+        values: one a rung. cells: each value written out, and how it compares with the first, or nothing.
+    """
+
+    name: str
+    heading: str
+    values: list[Any]
+    cells: list[tuple[str, str]]
 
 
 def read_ladder(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -74,12 +93,44 @@ def exact_error(record: Record, index: int) -> float | None:
     return abs(rungs[index]["error"] - rungs[index - 1]["error"])
 
 
-def per_layer(record: Record) -> Iterator[tuple[str, str, list[float]]]:
-    """(stage, what, one number a layer) of everything that stages told layer by layer."""
+def columns(record: Record) -> list[Column]:
+    """What is known of the rungs beside their names, as far as anything is."""
+    rungs, first = record["rungs"], record["rungs"][0]
+
+    def against_first(name: str, rung: Record) -> str:
+        known = rung is not first and rung.get(name) is not None and first.get(name)
+        return quantities.times(rung[name] / first[name]) if known else ""
+
+    written: list[tuple[str, str, Callable[[int, Record], tuple[str, str]]]] = [
+        ("error", "Error", lambda index, rung: (error(exact_error(record, index)), "")),
+        ("kl", "KL", lambda index, rung: (kl(rung["kl"]), "")),
+        ("perplexity", "Perplexity", lambda i, rung: (number(rung["perplexity"]), against_first("perplexity", rung))),
+        ("similarity", "Similarity", lambda index, rung: (number(rung["similarity"], 4), "")),
+        ("needles", "Needles", lambda index, rung: (quantities.percent(rung["needles"]), "")),
+        ("retrieval", "Retrieved", lambda index, rung: (quantities.percent(rung["retrieval"]), "")),
+        ("kv_bytes", "Cache per token", lambda i, rung: (quantities.bytes_text(rung["kv_bytes"]), "")),
+        ("parameters", "Parameters", lambda index, rung: (f"{rung['parameters']:,}", "")),
+        ("share", "Share", lambda index, rung: (quantities.percent(rung["share"]), "")),
+        ("seconds", "Time", lambda index, rung: (quantities.seconds(rung["seconds"]), "")),
+    ]
+    return [
+        Column(name, heading, [rung.get(name) for rung in rungs], [spell(i, rung) for i, rung in enumerate(rungs)])
+        for name, heading, spell in written
+        if all(name in rung for rung in rungs) and any(rung[name] is not None for rung in rungs)
+    ]
+
+
+def per_layer(record: Record) -> Iterator[tuple[str, str, list[Any]]]:
+    """(stage, what, one number a layer, or one list of shares a layer) of what stages told layer by layer."""
     for rung in record["rungs"]:
         for name, value in rung["facts"].items():
-            if _numbers(value) and len(value) == record["layers"]:
+            if isinstance(value, list) and len(value) == record["layers"] and (_numbers(value) or _shares(value)):
                 yield rung["stage"], name, value
+
+
+def _shares(value: list[Any]) -> bool:
+    """Lists of shares of one whole each, all of as many."""
+    return all(_numbers(each) and len(each) == len(value[0]) and abs(sum(each) - 1) < 1e-3 for each in value)
 
 
 def _numbers(value: Any) -> bool:
@@ -89,22 +140,62 @@ def _numbers(value: Any) -> bool:
 def sentence(record: Record) -> str:
     """What came out, in one sentence."""
     first, last = record["rungs"][0], record["rungs"][-1]
-    held = f"{quantities.bytes_text(last['kv_bytes'])} of cache per token instead of "
-    held += f"{quantities.bytes_text(first['kv_bytes'])} ({quantities.percent(last['share'])})"
-    return f"{held}, perplexity {number(last['perplexity'])} instead of {number(first['perplexity'])}."
+    said = []
+    if "kv_bytes" in last:
+        held = f"{quantities.bytes_text(last['kv_bytes'])} of cache per token instead of "
+        said.append(held + f"{quantities.bytes_text(first['kv_bytes'])} ({quantities.percent(last['share'])})")
+    else:
+        fewer = f"{last['parameters']:,} parameters instead of {first['parameters']:,}"
+        said.append(f"{fewer} ({quantities.percent(last['parameters'] / first['parameters'])})")
+    if "perplexity" in last:
+        said.append(f"perplexity {number(last['perplexity'])} instead of {number(first['perplexity'])}")
+    if "similarity" in last:
+        said.append(f"vectors {number(last['similarity'], 4)} alike")
+    for name, what in QUESTIONS.items():
+        if last.get(name) is not None and first.get(name) is not None:
+            said.append(f"{quantities.percent(last[name])} of {what} instead of {quantities.percent(first[name])}")
+    return ", ".join(said) + "."
 
 
-def served(record: Record) -> list[tuple[str, str, str]]:
-    """(what, before, after) of everything that was measured on both models in use."""
-    before, after = record.get("before") or {}, record.get("after") or {}
+def asked(record: Record) -> str:
+    """What was asked after every stage, in words; nothing where nothing was."""
+    told = record.get("questions")
+    if not told:
+        return ""
+    if "samples" in told:
+        return (
+            f"Needles: {told['samples']:,} prompts of {told['length']:,} tokens ({told['task']}), the same each time."
+        )
+    return f"Retrieved: of {told['passages']:,} held-out passages ({told['task']}), the same each time."
+
+
+def served(record: Record) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """When models were measured in use, and (what, the figure at each of these times) as far as all are known."""
+    times = {"before": record.get("before"), "after": record.get("after")}
+    if record.get("converted"):
+        times = {"before": times["before"], "converted": record["converted"], "healed": times["after"]}
     spelled = {
         "prefill_s": ("Prefill", quantities.seconds),
         "decode_ms": ("Decode, per token", quantities.milliseconds),
+        "encode_ms": ("Encode, per sequence", quantities.milliseconds),
         "cache_bytes": ("Cache held, in all", quantities.bytes_text),
-        "needles": ("Needles found", quantities.percent),
     }
-    return [
-        (words, text(before[name]), text(after[name]))
+    rows = [
+        (words, [text(each[name]) for each in times.values() if each])
         for name, (words, text) in spelled.items()
-        if before.get(name) is not None and after.get(name) is not None
+        if all((each or {}).get(name) is not None for each in times.values())
     ]
+    return list(times), rows
+
+
+def how_served(record: Record) -> str:
+    """Behind how much text, and how often, the models in use were timed."""
+    after = record.get("after") or {}
+    said = []
+    if after.get("batch"):
+        said.append(f"{after['batch']} sequences of {after['context']:,} tokens at a time")
+    elif after.get("context"):
+        said.append(f"with transformers' own cache behind {after['context']:,} tokens")
+    if after.get("repeats"):
+        said.append(f"the median of {after['repeats']}")
+    return ", ".join([*said, f"on {record['device']} in {record['dtype']}"])

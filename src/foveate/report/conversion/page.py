@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from foveate.evaluate.record import write_atomically
 from foveate.report import quantities
 from foveate.report.conversion import ladder
 from foveate.report.conversion.ladder import Record, read_ladder
-from foveate.report.conversion.picture import bars, curve
+from foveate.report.conversion.picture import bars, curve, stacks
 from foveate.report.html import PAGE, environment
 
 
@@ -27,8 +28,10 @@ def render_conversion(record: Record) -> str:
             first=record["rungs"][0],
             sentence=ladder.sentence(record),
             tiles=_tiles(record),
+            columns=ladder.columns(record),
+            pictures=_pictures(record),
             served=ladder.served(record),
-            layers=[(stage, what, bars(values, what)) for stage, what, values in ladder.per_layer(record)],
+            layers=[(stage, what, _by_layer(values, what)) for stage, what, values in ladder.per_layer(record)],
             loss=_loss(healing) if healing else None,
             healing=healing,
             export=record.get("export"),
@@ -53,20 +56,55 @@ def write_conversion(folder: str | os.PathLike[str]) -> Path:
 def _tiles(record: Record) -> list[tuple[str, str, str]]:
     """(heading, figure, note)."""
     first, last = record["rungs"][0], record["rungs"][-1]
-    held = f"{quantities.bytes_text(last['kv_bytes'])} of dense {quantities.bytes_text(first['kv_bytes'])}"
-    tiles = [
-        ("Cache per token", quantities.percent(last["share"]), held),
-        ("Perplexity", ladder.number(last["perplexity"]), f"original {ladder.number(first['perplexity'])}"),
-    ]
+    tiles = []
+    if "kv_bytes" in last:
+        held = f"{quantities.bytes_text(last['kv_bytes'])} of dense {quantities.bytes_text(first['kv_bytes'])}"
+        tiles.append(("Cache per token", quantities.percent(last["share"]), held))
+    else:
+        share = quantities.percent(last["parameters"] / first["parameters"])
+        tiles.append(("Parameters", share, f"{last['parameters']:,} of {first['parameters']:,}"))
+    if "perplexity" in last:
+        note = f"original {ladder.number(first['perplexity'])}"
+        tiles.append(("Perplexity", ladder.number(last["perplexity"]), note))
+    if "similarity" in last:
+        tiles.append(("Similarity", ladder.number(last["similarity"], 4), "mean cosine to the original's vectors"))
+    for name, words in ladder.QUESTIONS.items():
+        if last.get(name) is not None and first.get(name) is not None:
+            note = f"original {quantities.percent(first[name])}"
+            tiles.append((words.capitalize(), quantities.percent(last[name]), note))
     before, after = record.get("before") or {}, record.get("after") or {}
     if before.get("decode_ms") and after.get("decode_ms"):
         ratio = after["decode_ms"] / before["decode_ms"]
         note = f"per token on {record['device']} behind {after['context']:,} tokens, as a share of the original's time"
         tiles.append(("Decode", quantities.times(ratio), note))
-    if before.get("needles") is not None and after.get("needles") is not None:
-        note = f"original {quantities.percent(before['needles'])}, of {after['needle_samples']}"
-        tiles.append(("Needles found", quantities.percent(after["needles"]), note))
+    if before.get("encode_ms") and after.get("encode_ms"):
+        note = f"per sequence of {after['context']:,} tokens on {record['device']}, as a share of the original's time"
+        tiles.append(("Encode", quantities.times(after["encode_ms"] / before["encode_ms"]), note))
     return tiles
+
+
+def _pictures(record: Record) -> list[tuple[str, Any]]:
+    """(what, a bar a stage) of what the ladder is read for."""
+    stages = [f"{number} {rung['stage']}" for number, rung in enumerate(record["rungs"])]
+    made = []
+    for column in ladder.columns(record):
+        if column.name not in ("perplexity", "similarity", *ladder.QUESTIONS, "kv_bytes", "parameters"):
+            continue
+        values, what = [value for value in column.values if value is not None], column.heading
+        if len(values) != len(stages) or (column.name == "parameters" and len(set(values)) == 1):
+            continue
+        if column.name == "perplexity" and max(values) > 20 * min(values):
+            values, what = [math.log10(value) for value in values], f"{what}, as a power of ten"
+        elif column.name == "kv_bytes":
+            values, what = [value / 1024 for value in values], f"{what}, KiB"
+        elif column.name == "parameters":
+            values, what = [value / 1e6 for value in values], f"{what}, millions"
+        made.append((what, bars(values, f"{what}, stage by stage", stages)))
+    return made
+
+
+def _by_layer(values: list[Any], what: str) -> Any:
+    return stacks(values, what) if isinstance(values[0], list) else bars(values, f"{what}, layer by layer")
 
 
 def _loss(healing: dict[str, Any]) -> Any:

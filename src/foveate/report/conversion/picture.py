@@ -1,4 +1,4 @@
-"""Small pictures of a conversion: a bar a layer, and the curve of a healing."""
+"""Small pictures of a conversion: a bar a stage or a layer, and the curve of a healing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ _WIDTH, _HEIGHT = 380, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 28
 
 
-def bars(values: Sequence[float], what: str) -> Markup:
-    """One bar a layer, from zero."""
+def bars(values: Sequence[float], what: str, names: Sequence[str] | None = None) -> Markup:
+    """One bar a layer, from zero, or a bar for each name."""
+    names = names or [f"layer {layer}" for layer in range(len(values))]
     top = max(*values, 0.0) or 1.0
     low = min(*values, 0.0)
     y = Axis(low, top if top > low else low + 1, _HEIGHT - _BOTTOM, _TOP)
@@ -23,12 +24,37 @@ def bars(values: Sequence[float], what: str) -> Markup:
         x, ends = _LEFT + layer * step, sorted((y(value), y(0.0)))
         parts.append(
             f'<rect class="bar-of" x="{x + 0.1 * step:.1f}" y="{ends[0]:.1f}" width="{0.8 * step:.1f}" '
-            f'height="{max(ends[1] - ends[0], 0.5):.1f}"><title>layer {layer}: {value:.4g}</title></rect>'
+            f'height="{max(ends[1] - ends[0], 0.5):.1f}"><title>{escape(names[layer])}: {value:.4g}</title></rect>'
         )
-    every = max(1, round(len(values) / 10))
-    for layer in range(0, len(values), every):
-        parts.append(_text(_LEFT + (layer + 0.5) * step, _HEIGHT - 10, str(layer), "middle"))
-    return _svg(parts, f"{what}, layer by layer")
+    return _svg([*parts, *_places(len(values))], what)
+
+
+def stacks(shares: Sequence[Sequence[float]], what: str) -> Markup:
+    """One bar a layer, parted into shares of one."""
+    y = Axis(0.0, 1.0, _HEIGHT - _BOTTOM, _TOP)
+    step = (_WIDTH - _LEFT - _RIGHT) / len(shares)
+    parts = [_frame(y)]
+    for layer, row in enumerate(shares):
+        base = 0.0
+        for index, share in enumerate(row):
+            top = min(base + max(share, 0.0), 1.0)
+            x, opacity = _LEFT + (layer + 0.1) * step, 1 - 0.75 * index / len(row)
+            parts.append(
+                f'<rect class="bar-of" opacity="{opacity:.2f}" x="{x:.1f}" y="{y(top):.1f}" '
+                f'width="{0.8 * step:.1f}" height="{y(base) - y(top):.1f}">'
+                f"<title>layer {layer}, part {index}: {share:.4g}</title></rect>"
+            )
+            base = top
+    return _svg([*parts, *_places(len(shares))], f"{what}, layer by layer")
+
+
+def _places(count: int) -> list[str]:
+    """Numbers under the bars."""
+    step = (_WIDTH - _LEFT - _RIGHT) / count
+    return [
+        _text(_LEFT + (place + 0.5) * step, _HEIGHT - 10, str(place), "middle")
+        for place in range(0, count, max(1, round(count / 10)))
+    ]
 
 
 def curve(points: Sequence[tuple[float, float]], what: str) -> Markup:

@@ -10,30 +10,28 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.report import quantities
-from foveate.report.conversion.ladder import Record, error, exact_error, kl, number, scalars, sentence, served
+from foveate.report.conversion.ladder import Record, columns, error, scalars, sentence, served
 
-_WIDE = 120  # columns from which on what the stages told has room
+_WIDE = 120  # columns from which on what the stages told has room, and how long they took
+_SHORT = {"kv_bytes": "cache"}
 
 
 def ladder_table(record: Record, wide: bool = True) -> Table:
     """One line a stage; `wide` with what it told."""
     table = Table(pad_edge=False, box=box.SIMPLE_HEAD)
-    table.add_column("stage", no_wrap=True)
-    for name in ("error", "KL", "perplexity", "cache", "of dense", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
+    shown = columns(record)
+    held = any(column.name == "kv_bytes" for column in shown)
+    shown = [
+        column for column in shown if (wide or column.name != "seconds") and not (held and column.name == "parameters")
+    ]
+    table.add_column("stage", min_width=12, overflow="fold")  # long names give way to numbers
+    for column in shown:
+        table.add_column(_SHORT.get(column.name, column.heading), justify="right", no_wrap=True)
     if wide:
         table.add_column("", overflow="fold", style="dim")
     for index, rung in enumerate(record["rungs"]):
-        table.add_row(
-            rung["stage"],
-            error(exact_error(record, index)),
-            kl(rung["kl"]),
-            number(rung["perplexity"]),
-            quantities.bytes_text(rung["kv_bytes"]),
-            quantities.percent(rung["share"]),
-            quantities.seconds(rung["seconds"]),
-            *([scalars(rung["facts"])] if wide else []),
-        )
+        said = [scalars(rung["facts"])] if wide else []
+        table.add_row(rung["stage"], *(column.cells[index][0] for column in shown), *said)
     return table
 
 
@@ -43,8 +41,9 @@ def print_ladder(record: Record, page: Path | None = None, console: Console | No
     out.print(Text(f"{record['conversion']} of {record['model']}", style="bold"))
     out.print(ladder_table(record, out.width >= _WIDE))
     out.print(Text(sentence(record)))
-    for words, before, after in served(record):
-        out.print(Text(f"{words}: {before} before, {after} after"))
+    times, rows = served(record)
+    for words, figures in rows:
+        out.print(Text(f"{words}: " + ", ".join(f"{f} {time}" for f, time in zip(figures, times, strict=True))))
     export = record.get("export")
     if export:
         out.print(
