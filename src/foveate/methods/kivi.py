@@ -9,9 +9,10 @@ from typing import Literal
 
 from foveate.cache.latent_side import LatentSide
 from foveate.cache.quantised import WIDTHS, Quantised, Rotated
-from foveate.errors import BadArgument, Infeasible, Refused
+from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Codec, Method, Profile, Role, register, tries
 from foveate.methods.budget import Budget
+from foveate.methods.policies.checks import holds_more
 from foveate.models.shape import LayerShape, ModelShape
 
 EXACT = 16
@@ -123,11 +124,8 @@ class KIVI(Method):
             if (bits == EXACT and granted >= 1) or (bits != EXACT and self.share(shape, length, bits) <= granted):
                 return [(bits, bits)] * count
         floor = self.share(shape, length, WIDTHS[-1])
-        raise Infeasible(
-            f"budget={budget}: {self.id} cannot hold less than {floor:.3f} of the dense cache at {length} tokens "
-            f"(2 bits, {self.residual} exact tokens); raise the budget or lower residual",
-            floor,
-        )
+        because = f"{WIDTHS[-1]} bits, {self.residual} exact tokens"
+        raise holds_more(self, floor, length, because, "raise the budget or lower residual")
 
     def share(self, shape: ModelShape, length: int, bits: int) -> float:
         """Share of the dense cache that is held at this length."""

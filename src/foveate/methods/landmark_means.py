@@ -14,6 +14,7 @@ from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Role, register
 from foveate.methods.budget import Budget
+from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
 from foveate.models.shape import ModelShape
@@ -59,9 +60,7 @@ class LandmarkMeans(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block", "k", "recent"):
-            if getattr(self, name) < 1:
-                raise BadArgument(name, getattr(self, name), "give at least 1")
+        at_least(self, block=1, k=1, recent=1)
         if self.softmax not in ("plain", "grouped"):
             raise BadArgument("softmax", self.softmax, 'give "plain" or "grouped"')
 

@@ -12,6 +12,7 @@ from foveate.cache import View
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import BudgetRule, Context, Method, Needs, Profile, Protect, Role, register
 from foveate.methods.budget import Budget
+from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.window import check_window, pooled, window_mass
 from foveate.models.shape import ModelShape
 
@@ -59,14 +60,7 @@ class TaskKV(Method):
         check_window(self.window, self.kernel)
         if not 0 <= self.beta <= 1:
             raise BadArgument("beta", self.beta, "give a share of heads from 0 to 1")
-        if self.far < 0:
-            raise BadArgument("far", self.far, "give 0 or more heads")
-        if self.top < 1:
-            raise BadArgument("top", self.top, "give at least 1 token")
-        if self.sink < 0:
-            raise BadArgument("sink", self.sink, "give 0 or more tokens")
-        if self.recent < 1:
-            raise BadArgument("recent", self.recent, "give at least 1 token")
+        at_least(self, far=0, top=1, sink=0, recent=1)
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         roles = [Role() for _ in shape.layers]

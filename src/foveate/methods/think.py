@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from foveate.cache import Observed
-from foveate.errors import BadArgument, Infeasible, Refused
+from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Codec, Method, Needs, Profile, Role, register
 from foveate.methods.budget import PAIR_BYTES, Budget
+from foveate.methods.policies.checks import at_least, holds_more
 from foveate.models.shape import LayerShape, ModelShape
 
 INDEX = torch.int16
@@ -56,10 +57,7 @@ class ThinK(Method):
         super().__post_init__()
         if not 0 <= self.ratio < 1:
             raise BadArgument("ratio", self.ratio, "give a share of channels from 0 to below 1")
-        if self.recent < 0:
-            raise BadArgument("recent", self.recent, "give 0 or more tokens")
-        if self.window < 1:
-            raise BadArgument("window", self.window, "give at least 1 query")
+        at_least(self, recent=0, window=1)
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         if any(layer.latent for layer in shape.layers):
@@ -90,11 +88,8 @@ class ThinK(Method):
             if self.share(shape, length, dropped / widest) <= granted:
                 return dropped / widest
         floor = self.share(shape, length, (widest - 1) / widest)
-        raise Infeasible(
-            f"budget={budget}: {self.id} cannot hold less than {floor:.3f} of the dense cache at {length} tokens "
-            f"(values and {self.recent} keys stay whole); raise the budget or lower recent",
-            floor,
-        )
+        because = f"values and {self.recent} keys stay whole"
+        raise holds_more(self, floor, length, because, "raise the budget or lower recent")
 
     def share(self, shape: ModelShape, length: int, ratio: float) -> float:
         """Share of the dense cache that is held at this length."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.errors import BadArgument, Infeasible, Refused
+from foveate.errors import Refused
 from foveate.methods.base import Codec, Method, Profile, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.methods.declared import Joint
+from foveate.methods.policies.checks import at_least, holds_more
 from foveate.models.shape import LayerShape, ModelShape
 
 
@@ -55,9 +56,7 @@ class XKV(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("group", "rank_k", "rank_v"):
-            if getattr(self, name) < 1:
-                raise BadArgument(name, getattr(self, name), "give at least 1")
+        at_least(self, group=1, rank_k=1, rank_v=1)
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         if shape.rope.get("type") in ("dynamic", "longrope"):
@@ -101,11 +100,7 @@ class XKV(Method):
 
         floor = self.share(shape, length, ranks(0))
         if floor > granted:
-            raise Infeasible(
-                f"budget={budget}: {self.id} cannot hold less than {floor:.3f} of the dense cache at {length} tokens "
-                "(rank 1); raise the budget, or group more layers",
-                floor,
-            )
+            raise holds_more(self, floor, length, "rank 1", "raise the budget, or group more layers")
         low, high = 0, both * widest // min(self.rank_k, self.rank_v) + 1
         while low < high:
             middle = (low + high + 1) // 2
