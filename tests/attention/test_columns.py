@@ -9,14 +9,14 @@ import torch
 from tests.attention.reads import Read, random_read, tensors
 from tests.closeness import assert_close
 
-from foveate.attention import ALL, Geometry, Selection, Span, attend, columns, merge, triton_prefill
+from foveate.attention import ALL, Geometry, Selection, Span, attend, columns, entropies, merge, triton_prefill
 from foveate.errors import BadArgument, Refused
 
 MODULE = import_module("foveate.attention.columns")  # its function has taken its name
 
 
-def by_map(read: Read, lse: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """The same from a whole map, [B, Hk, M]."""
+def whole_map(read: Read, lse: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """All probabilities, [B, H, N, M]."""
     g, group = read.places(), read.heads // read.k.shape[1]
     scores = read.q @ read.k.repeat_interleave(group, 1).mT * read.options.get("scale", read.q.shape[-1] ** -0.5)
     if "softcap" in read.options:
@@ -25,7 +25,12 @@ def by_map(read: Read, lse: torch.Tensor, valid: torch.Tensor | None = None) -> 
     map_ = torch.where(mask, (scores - lse.unsqueeze(-1)).exp(), 0.0)
     if valid is not None:
         map_ = map_ * (torch.arange(g.queries) < valid.view(-1, 1, 1)).unsqueeze(-1)
-    return map_.unflatten(1, (-1, group)).sum((2, 3))
+    return map_
+
+
+def by_map(read: Read, lse: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Column sums of the whole map, [B, Hk, M]."""
+    return whole_map(read, lse, valid).unflatten(1, (read.k.shape[1], -1)).sum((2, 3))
 
 
 @pytest.mark.parametrize("number", range(30))
@@ -39,6 +44,34 @@ def test_columns_are_those_of_the_map(seed: int, number: int, monkeypatch: pytes
     got = columns(read.q, read.k, lse, read.selection, read.geometry, visible=read.visible, valid=valid, **read.options)
     assert got.dtype == torch.float64
     assert_close(got, by_map(read, lse, valid), 1e-10)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_entropies_are_those_of_the_map(seed: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of queries, and what each key adds to them: both sum to the same."""
+    read = random_read(seed)
+    read.options.pop("bias", None)
+    if number % 3 == 0:  # a few queries at a time
+        monkeypatch.setattr(MODULE, "SCORES", 5 * read.q.shape[0] * read.heads * read.k.shape[2])
+    lse = read.truth().lse
+    p = whole_map(read, lse)
+    surprise = torch.where(p > 0, -p * p.clamp_min(1e-300).log(), 0.0)
+    given = (read.q, read.k, lse, read.selection, read.geometry)
+    rows = entropies(*given, visible=read.visible, **read.options)
+    assert_close(rows, surprise.sum(-1), 1e-10)
+    keys = columns(*given, visible=read.visible, entropy=True, **read.options)
+    assert_close(keys, surprise.unflatten(1, (read.k.shape[1], -1)).sum((2, 3)), 1e-10)
+    assert_close(keys.sum((1, 2)), rows.sum((1, 2)), 1e-10)
+
+
+def test_entropy_of_flat_attention_is_the_log_of_the_number_of_keys() -> None:
+    q, k = torch.zeros(1, 1, 4, 8, dtype=torch.float64), torch.randn(1, 1, 6, 8, dtype=torch.float64)
+    seen = torch.tensor([3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
+    assert_close(entropies(q, k, seen.log().view(1, 1, 4)), seen.log().view(1, 1, 4), 1e-12)
+    q, k = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 3, 4)
+    nothing = Geometry(1, 2, 3, torch.tensor([[0]]), torch.tensor([[-2]]))
+    lse = attend(q, k, k, ALL, nothing).lse
+    assert torch.equal(entropies(q, k, lse, ALL, nothing), torch.zeros(1, 1, 2))
 
 
 def test_mass_is_conserved(seed: int) -> None:
@@ -114,6 +147,14 @@ def test_the_kernel_gives_the_same(
     got = columns(q, k, lse, ALL, geometry, valid=valid, each=each, backend="triton", **options)
     assert got.dtype == torch.float32
     assert_close(got, want, 2e-6)
+    want = columns(
+        q.double(), clean.double(), lse.double(), ALL, geometry, valid=valid, each=each, entropy=True, **options
+    )
+    got = columns(q, k, lse, ALL, geometry, valid=valid, each=each, entropy=True, backend="triton", **options)
+    assert_close(got, want, 5e-6)
+    if not each:
+        want = entropies(q.double(), clean.double(), lse.double(), ALL, geometry, **options)
+        assert_close(entropies(q, k, lse, ALL, geometry, backend="triton", **options), want, 5e-6)
 
 
 def test_the_kernel_refuses_lists() -> None:

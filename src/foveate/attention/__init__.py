@@ -1,7 +1,7 @@
 """The attention core: what is read (Selection), reading it (attend), and putting reads together (merge)."""
 
 from foveate.attention.attend import attend
-from foveate.attention.columns import columns
+from foveate.attention.columns import columns, entropies
 from foveate.attention.merge import merge
 from foveate.attention.reference import reference
 from foveate.attention.selection import ALL, Frame, Geometry, Partial, Parts, Selection, Span
@@ -16,6 +16,7 @@ __all__ = [
     "Span",
     "attend",
     "columns",
+    "entropies",
     "merge",
     "reference",
 ]

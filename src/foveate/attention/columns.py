@@ -1,8 +1,12 @@
-"""How much attention each key received, without an attention map: a second pass over the scores with a known lse."""
+"""What an attention map says of its keys and queries, without the map: a second pass over the scores with a known lse.
+
+Sums of columns, their share of the queries' entropy, and the entropies of the queries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +33,7 @@ def columns(
     softcap: float | None = None,
     valid: Tensor | None = None,
     each: bool = False,
+    entropy: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Column sums of the attention map: for each key, the probabilities exp(score - lse) of all queries that read it.
@@ -43,11 +48,13 @@ def columns(
         geometry, visible, scale, softcap: as given to `attend`.
         valid: int [B], how many of the N queries count in each row; None: all.
         each: a sum for each query head, instead of one for its group.
+        entropy: sum p (lse - score) = -p ln p instead of p: what the key adds to the entropies of the queries, in nats.
+            The sum over M is that of `entropies` of the queries that count.
         backend: "triton" for the kernel, which serves dense reads on CUDA unasked, or "torch"; None: whichever can.
 
     Returns:
         [B, Hk or H, M] float32 (float64 for float64), summed over the queries and the query heads of each group. The
-        sum over M is the number of queries that count, times H / Hk.
+        sum over M of probabilities is the number of queries that count, times H / Hk.
 
     Raises:
         BadArgument: shapes that do not fit each other, or no such backend.
@@ -55,50 +62,131 @@ def columns(
 
     Source: accumulated attention scores of H2O (Zhang et al. 2023, section 4), computed here from lse.
     """
-    (batch, heads, queries, k_dim), (k_heads, keys) = q.shape, k.shape[1:3]
-    if k.shape[0] != batch or k.shape[3] != k_dim or heads % k_heads:
-        raise BadArgument("k", tuple(k.shape), f"it must fit q {tuple(q.shape)}")
-    if lse.shape != q.shape[:3]:
-        raise BadArgument("lse", tuple(lse.shape), f"one number per query: {tuple(q.shape[:3])}")
-    if valid is not None and valid.shape != (batch,):
-        raise BadArgument("valid", tuple(valid.shape), f"one number per row: ({batch},)")
-    geometry = geometry or Geometry(batch, queries, keys, device=q.device)
-    selections = (selection,) if isinstance(selection, Selection) else tuple(selection)
-    factor = k_dim**-0.5 if scale is None else scale
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.zeros(batch, heads if each else k_heads, keys, dtype=wide, device=q.device)
+    (batch, heads), (k_heads, keys) = q.shape[:2], k.shape[1:3]
+    asked = _Asked(q, k, lse, selection, geometry, visible, scale, softcap, valid)
+    out = torch.zeros(batch, heads if each else k_heads, keys, dtype=asked.wide, device=q.device)
     if 0 in q.shape or keys == 0:
         return out
-    if backend not in (None, "triton", "torch"):
-        raise BadArgument("backend", backend, "choose one of triton, torch")
-    if backend != "torch":
-        reason = machine(q, backend is not None) or _beyond_kernel(q, k, selections, visible)
+    if asked.by_kernel(backend):
+        from foveate.attention.triton.columns import column_sums
+
+        return column_sums(q, k, lse, **asked.for_kernel, each=each, entropy=entropy)
+    for _, _, weights in asked.weights():
+        x = torch.special.entr(weights) if entropy else weights
+        out[..., : x.shape[-1]] += x.view(batch, out.shape[1], -1, x.shape[-1]).sum(2)
+    return out
+
+
+def entropies(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    selection: Selection | Sequence[Selection] = ALL,
+    geometry: Geometry | None = None,
+    *,
+    visible: Sequence[Span] = (),
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Entropy of each query's attention in nats: H = -sum p ln p = lse - sum p score, over the keys that it reads.
+
+    0 where a query sees one key or none, ln of their number where it looks at all alike. Of parts of one read (frames,
+    or queries that read other keys elsewhere) give the lse of the whole: what the parts return adds up.
+
+    Args: as for `columns`.
+
+    Returns:
+        [B, H, N] float32 (float64 for float64).
+
+    Raises:
+        BadArgument: shapes that do not fit each other, or no such backend.
+        Refused: the kernel cannot serve this read.
+    """
+    asked = _Asked(q, k, lse, selection, geometry, visible, scale, softcap, None)
+    out = torch.zeros(q.shape[:3], dtype=asked.wide, device=q.device)
+    if 0 in q.shape or k.shape[2] == 0:
+        return out
+    if asked.by_kernel(backend):
+        from foveate.attention.triton.columns import row_entropies
+
+        return row_entropies(q, k, lse, **asked.for_kernel)
+    for start, stop, weights in asked.weights():
+        out[:, :, start:stop] = torch.special.entr(weights).sum(-1)
+    return out
+
+
+class _Asked:
+    """A checked read whose map is looked at.
+
+    Attributes:
+        wide: the type of the sums.
+        factor: of the scores.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        selection: Selection | Sequence[Selection],
+        geometry: Geometry | None,
+        visible: Sequence[Span],
+        scale: float | None,
+        softcap: float | None,
+        valid: Tensor | None,
+    ) -> None:
+        (batch, heads, queries, k_dim), (k_heads, keys) = q.shape, k.shape[1:3]
+        if k.shape[0] != batch or k.shape[3] != k_dim or heads % k_heads:
+            raise BadArgument("k", tuple(k.shape), f"it must fit q {tuple(q.shape)}")
+        if lse.shape != q.shape[:3]:
+            raise BadArgument("lse", tuple(lse.shape), f"one number per query: {tuple(q.shape[:3])}")
+        if valid is not None and valid.shape != (batch,):
+            raise BadArgument("valid", tuple(valid.shape), f"one number per row: ({batch},)")
+        self.q, self.k, self.lse, self.valid = q, k, lse, valid
+        self.geometry = geometry or Geometry(batch, queries, keys, device=q.device)
+        self.selections = (selection,) if isinstance(selection, Selection) else tuple(selection)
+        self.visible, self.softcap = visible, softcap
+        self.factor = k_dim**-0.5 if scale is None else scale
+        self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    def by_kernel(self, backend: str | None) -> bool:
+        """Whether the kernel serves this read."""
+        if backend not in (None, "triton", "torch"):
+            raise BadArgument("backend", backend, "choose one of triton, torch")
+        if backend == "torch":
+            return False
+        reason = machine(self.q, backend is not None) or _beyond_kernel(self.q, self.k, self.selections, self.visible)
         if backend is not None and reason:
             raise Refused(f"the kernel cannot sum these columns: {reason}")
-        if not reason and (backend is not None or queries >= _FEWEST):
-            from foveate.attention.triton.block_sparse_tiles import Place
-            from foveate.attention.triton.columns import column_sums
+        return not reason and (backend is not None or self.q.shape[2] >= _FEWEST)
 
-            at = Place(geometry.first, geometry.lengths)
-            return column_sums(q, k, lse, scale=factor, softcap=softcap, at=at, valid=valid, each=each)
-    turned = k.to(wide).transpose(-1, -2)
-    step = max(1, SCORES // (batch * heads * keys))
-    for start in range(0, queries, step):
-        stop = min(start + step, queries)
-        end = keys - queries + stop if geometry.plain else keys
-        mask = _union(selections, geometry, visible, start, stop)[..., :end]
-        rows = q[:, :, start:stop].to(wide)
-        scores = (fold(rows, k_heads) @ turned[..., :end]).mul_(factor).view(batch, heads, stop - start, end)
-        if softcap is not None:
-            scores = scores.div_(softcap).tanh_().mul_(softcap)
-        mass = lse[:, :, start:stop].to(wide)
-        counts = mass > -torch.inf
-        if valid is not None:
-            counts = counts & (torch.arange(start, stop, device=q.device) < valid.view(-1, 1, 1))
-        scores = scores.sub_(torch.where(counts, mass, torch.inf).unsqueeze(-1))
-        weights = scores.masked_fill_(~to_heads(mask, heads), -torch.inf).exp_()
-        out[..., :end] += weights.view(batch, out.shape[1], -1, end).sum(2)
-    return out
+    @property
+    def for_kernel(self) -> dict[str, Any]:
+        from foveate.attention.triton.block_sparse_tiles import Place
+
+        at = Place(self.geometry.first, self.geometry.lengths)
+        return {"scale": self.factor, "softcap": self.softcap, "at": at, "valid": self.valid}
+
+    def weights(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Probabilities [B, H, stop - start, end] of queries start..stop-1 for the first `end` keys, block by block."""
+        (batch, heads, queries, _), (k_heads, keys) = self.q.shape, self.k.shape[1:3]
+        turned = self.k.to(self.wide).transpose(-1, -2)
+        step = max(1, SCORES // (batch * heads * keys))
+        for start in range(0, queries, step):
+            stop = min(start + step, queries)
+            end = keys - queries + stop if self.geometry.plain else keys
+            mask = _union(self.selections, self.geometry, self.visible, start, stop)[..., :end]
+            rows = self.q[:, :, start:stop].to(self.wide)
+            scores = (fold(rows, k_heads) @ turned[..., :end]).mul_(self.factor).view(batch, heads, stop - start, end)
+            if self.softcap is not None:
+                scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+            mass = self.lse[:, :, start:stop].to(self.wide)
+            counts = mass > -torch.inf
+            if self.valid is not None:
+                counts = counts & (torch.arange(start, stop, device=self.q.device) < self.valid.view(-1, 1, 1))
+            scores = scores.sub_(torch.where(counts, mass, torch.inf).unsqueeze(-1))
+            yield start, stop, scores.masked_fill_(~to_heads(mask, heads), -torch.inf).exp_()
 
 
 def _beyond_kernel(q: Tensor, k: Tensor, selections: Sequence[Selection], visible: Sequence[Span]) -> str:

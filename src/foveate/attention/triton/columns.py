@@ -1,4 +1,4 @@
-"""Column sums of a causal attention map from a known lse: one program per tile of keys, no map in memory."""
+"""Column sums and entropies of a causal attention map from a known lse: one program per tile, no map in memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def column_sums(
     at: Place | None = None,
     valid: Tensor | None = None,
     each: bool = False,
+    entropy: bool = False,
 ) -> Tensor:
     """For each key the probabilities exp(score - lse) of all queries that see it, by causality and length.
 
@@ -32,6 +33,7 @@ def column_sums(
         at: where queries and keys stand, without a span.
         valid: int [B], how many queries count in each row; None: all.
         each: a sum for each query head, instead of one for its group.
+        entropy: sum -p ln p instead of p.
 
     Returns:
         [B, Hk or H, M] float32.
@@ -49,14 +51,50 @@ def column_sums(
         queries, keys, across,
         scale * LOG2E if softcap is None else 2 * scale * LOG2E / softcap, 0.0 if softcap is None else softcap * LOG2E,
         OUT_HEADS=sums.shape[1], HEADS=heads, K_GROUP=heads // k_heads, D=dim, WIDE=padded(dim),
-        CAP=softcap is not None, BM=rows, BN=columns, num_warps=4 if wide else 8, num_stages=2,
+        CAP=softcap is not None, ENTROPY=entropy, BM=rows, BN=columns, num_warps=4 if wide else 8, num_stages=2,
     )  # fmt: skip
     return sums
 
 
+def row_entropies(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    at: Place | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """-sum p ln p of each query over the keys that it sees, in nats. Arguments as for `column_sums`.
+
+    Returns:
+        [B, H, N] float32; 0 where a query saw nothing or does not count.
+    """
+    at = at or Place()
+    batch, heads, queries, dim = q.shape
+    k_heads, keys = k.shape[1:3]
+    out = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    wide = q.dtype == torch.float32 or dim > 128
+    rows, columns = (64, 32) if wide else (128, 64)
+    across = -(-queries // rows)
+    _entropies[(batch * heads * across,)](
+        q, k, lse.float().contiguous(), out, valid, at.first, at.lengths,
+        *q.stride()[:3], *k.stride()[:3], *strides(at.first), *strides(at.lengths),
+        queries, keys, across,
+        scale * LOG2E if softcap is None else 2 * scale * LOG2E / softcap, 0.0 if softcap is None else softcap * LOG2E,
+        HEADS=heads, K_GROUP=heads // k_heads, D=dim, WIDE=padded(dim),
+        CAP=softcap is not None, BM=rows, BN=columns, num_warps=4 if wide else 8, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
 @jit
-def _weights(k, q_base, lse_base, i, count, qsn, factor, cap, D: tl.constexpr, WIDE: tl.constexpr, CAP: tl.constexpr):
-    """Probabilities [keys, queries] without regard to what is seen; queries that do not count give 0."""
+def _weights(
+    k, q_base, lse_base, i, count, qsn, factor, cap,
+    D: tl.constexpr, WIDE: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Probabilities p [keys, queries], or -p ln p, without regard to what is seen; queries that do not count give 0."""
     d = tl.arange(0, WIDE)
     real = i < count
     at = q_base + i.to(tl.int64)[:, None] * qsn + d[None, :]
@@ -65,7 +103,15 @@ def _weights(k, q_base, lse_base, i, count, qsn, factor, cap, D: tl.constexpr, W
     s = tl.dot(k, tl.trans(q), input_precision="tf32x3") * factor
     if CAP:
         s = cap - 2 * cap / (tl.exp2(s) + 1)
-    return tl.exp2(s - tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)[None, :])
+    x = s - tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)[None, :]
+    return _surprise(x) if ENTROPY else tl.exp2(x)
+
+
+@jit
+def _surprise(x):
+    """-p ln p of p = 2 ** x; 0 where x is -inf."""
+    x = tl.maximum(x, -1000.0)
+    return tl.exp2(x) * x * -0.6931471805599453
 
 
 @jit
@@ -73,7 +119,7 @@ def _columns(
     q_ptr, k_ptr, lse_ptr, sums_ptr, valid_ptr, first_ptr, lengths_ptr,
     qsb, qsh, qsn, ksb, ksh, ksm, fsb, fsh, lsb, lsh, queries, keys, across, factor, cap,
     OUT_HEADS: tl.constexpr, HEADS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    CAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // OUT_HEADS
     pid = tl.program_id(0)
@@ -106,11 +152,50 @@ def _columns(
         lse_base = lse_ptr + (b.to(tl.int64) * HEADS + head + g) * queries
         for t in tl.range(low, tl.minimum(high, end)):
             i = t * BM + tl.arange(0, BM)
-            p = _weights(k, q_base, lse_base, i, count, qsn, factor, cap, D, WIDE, CAP)
+            p = _weights(k, q_base, lse_base, i, count, qsn, factor, cap, D, WIDE, CAP, ENTROPY)
             ends = row_ends(i, b, h, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
             sums += tl.sum(tl.where(cols[:, None] < ends[None, :], p, 0.0), 1)
         for t in tl.range(tl.maximum(high, low), end):
             i = t * BM + tl.arange(0, BM)
-            sums += tl.sum(_weights(k, q_base, lse_base, i, count, qsn, factor, cap, D, WIDE, CAP), 1)
+            sums += tl.sum(_weights(k, q_base, lse_base, i, count, qsn, factor, cap, D, WIDE, CAP, ENTROPY), 1)
     to = sums_ptr + (b.to(tl.int64) * OUT_HEADS + pid % OUT_HEADS) * keys + cols
     tl.store(to, tl.where(held, sums, 0.0), mask=cols < keys)
+
+
+@jit
+def _entropies(
+    q_ptr, k_ptr, lse_ptr, out_ptr, valid_ptr, first_ptr, lengths_ptr,
+    qsb, qsh, qsn, ksb, ksh, ksm, fsb, fsh, lsb, lsh, queries, keys, across, factor, cap,
+    HEADS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    CAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    # Late queries see most keys: they run first, for all heads side by side.
+    tile = across - 1 - pid // HEADS % across
+    b = pid // HEADS // across
+    head = pid % HEADS
+    h = head // K_GROUP
+    count = queries
+    if valid_ptr is not None:
+        count = tl.minimum(tl.load(valid_ptr + b).to(tl.int32), queries)
+    i = tile * BM + tl.arange(0, BM)
+    real = i < count
+    d = tl.arange(0, WIDE)
+    q_at = q_ptr + b.to(tl.int64) * qsb + head.to(tl.int64) * qsh + i.to(tl.int64)[:, None] * qsn + d[None, :]
+    q = tl.load(q_at, mask=real[:, None] & (d < D)[None, :], other=0.0)
+    at = (b.to(tl.int64) * HEADS + head) * queries + i
+    lse = tl.load(lse_ptr + at, mask=real, other=float("-inf"))
+    mass = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    ends = row_ends(i, b, h, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
+    k_base = k_ptr + b.to(tl.int64) * ksb + h.to(tl.int64) * ksh
+    found = tl.zeros((BM,), tl.float32)
+    for start in tl.range(0, tl.max(tl.where(real, ends, 0), 0), BN):
+        cols = start + tl.arange(0, BN)
+        k_at = k_base + cols.to(tl.int64)[:, None] * ksm + d[None, :]
+        k = tl.load(k_at, mask=(cols < keys)[:, None] & (d < D)[None, :], other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factor
+        if CAP:
+            s = cap - 2 * cap / (tl.exp2(s) + 1)
+        x = tl.where(cols[None, :] < ends[:, None], s - mass[:, None], float("-inf"))
+        found += tl.sum(_surprise(x), 1)
+    tl.store(out_ptr + at, found, mask=i < queries)
