@@ -94,19 +94,23 @@ def test_kernels_make_the_same_steps(name: str, seed: int, monkeypatch: pytest.M
         assert_close(got, want, EXACT)
 
 
-@pytest.mark.parametrize(("name", "settings"), [("kivi", {}), ("snapkv|kivi", {}), ("kivi|quest", {}), ("h2o", {})])
-def test_one_recording_serves_an_answer(name: str, settings: dict[str, Any], seed: int) -> None:
-    """Packing a group, moving a tail on and freeing tokens leave everything where it is."""
+@pytest.mark.parametrize(
+    ("name", "settings", "recordings"),
+    [("kivi", {}, 1), ("snapkv|kivi", {}, 1), ("kivi|quest", {}, 1), ("h2o", {}, 1), ("h2o", {"budget": 80}, 2)],
+)
+def test_a_recording_serves_an_answer(name: str, settings: dict[str, Any], recordings: int, seed: int) -> None:
+    """Packing a group, moving a tail on and freeing tokens leave everything where it is. Before a cache is full its
+    steps free nothing, which is another recording."""
     case, *others = (CASES[part] for part in name.split("|"))
     net = precise(CASES["kivi"])
-    methods = case.method() if not others else case.method() | others[0].method()
+    methods = case.method(**settings) if not others else case.method() | others[0].method()
     ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 60).unsqueeze(0)
     with applied(net, case, methods) as handle:
         _, want = steps(net, handle, ids, None, new)
         made: list[Any] = []
         with recording(net, handle, by=lambda *args: made.append(args) or record(*args)):
             cache, got = steps(net, handle, ids, None, new)
-        assert cache.step is not None and len(made) == 1
+        assert cache.step is not None and len(made) == recordings
         assert_close(got, want, EXACT)
 
 

@@ -136,7 +136,7 @@ class CourierLayer(CacheLayerBase):
             self.samples = self.samples.index_select(0, index.to(self.samples.device))
             self.sample_order = self.sample_order.index_select(0, index.to(self.sample_order.device))
         self.mine, self.prepared = select_rows(self.mine, rows), select_rows(self.prepared, rows)
-        self.clock = self.clock[rows]
+        self.clock = self.clock[rows] if len(self.clock) else self.clock
         if self.limit is not None:
             self.limit = self.limit[rows]
 

@@ -54,7 +54,9 @@ class StepCall:
             return FixedStore(layer.store, room)
         lengths, limit = layer.store.lengths, layer.limit[:, None]
         if (lengths < limit).all():
-            return FixedStore(layer.store, min(room, int((limit - lengths).min())))
+            store = FixedStore(layer.store, room)
+            store.exceeds(store.longest - 1 + int((limit - lengths).min()))  # from then on it is another step
+            return store
         if (lengths != limit).any():
             raise Refused("some heads free a token in each step already, and some do not yet")
         self.recent[index] = sealing.recent_of(keeper, layer.limit, layer.store.bands[0].device)

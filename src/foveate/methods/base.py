@@ -57,6 +57,7 @@ class Method:
         core: True for the few that a comparison runs when nobody names methods: together they show every kind.
         budgeted: False if nothing in it can be set by a budget (dense; methods whose reads follow from a threshold).
         graph: True if its hooks of a decode step use device values alone, so that a GPU can record and replay the step.
+            They ask `view.exceeds` and `ctx.sure` instead of looking; steps that differ by the clock have a `kind`.
         nested: False if a larger budget may choose other tokens, not only more of them (approximate searches).
         offloads: True if its roles have a place: they put tokens into the host's memory.
         corrects: decode: so many decoded tokens are taken back and given again in one dense piece; 0: none. May be a
