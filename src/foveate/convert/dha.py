@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from foveate.attention.request import grouped
 from foveate.convert.base import Calibration, Conversion, Stage, register
-from foveate.convert.surgery.head_fusion import aligned, train
+from foveate.convert.surgery.head_fusion import Fused, common, fuse, key_costs
 from foveate.convert.surgery.head_groups import Path, allocate, gram, key_grams, loss_curvature, mean_path, merge_path
-from foveate.convert.surgery.head_maps import check_heads, install, layers_of, read, take, write
+from foveate.convert.surgery.head_maps import check_heads, install, layers_of
 from foveate.convert.surgery.head_merge import merge, root, second, with_bias
-from foveate.convert.surgery.replay import refit_all
+from foveate.convert.surgery.replay import Replay, refit_all
 from foveate.errors import BadArgument
 from foveate.heads.moments import Moments
 from foveate.models.converted import decoder_layers
@@ -38,15 +38,18 @@ class DHA(Conversion):
     of the loss, so that layers, keys and values compare. The paper finds the costs by training (some 240 steps); here
     they are computed from one reading of the calibration text, backwards included.
 
-    Fusion, with `steps`: inside a group each head is replaced by a combination of the group's heads, which starts as
-    itself; a distance between the combinations of a group is driven to 0 by an augmented Lagrangian while the model
-    trains on the calibration text, and then each group is one head. Heads are first turned towards each other
-    (`surgery.head_merge`), which the paper does not do and which changes nothing. Without steps the common heads are
-    computed: the group's principal components. At the end each layer's output matrix is solved for anew.
+    Fusion: inside a group each head is replaced by a combination of the group's heads, which starts as itself; a
+    distance of the combinations from what the group has in common is driven to 0 by an augmented Lagrangian while the
+    layer is trained, and then each group is one head (`surgery.head_fusion`). What a group has in common are its
+    principal components, after its heads were turned towards each other (`surgery.head_merge`), which queries and
+    output matrix take back. Where the paper trains the whole model on the loss of the next token, layers are trained
+    here, first to last, to return what the original layer returns for the same hidden states, which a short text is
+    enough for. Without steps the principal components themselves are the common heads. At the end each layer's output
+    matrix is solved for anew.
 
     Args:
         kv: share of the cache to keep.
-        steps: of training; 0: none.
+        steps: of training, for each layer, one sequence of the calibration text each; 0: none.
         lr: of the combinations; the weights' own is `weight_lr`.
         refit: whether output matrices are solved for anew.
         aligned: False averages heads as they are (mean pooling).
@@ -56,9 +59,9 @@ class DHA(Conversion):
     what: ClassVar[str] = "fuse similar key heads and similar value heads, each layer as far as it can bear"
 
     kv: float = 0.5
-    steps: int = 0
-    lr: float = 0.02
-    weight_lr: float = 3e-5
+    steps: int = 128
+    lr: float = 2e-3
+    weight_lr: float = 3e-3
     refit: bool = True
     aligned: bool = True
 
@@ -85,34 +88,56 @@ class DHA(Conversion):
         yield Stage("head by head", True, facts)
 
         given = {i: module for i, module in given.items() if left[i, "k"] + left[i, "v"] < 2 * len(weights[i].k)}
+        reads = {key: reads_of(groups[key], len(weights[key[0]].q)) for key in groups}
         if self.steps and given:
-            if self.aligned:
-                for index in given:
-                    turned = aligned(weights[index], moments[index], groups[index, "k"], groups[index, "v"])
-                    write(decoder_layers(model)[index].self_attn, turned)
-                yield Stage("heads turned towards each other", True)
             calibration.watch("fusing heads")
-            layers = [decoder_layers(model)[index].self_attn for index in given]
-            pairs = [(groups[index, "k"], groups[index, "v"]) for index in given]
-            facts = train(model, layers, pairs, moments, calibration, self.steps, self.lr, self.weight_lr)
+            fused = self._fused(model, given, weights, moments, costs, groups, calibration)
+            facts = {
+                "fusion_loss": [list(fused[i].apart) for i in given],
+                "missed": [list(fused[i].missed) for i in given],
+            }
             yield Stage("heads fused", False, facts)
-        for index in given:
-            layer = weights[index]
-            reads = {part: reads_of(groups[index, part], len(layer.q)) for part in "kv"}
-            if self.steps:
-                # A group's heads are the same by now: the first of them is what they have in common.
-                layer = read(decoder_layers(model)[index].self_attn)
-                layer = take(layer, k=[g[0] for g in groups[index, "k"]], v=[g[0] for g in groups[index, "v"]])
-            else:
-                metrics = costs[index, "v"].repeat_interleave(layer.groups, 0)
-                keys = merge(layer, moments[index], "k", reads["k"], aligned=self.aligned)
-                values = merge(layer, moments[index], "v", reads["v"], metrics, aligned=self.aligned)
+            for i in given:
+                install(model, i, fused[i].weights, reads[i, "k"], reads[i, "v"])
+        else:
+            for i in given:
+                metrics = costs[i, "v"].repeat_interleave(weights[i].groups, 0)
+                keys = merge(weights[i], moments[i], "k", reads[i, "k"], aligned=self.aligned)
+                values = merge(weights[i], moments[i], "v", reads[i, "v"], metrics, aligned=self.aligned)
                 layer = with_changes(keys, v=values.v, v_bias=values.v_bias, o=values.o)
-            install(model, index, layer, reads["k"], reads["v"])
+                install(model, i, layer, reads[i, "k"], reads[i, "v"])
         yield Stage("one head for each group", bool(self.steps) or not given)
         if self.refit and given:
             calibration.watch("solving for output matrices")
             yield Stage("output matrices", False, {"missed": refit_all(model, given, calibration.batches())})
+
+    def _fused(
+        self,
+        model: PreTrainedModel,
+        given: Mapping[int, Any],
+        weights: Mapping[int, HeadWeights],
+        moments: Mapping[int, Moments],
+        costs: Mapping[tuple[int, str], Tensor],
+        groups: Mapping[tuple[int, str], Sequence[Sequence[int]]],
+        calibration: Calibration,
+    ) -> dict[int, Fused]:
+        """Layers fused first to last, each on what the fused layers before it return."""
+        replay, found = Replay(model, calibration.tokens.split(1)), {}
+        for index, layer in enumerate(decoder_layers(model)):
+            if index in given:
+                calibration.watch(f"fusing the heads of layer {index}")
+                key = key_costs(weights[index], moments[index])
+                value = costs[index, "v"] * weights[index].groups
+                keys, values = (
+                    [common(weights[index], moments[index], part, g, cost, self.aligned) for g in groups[index, part]]
+                    for part, cost in (("k", key), ("v", value))
+                )
+                calls = replay.calls(index)
+                found[index] = fuse(
+                    layer.self_attn, given[index], calls, keys, values, self.steps, self.lr, self.weight_lr
+                )
+            replay.step(index)
+        return found
 
 
 def path_of(weights: HeadWeights, moments: Moments, part: str, curvature: Tensor) -> Path:

@@ -1,161 +1,165 @@
-"""Learn to fuse heads: combinations of a group's heads are driven together while the model trains (DHA, section 3)."""
+"""Learn to fuse heads: combinations of a group's heads are driven together while their layer is trained to return what
+it returned (DHA, section 3)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from dataclasses import replace as with_changes
-from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from foveate.convert.base import Calibration
 from foveate.convert.surgery.head_maps import read
-from foveate.convert.surgery.head_merge import key_weights, merge_keys, merge_values, second, value_metrics, with_bias
+from foveate.convert.surgery.head_merge import key_weights, merged, second, with_bias
 from foveate.heads.moments import Moments
 from foveate.layers.head_mapped import HeadMappedAttention
 from foveate.models.weights import HeadWeights
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_ANNEAL = 0.8
-"""Share of the steps after which fused heads may no longer differ."""
-_ASCENT = 20.0
-"""Step size of the multipliers."""
-_SMALLEST = 0.25
-"""Of a pair's factor: pairs that have little in common are turned, but not blown up."""
-
-
-def aligned(weights: HeadWeights, moments: Moments, key_groups: Sequence[Sequence[int]],
-            value_groups: Sequence[Sequence[int]]) -> HeadWeights:  # fmt: skip
-    """The same function with the heads of each group turned so that they are alike: keys by a turn and a scale of each
-    rotated pair, turned back in W_q; values by an orthogonal matrix, turned back in W_o. Normed keys stay."""
-    s, per = second(moments), weights.groups
-    k, v = with_bias(weights.k, weights.k_bias), with_bias(weights.v, weights.v_bias)
-    q, o = with_bias(weights.q, weights.q_bias).clone(), weights.o.clone()
-    costs = key_weights(weights, moments).unflatten(0, (-1, per)).sum(1)
-    metrics = value_metrics(weights).unflatten(0, (-1, per)).sum(1)
-    for group in key_groups if weights.k_norm is None else ():
-        if len(group) > 1:
-            for j, turn in zip(group, merge_keys(k[group], s, costs[group], weights.rotary_dim).maps, strict=True):
-                turn = _regular(turn, weights.rotary_dim)
-                k[j] = torch.linalg.solve(turn, k[j])
-                q[j * per : (j + 1) * per] = turn.T @ q[j * per : (j + 1) * per]
-    for group in value_groups:
-        if len(group) > 1:
-            for j, turn in zip(group, merge_values(v[group], s, metrics[group]).maps, strict=True):
-                turn = _orthogonal(turn)
-                v[j] = turn.T @ v[j]
-                o[j * per : (j + 1) * per] = o[j * per : (j + 1) * per] @ turn
-    changes: dict[str, Any] = {"q": q[..., :-1], "k": k[..., :-1], "v": v[..., :-1], "o": o}
-    for name, rows in (("q", q), ("k", k), ("v", v)):
-        if getattr(weights, f"{name}_bias") is not None:
-            changes[f"{name}_bias"] = rows[..., -1]
-    return with_changes(weights, **changes)
+_ANNEAL = 0.25
+"""Share of the steps after which the layer computes with one head for each group."""
+_ASCENT = 0.1
+"""Step size of the multipliers, in shares of the first fusion loss. At 20 the constraint wins over what the layer
+returns, and the layer ends twice as far off as without training."""
+_NOTHING = 1e-9
+"""What a layer may miss, fused at once, without there being anything to train."""
+_WARM = 8
+"""Steps in which learning rates rise; they then fall to 0."""
 
 
-def _orthogonal(x: Tensor) -> Tensor:
-    left, _, right = torch.linalg.svd(x)
-    return left @ right
+@dataclass(frozen=True)
+class Common:
+    """What a group of heads has in common: sum_j take[j] @ head_j, of which head j is nearly give[j] @ that.
+
+    Args:
+        heads: the group.
+        take, give: [g, D, D].
+    """
+
+    heads: list[int]
+    take: Tensor
+    give: Tensor
 
 
-def _regular(turn: Tensor, rotary_dim: int) -> Tensor:
-    half, out = rotary_dim // 2, torch.zeros_like(turn)
-    i = torch.arange(half, device=turn.device)
-    c = torch.complex(turn[i, i], turn[i + half, i])
-    size = c.abs()
-    c = torch.where(size > 0, c / size.clamp_min(1e-12), torch.ones_like(c)) * size.clamp(_SMALLEST, 1 / _SMALLEST)
-    out[i, i] = out[i + half, i + half] = c.real
-    out[i + half, i], out[i, i + half] = c.imag, -c.imag
-    if rotary_dim < len(turn):
-        out[rotary_dim:, rotary_dim:] = _orthogonal(turn[rotary_dim:, rotary_dim:])
-    return out
+def common(
+    weights: HeadWeights, moments: Moments, part: str, group: Sequence[int], costs: Tensor, aligned: bool = True
+) -> Common:
+    """What the key ("k") or value ("v") heads of a group have in common without training (see `surgery.head_merge`).
+
+    Args:
+        costs: of errors, for each key or value head: [heads, D] for keys, [heads, Dv, Dv] for values.
+    """
+    rows = with_bias(getattr(weights, part), getattr(weights, f"{part}_bias"))[list(group)]
+    found = merged(rows, second(moments), costs[list(group)], part, weights, aligned)
+    take = found.rows @ torch.linalg.pinv(rows.flatten(0, 1), rtol=1e-10)
+    return Common(list(group), take.unflatten(1, (len(group), -1)).transpose(0, 1).contiguous(), found.maps)
+
+
+def key_costs(weights: HeadWeights, moments: Moments) -> Tensor:
+    """What an error of each dim of a key head costs the scores of all that read it, [heads, D]."""
+    return key_weights(weights, moments).unflatten(0, (-1, weights.groups)).sum(1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: what training changes little by little."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _Shift(nn.Module):
-    """A matrix and what training adds to it, kept in float32."""
+    """A matrix and what training adds to it."""
 
     def __init__(self, like: Tensor) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros_like(like, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.zeros_like(_wide(like)))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return (weight.float() + self.shift).to(weight.dtype)
+        return (_wide(weight) + self.shift).to(weight.dtype)
 
 
 class Fusion(nn.Module):
     """Each head of a projection [heads * D, d] as a combination of its group's heads: head i is sum_j omega[i, j] W_j.
 
-    `omega` starts as the identity, so that nothing is changed. What the combinations of a group then have in common is
-    their weighted mean, and `together`, 0 to 1, says how far each one has already moved there.
+    `omega` starts as the identity, so that nothing is changed. `together`, 0 to 1, says how far each combination has
+    moved to what its group's have in common; at 1, without any training, that is what heads merged at once have.
 
     Args:
         linear: the projection; its weight, and its bias if it has one, are seen through this from now on.
         groups: heads that shall become one.
-        costs: what an error of each dim of a head costs, [heads, D]: its weight in the mean.
     """
 
-    allowed: Tensor
-    share: Tensor
-
-    def __init__(self, linear: nn.Linear, groups: Sequence[Sequence[int]], costs: Tensor) -> None:
+    def __init__(self, linear: nn.Linear, groups: Sequence[Common]) -> None:
         super().__init__()
-        heads, dim = costs.shape
-        self.linear, self.dim = [linear], dim  # in a list, so that it is no part of this module
-        self.groups = [list(group) for group in groups]
-        weight = linear.weight.detach()
-        allowed = torch.zeros(heads, heads, device=weight.device)
-        share = torch.zeros(heads, heads, dim, device=weight.device)
+        weight = _wide(linear.weight.detach())
+        heads, self.dim = sum(len(group.heads) for group in groups), groups[0].take.shape[-1]
+        self.linear = [linear]  # in a list, so that it is no part of this module
+        self.groups = [Common(g.heads, g.take.to(weight), g.give.to(weight)) for g in groups if len(g.heads) > 1]
+        eye = torch.eye(heads, dtype=weight.dtype, device=weight.device)
+        self.allowed = eye.clone()
         for group in self.groups:
-            part = costs[group].float().clamp_min(0) + 1e-6 * costs.float().amax().clamp_min(1e-30)
-            for i in group:
-                allowed[i, group] = 1.0
-                share[i, group] = (part / part.sum(0)).to(share)
-        self.register_buffer("allowed", allowed)
-        self.register_buffer("share", share)
+            for i in group.heads:
+                self.allowed[i, group.heads] = 1.0
         self.together = 0.0
-        self.omega = nn.Parameter(torch.eye(heads, device=weight.device))
-        self.shift = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+        self.omega = nn.Parameter(eye)
+        self.shift = nn.Parameter(torch.zeros_like(weight))
         self.energy = float(weight.double().square().sum())
         parametrize.register_parametrization(linear, "weight", self)
         if linear.bias is not None:
             parametrize.register_parametrization(linear, "bias", _Combined(self))
 
-    def combine(self, rows: Tensor) -> Tensor:
-        """[heads * D, ...] in float32."""
-        heads = torch.einsum("ij,jd...->id...", self.omega * self.allowed, rows.unflatten(0, (-1, self.dim)))
-        if self.together:
-            heads = heads + self.together * (self._means(heads) - heads)
-        return heads.flatten(0, 1)
+    def combined(self, rows: Tensor) -> Tensor:
+        """The combinations of rows [heads * D, ...], each where training left it: [heads, D, ...]."""
+        return torch.einsum("ij,jd...->id...", self.omega * self.allowed, rows.unflatten(0, (-1, self.dim)))
 
-    def _means(self, heads: Tensor) -> Tensor:
-        return torch.einsum("ijd,jd...->id...", self.share, heads)
+    def fused(self, heads: Tensor, together: float) -> Tensor:
+        """[heads, D, ...] moved to what groups have in common."""
+        out = list(heads.unbind(0))
+        for group in self.groups:
+            shared = self.shared(heads, group)
+            for give, j in zip(group.give, group.heads, strict=True):
+                out[j] = torch.lerp(heads[j], torch.einsum("de,e...->d...", give, shared), together)
+        return torch.stack(out)
+
+    @staticmethod
+    def shared(heads: Tensor, group: Common) -> Tensor:
+        """What a group of heads [heads, D, ...] has in common, [D, ...]."""
+        return torch.einsum("gde,ge...->d...", group.take, heads[group.heads])
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.combine(weight.float() + self.shift).to(weight.dtype)
+        return self.fused(self.combined(_wide(weight) + self.shift), self.together).flatten(0, 1).to(weight.dtype)
 
     def loss(self) -> Tensor:
-        """Mean square distance of a group's heads from their mean, in shares of the heads' energy; 0: they coincide."""
+        """Square distance of a group's heads from what they have in common, in shares of the heads' energy; 0: heads
+        are what one head makes of them."""
         given: Any = self.linear[0].parametrizations
-        rows = given.weight.original.detach().float() + self.shift
-        heads = torch.einsum("ij,jd...->id...", self.omega * self.allowed, rows.unflatten(0, (-1, self.dim)))
-        return (heads - self._means(heads)).square().sum() / self.energy
+        heads = self.combined(_wide(given.weight.original.detach()) + self.shift)
+        return (heads - self.fused(heads, 1.0)).square().sum() / self.energy
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Leave what each group has in common in the place of its heads, and a plain projection."""
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """Leave what each group has in common in the place of its heads, and a plain projection.
+
+        Returns:
+            In the order of the heads, the weight [heads, D, d] and bias [heads, D] of which `give` makes them: of each
+            head of a group the same.
+        """
         self.together = 1.0
-        linear = self.linear[0]
-        names = [name for name in ("weight", "bias") if parametrize.is_parametrized(linear, name)]
-        for name in names:
-            parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
-            heads = getattr(linear, name).unflatten(0, (-1, self.dim))
+        linear, found = self.linear[0], []
+        given: Any = linear.parametrizations
+        for name in ("weight", "bias"):
+            if not parametrize.is_parametrized(linear, name):
+                found.append(None)
+                continue
+            rows = _wide(given[name].original)
+            heads = self.combined(rows + self.shift if name == "weight" else rows)
             for group in self.groups:
-                for other in group[1:]:
-                    heads[other].copy_(heads[group[0]])
+                heads[group.heads] = self.shared(heads, group).expand(len(group.heads), *heads.shape[1:])
+            found.append(heads)
+        for name in ("weight", "bias"):
+            if parametrize.is_parametrized(linear, name):
+                parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
+        return found[0], found[1]
 
 
 class _Combined(nn.Module):
@@ -166,81 +170,124 @@ class _Combined(nn.Module):
         self.fusion = [fusion]
 
     def forward(self, bias: Tensor) -> Tensor:
-        return self.fusion[0].combine(bias.float()).to(bias.dtype)
+        fusion = self.fusion[0]
+        return fusion.fused(fusion.combined(_wide(bias)), fusion.together).flatten(0, 1).to(bias.dtype)
 
 
-def train(
-    model: PreTrainedModel,
-    layers: Sequence[HeadMappedAttention],
-    groups: Sequence[tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]],
-    moments: Mapping[int, Moments],
-    calibration: Calibration,
+@dataclass(frozen=True)
+class Fused:
+    """A layer whose heads were fused.
+
+    Args:
+        weights: of the layer with one key and one value head for each group, in the groups' order; what made the heads
+            of them is in the queries and the output matrix.
+        apart: the fusion loss at the start and at the end, mean of keys and values.
+        missed: relative mean square of what the layer does not return of what it returned: without training, fused at
+            once, and at the end.
+    """
+
+    weights: HeadWeights
+    apart: tuple[float, float]
+    missed: tuple[float, float]
+
+
+def fuse(
+    layer: HeadMappedAttention,
+    old: nn.Module,
+    calls: Sequence[Mapping[str, Any]],
+    keys: Sequence[Common],
+    values: Sequence[Common],
     steps: int,
     lr: float,
     weight_lr: float,
-) -> dict[str, Any]:
-    """Fuse the key and value heads of these layers by groups, for good: min over combinations and weights, max over
-    multipliers, of L_LM + l1 (L_fus - t) + l2 (L_fus - t)^2, with t annealed to 0. With t each head moves to what its
-    group has in common, so that the last steps train the fused model itself.
+) -> Fused:
+    """Fuse the key and value heads of a layer by groups, for good: min over combinations and weights, max over
+    multipliers, of L + l1 (L_fus - t) + l2 (L_fus - t)^2, with t annealed to 0. With t each head moves to what its
+    group has in common, so that the later steps train the fused layer itself.
+
+    L is the relative square error of what the layer returns. Afterwards the layer computes with fused heads.
 
     Args:
-        groups: of key and of value heads, for each layer.
-        lr: of the combinations. weight_lr: of the projections, those of queries and outputs included.
-
-    Returns:
-        Fusion loss and loss of the next token, before and after.
+        layer: has all heads, and the weights of `old`.
+        calls: keyword arguments to call both with; one for each step, again from the first after the last.
+        keys, values: groups.
+        lr: of the combinations. weight_lr: of the four projections.
     """
-    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    fusions: list[Fusion] = []
-    shifts: list[_Shift] = []
-    for layer, (keys, values) in zip(layers, groups, strict=True):
-        weights = read(layer)
-        per_key = key_weights(weights, moments[layer.layer_idx]).unflatten(0, (-1, weights.groups)).sum(1)
-        per_value = value_metrics(weights).diagonal(dim1=1, dim2=2).unflatten(0, (-1, weights.groups)).sum(1)
-        fusions += [Fusion(layer.k_proj, keys, per_key), Fusion(layer.v_proj, values, per_value)]
-        for linear in (layer.q_proj, layer.o_proj):
-            shifts.append(_Shift(linear.weight))
-            parametrize.register_parametrization(linear, "weight", shifts[-1])
+    calls = list(calls)
+    with torch.no_grad():
+        wanted = [_wide(old(**call)[0]) for call in calls]
+    fusions = [Fusion(layer.k_proj, keys), Fusion(layer.v_proj, values)]
+    shifts = [_Shift(linear.weight) for linear in (layer.q_proj, layer.o_proj)]
+    for linear, shift in zip((layer.q_proj, layer.o_proj), shifts, strict=True):
+        parametrize.register_parametrization(linear, "weight", shift)
+    rates = (lr, weight_lr)
     optimizer = torch.optim.Adam(
         [
             {"params": [fusion.omega for fusion in fusions], "lr": lr},
             {"params": [x.shift for x in (*fusions, *shifts)], "lr": weight_lr},
-        ]
+        ],
+        betas=(0.9, 0.95),
     )
-    first = last = sum(float(fusion.loss().detach()) for fusion in fusions) / len(fusions)
-    linear_weight, square_weight = 1.0, 1.0
-    losses: list[float] = []
-    was_training = model.training
-    model.eval()
+
+    def missed(index: int) -> Tensor:
+        error = (layer(**calls[index])[0] - wanted[index]).square().sum()
+        return error / wanted[index].square().sum().clamp_min(1e-30)
+
+    def over_all() -> float:
+        for fusion in fusions:
+            fusion.together = 1.0
+        with torch.no_grad():
+            return sum(float(missed(index)) for index in range(len(calls))) / len(calls)
+
+    before = over_all()
+    first = last = sum(float(fusion.loss().detach()) for fusion in fusions) / 2
+    linear_weight = square_weight = 0.0
     with torch.enable_grad():
-        for step, batch in zip(range(steps), cycle(calibration.batches())):
-            ids = batch.to(model.device)
+        for step in range(steps if before > _NOTHING else 0):
+            share = step / max(1.0, _ANNEAL * steps)
             for fusion in fusions:
-                fusion.together = 1 - max(0.0, 1 - step / (_ANNEAL * steps))
-            logits = model(ids, use_cache=False).logits[:, :-1]
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+                fusion.together = min(1.0, share)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(1.0, (step + 1) / _WARM) * (1 - step / steps)
             apart = torch.stack([fusion.loss() for fusion in fusions]).mean()
-            target = max(0.0, 1 - (step + 1) / (_ANNEAL * steps))
-            gap = apart - first * target
+            gap = apart - first * max(0.0, 1 - share)
             optimizer.zero_grad()
-            (loss + linear_weight * gap + square_weight * gap.square()).backward()
+            (missed(step % len(calls)) + linear_weight * gap + square_weight * gap.square()).backward()
             optimizer.step()
             above = float(gap.detach()) / max(first, 1e-12)
             linear_weight = max(0.0, linear_weight + _ASCENT * above)
             square_weight += _ASCENT * above**2
-            losses.append(float(loss.detach()))
             last = float(apart.detach())
-            calibration.watch(f"fusing heads, step {step + 1} of {steps}")
-    for layer in layers:
-        for linear in (layer.q_proj, layer.o_proj):
-            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
-    for fusion in fusions:
-        fusion.finish()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(frozen[name])
-    model.train(was_training)
-    return {
-        "fusion_loss": [round(first, 6), round(last, 6)],
-        "loss": [round(x, 4) for x in (losses[0], losses[-1])] if losses else [],
-    }
+    after = over_all()
+    for linear in (layer.q_proj, layer.o_proj):
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+    found = [fusion.finish() for fusion in fusions]
+    return Fused(_compact(read(layer), keys, values, found), (first, last), (before, after))
+
+
+def _compact(
+    weights: HeadWeights,
+    keys: Sequence[Common],
+    values: Sequence[Common],
+    found: Sequence[tuple[Tensor, Tensor | None]],
+) -> HeadWeights:
+    """One head for each group, and in queries and output matrix what makes the heads of it."""
+    per, changes = weights.groups, {}
+    q, o, q_bias = weights.q.clone(), weights.o.clone(), None if weights.q_bias is None else weights.q_bias.clone()
+    for part, groups, (rows, bias) in (("k", keys, found[0]), ("v", values, found[1])):
+        firsts = [group.heads[0] for group in groups]
+        changes[part] = rows[firsts].to(weights.q)
+        if bias is not None:
+            changes[f"{part}_bias"] = bias[firsts].to(weights.q)
+        for group in groups:
+            for give, j in zip(group.give.to(weights.q), group.heads, strict=True):
+                readers = slice(j * per, (j + 1) * per)
+                if len(group.heads) == 1:
+                    continue
+                if part == "v":
+                    o[readers] = o[readers] @ give
+                elif weights.k_norm is None:
+                    q[readers] = give.T @ q[readers]
+                    if q_bias is not None:
+                        q_bias[readers] = q_bias[readers] @ give
+    return with_changes(weights, q=q, o=o, q_bias=q_bias, **changes)

@@ -213,16 +213,16 @@ def merge(
     rows, s = with_bias(old, getattr(weights, f"{part}_bias")), second(moments)
     if costs is None:
         costs = key_weights(weights, moments) if part == "k" else value_metrics(weights)
-    merged, turns = [], rows.new_zeros(weights.q.shape[0], *2 * old.shape[1:2])
+    commons, turns = [], rows.new_zeros(weights.q.shape[0], *2 * old.shape[1:2])
     for new in range(max(reads) + 1):
         readers = [h for h, head in enumerate(reads) if head == new]
         sources = sorted({h // group for h in readers})
         cost = torch.stack([costs[[h for h in readers if h // group == j]].sum(0) for j in sources])
-        found = _merge(rows[sources], s, cost, part, weights, aligned)
-        merged.append(found.rows)
+        found = merged(rows[sources], s, cost, part, weights, aligned)
+        commons.append(found.rows)
         for h in readers:
             turns[h] = found.maps[sources.index(h // group)]
-    common = torch.stack(merged)
+    common = torch.stack(commons)
     changes: dict[str, object] = {part: common[..., :-1].contiguous()}
     if getattr(weights, f"{part}_bias") is not None:
         changes[f"{part}_bias"] = common[..., -1].contiguous()
@@ -235,7 +235,15 @@ def merge(
     return with_changes(weights, **changes)
 
 
-def _merge(rows: Tensor, s: Tensor, cost: Tensor, part: str, weights: HeadWeights, aligned: bool) -> Merged:
+def merged(rows: Tensor, s: Tensor, cost: Tensor, part: str, weights: HeadWeights, aligned: bool = True) -> Merged:
+    """What the key ("k") or value ("v") heads of a group have in common.
+
+    Args:
+        rows: [g, D, d + 1]. s: second moment of (x, 1).
+        cost: of errors, [g, D] for keys, [g, D, D] for values.
+        weights: the layer's, which say what is rotated and normed.
+        aligned: False averages heads as they are.
+    """
     flat = cost if part == "k" else cost.diagonal(dim1=-2, dim2=-1)
     if len(rows) == 1 or not aligned:
         return mean_of(rows, s, flat)
