@@ -63,6 +63,8 @@ def convert(
     quiet_loading(model)
     from foveate.convert.job import Job
     from foveate.convert.settings import amount_of, parse_settings, share_of
+    from foveate.report.conversion import print_ladder, render_conversion
+    from foveate.report.html import PAGE
 
     cls = _chosen(to)
     settings = parse_settings(cls, sets or [])
@@ -111,6 +113,7 @@ def convert(
         dtype=dtype,
         device=device,
         seed=seed,
+        texts=lambda record: {PAGE: render_conversion(record)},
     )
     try:
         with Watcher(f"convert to {cls.id}") as watch:
@@ -118,9 +121,6 @@ def convert(
     except KeyboardInterrupt:
         say(f"stopped: the same command goes on with the healing in {job.work}" if job.resumable else "stopped")
         raise typer.Exit(130) from None
-    from foveate.report.conversion import print_ladder
-    from foveate.report.html import PAGE
-
     if as_json:
         print_json(record)
     else:

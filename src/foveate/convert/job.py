@@ -19,8 +19,6 @@ from foveate.convert.sample_text import SampleText, sample_text
 from foveate.convert.saving import LADDER, check_free, save
 from foveate.convert.subject import Asking, Questions, Rung, Subject, subject_of
 from foveate.errors import BadArgument
-from foveate.report.conversion import render_conversion
-from foveate.report.html import PAGE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +41,7 @@ class Job:
         needles: prompts to ask after each stage; None: as many as is usual. needle_length: tokens of each.
         heal: settings of the healing (`Recipe`), None: none. heal_text: what it reads.
         export: save a stock DeepSeek-V3 checkpoint in place of one of the converted type. pad: see `as_deepseek`.
+        texts: by name, files to save beside the record, made of it.
     """
 
     model: str
@@ -62,6 +61,7 @@ class Job:
     dtype: str
     device: str
     seed: int
+    texts: Callable[[dict[str, Any]], dict[str, str]] = lambda record: {}
 
     @property
     def work(self) -> Path:
@@ -74,7 +74,7 @@ class Job:
         return (self.work / "converted" / LADDER).is_file()
 
     def run(self, watch: Watch) -> dict[str, Any]:
-        """Do all of it; the record is in the folder as `ladder.json`, and as a page.
+        """Do all of it; the record is in the folder as `ladder.json`.
 
         Raises:
             BadArgument, Refused, Infeasible, FoveateError: nothing was saved but what a healing goes on from.
@@ -142,7 +142,7 @@ class Job:
         record["after"] = subject.in_use(final, text.calibration)
         watch(0, 0, "saving")
         del record["identity"]
-        save(final, tokenizer, self.out, record, {PAGE: render_conversion(record)})
+        save(final, tokenizer, self.out, record, self.texts(record))
         shutil.rmtree(self.work, ignore_errors=True)
         return record
 
