@@ -64,6 +64,12 @@ class BoundaryRecipe:
             raise BadArgument("theta", self.theta, "ratios are 1 and more")
 
 
+def key_width(shape: ModelShape) -> int:
+    """Channels of a token's keys in the first layer with full attention, all heads side by side; 0: there is none."""
+    full = next((layer for layer in shape.layers if layer.kind == "full"), None)
+    return 0 if full is None else (full.num_heads if full.latent else full.num_kv_heads) * full.head_dim
+
+
 class BoundaryPredictor(nn.Module):
     """Says of every gap between two tokens whether a chunk should end there, from the keys of w tokens on each side.
 
@@ -100,6 +106,17 @@ class BoundaryPredictor(nn.Module):
         made = cls(tensors["centre"].shape[0], window, tensors["compare.0.weight"].shape[0])
         made.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         return made.eval().requires_grad_(False)
+
+    @classmethod
+    def untrained(cls, width: int, window: int) -> BoundaryPredictor:
+        """One with random weights, the same in every call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return cls(width, window)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a profile holds of it, in half precision; `of` takes it."""
+        return {name: x.detach().half().cpu() for name, x in self.state_dict().items()}
 
     def forward(self, keys: Tensor) -> Tensor:
         """Keys [m, width] -> a logit per gap [m - 1], float32; -inf where there are not w tokens on each side.

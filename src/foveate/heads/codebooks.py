@@ -49,6 +49,12 @@ class Codebook:
         return nearest(keys @ self.lower, self.centroids @ self.lower)
 
     @classmethod
+    def random(cls, heads: int, centroids: int, dim: int, seed: int) -> Codebook:
+        """Random centroids under a metric that sees all channels alike."""
+        x = torch.randn(heads, centroids, dim, generator=torch.Generator().manual_seed(seed))
+        return cls(x, torch.eye(dim).expand(heads, dim, dim))
+
+    @classmethod
     def stacked(cls, books: Sequence[Codebook]) -> Codebook:
         """Codebooks of several heads as one; those with fewer centroids repeat their last, which nobody gets."""
         most = max(len(book.centroids) for book in books)

@@ -19,13 +19,13 @@ from foveate.heads.gates import made_with
 from foveate.heads.passkeys import Example, running_examples
 from foveate.methods.base import Context, Method, Needs, Probe, Profile, Role, register, tries
 from foveate.methods.budget import Budget
+from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
 from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import LayerShape, ModelShape
 
-CENTROIDS = 4096
-"""Of each codebook (paper)."""
+CENTROIDS = 4096  # of each codebook (paper)
 
 
 @register
@@ -65,20 +65,13 @@ class A2ATS(Method):
         super().__post_init__()
         if not 0 <= self.ratio <= 1:
             raise BadArgument("ratio", self.ratio, "give a share of the tokens from 0 to 1")
-        for name, least in (("sink", 0), ("window", 1), ("distance", 0)):
-            if getattr(self, name) < least:
-                raise BadArgument(name, getattr(self, name), f"give at least {least}")
+        at_least(self, sink=0, window=1, distance=0)
 
     def stand_in(self, shape: ModelShape) -> Profile:
         """As many random centroids as in the paper, under a metric that sees all channels alike."""
-        generator = torch.Generator().manual_seed(0)
-        tensors: dict[str, Tensor] = {}
-        for layer in shape.layers:
-            if layer.kind == "full":
-                heads, dim = layer.num_kv_heads, layer.head_dim
-                centroids = torch.randn(heads, CENTROIDS, dim, generator=generator)
-                book = Codebook(centroids, torch.eye(dim).expand(heads, dim, dim))
-                tensors |= book.tensors(str(layer.index))
+        full = [layer for layer in shape.layers if layer.kind == "full"]
+        books = {i: Codebook.random(layer.num_kv_heads, CENTROIDS, layer.head_dim, i) for i, layer in enumerate(full)}
+        tensors = {name: x for i, book in books.items() for name, x in book.tensors(str(full[i].index)).items()}
         return made_up(self.id, shape, {"distance": self.distance, "centroids": CENTROIDS}, tensors)
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
@@ -108,8 +101,7 @@ class A2ATS(Method):
         except (KeyError, RuntimeError):
             mend = f"{self.id} needs codebooks of this model's keys: run `foveate calibrate` first"
             raise BadArgument("profile", None if profile is None else profile.model, mend) from None
-        if profile is not None and profile.data.get("distance") != self.distance:
-            made = profile.data.get("distance")
+        if profile is not None and (made := profile.data.get("distance")) != self.distance:
             raise BadArgument("distance", self.distance, f"the codebooks were made for {made}; give that, or calibrate")
         return found
 
@@ -123,11 +115,10 @@ class A2ATS(Method):
         if most == UNBOUNDED or view.longest <= self.sink + self.window:
             return ALL
         codes = self._codes(view, ctx)
-        own = (view.seen - view.fresh).view(-1, 1, 1) + torch.arange(q.shape[2], device=q.device)[:, None]
+        steps = torch.arange(q.shape[2], device=q.device)[:, None]
+        own = (view.seen - view.fresh).view(-1, 1, 1) + steps
         positions, stores = view.positions.unsqueeze(2), view.lengths.shape[1]
-        last = (view.lengths - view.fresh[:, None])[..., None, None] + torch.arange(q.shape[2], device=q.device)[
-            :, None
-        ]
+        last = (view.lengths - view.fresh[:, None])[..., None, None] + steps
         slot = torch.arange(view.capacity, device=q.device)
         seen = (slot <= last) & view.valid().unsqueeze(2)  # [B, Hs, N, C]
         forced = (positions < self.sink) | (positions > own.unsqueeze(1) - self.window)
@@ -136,11 +127,10 @@ class A2ATS(Method):
         scores = table.gather(-1, codes.long().clamp_min(0)[:, :, None, None].expand(*table.shape[:-1], -1))
         scores = scores.masked_fill(~(seen & ~forced).unsqueeze(2), -torch.inf)
         rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).amin(2)  # the best of the group
+        chosen = seen
         if most is None:
             chosen = seen & (rank < ((last + 1).double() * self.ratio + 1e-9).long())
             most = q.shape[1] // stores * int(view.capacity * self.ratio + 1e-9)
-        else:
-            chosen = seen
         value = torch.where(chosen, -rank.float(), -torch.inf).masked_fill(forced & seen, torch.inf)
         return Selection(lists=top_lists(value, self.sink + self.window + most), q_block=1)
 
@@ -194,8 +184,7 @@ class A2ATS(Method):
         else:
             texts = [x.ids for x in data]
         heads = sum(layer.num_kv_heads for layer in shape.layers if layer.kind == "full")
-        report = probe.progress(len(texts) + heads, self.id)
-        began = time.perf_counter()
+        report, began = probe.progress(len(texts) + heads, self.id), time.perf_counter()
         found = collect(probe.model, texts, self.distance, report)
         generator = torch.Generator().manual_seed(probe.seed)
         tensors: dict[str, Tensor] = {}

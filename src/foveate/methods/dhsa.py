@@ -13,19 +13,20 @@ from torch import Tensor
 from foveate.attention import ALL, Parts, Selection
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument, Refused
-from foveate.heads.boundaries import BoundaryPredictor, BoundaryRecipe, key_distances, learn_boundaries, separate_peaks
+from foveate.heads.boundaries import BoundaryPredictor, BoundaryRecipe, key_distances, key_width, separate_peaks
+from foveate.heads.boundaries import learn_boundaries as learn
 from foveate.heads.gates import made_with
 from foveate.heads.passkeys import Example, evenly, passkey_examples, shortest
 from foveate.methods.base import Context, Method, Probe, Profile, Role, register, tries
 from foveate.methods.budget import Budget
+from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.chunks import chunk_scores
 from foveate.methods.policies.lists import mask_lists, top_lists
 from foveate.methods.policies.sequences import sequences
 from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import ModelShape
 
-WINDOW = 4
-"""Tokens on each side of a gap where nothing was trained."""
+WINDOW = 4  # tokens on each side of a gap where nothing was trained
 
 
 @register
@@ -79,9 +80,7 @@ class DHSA(Method):
         super().__post_init__()
         if self.boundaries not in ("predicted", "similarity", "fixed"):
             raise BadArgument("boundaries", self.boundaries, 'give "predicted", "similarity" or "fixed"')
-        for name, least in (("block", 1), ("chunk", 1), ("apart", 0), ("local", 0), ("sink", 0), ("instruction", 0)):
-            if getattr(self, name) < least:
-                raise BadArgument(name, getattr(self, name), f"give at least {least}")
+        at_least(self, block=1, chunk=1, apart=0, local=0, sink=0, instruction=0)
         if self.tokens < self._forced:
             raise BadArgument("tokens", self.tokens, f"a query block always reads up to {self._forced} tokens")
 
@@ -99,24 +98,15 @@ class DHSA(Method):
 
     def stand_in(self, shape: ModelShape) -> Profile | None:
         """A predictor that nobody trained."""
-        full = [layer for layer in shape.layers if layer.kind == "full"]
-        if not full:
-            return None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            made = BoundaryPredictor((full[0].num_heads if full[0].latent else full[0].num_kv_heads) * full[0].head_dim)
-        return made_up(
-            self.id, shape, {"window": made.window}, {name: x.half() for name, x in made.state_dict().items()}
-        )
+        made = BoundaryPredictor.untrained(key_width(shape), WINDOW) if key_width(shape) else None
+        return made and made_up(self.id, shape, {"window": WINDOW}, made.weights())
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
-        full = [layer for layer in shape.layers if layer.kind == "full"]
         budget, tail = Budget.of(self.budget) or Budget.tokens(self.tokens), length - self._end(length)
         read = budget.prompt_tokens(shape, length, 0, name=self.id, floor=self._forced, dense_tail=tail)
         extra: dict[str, Any] = {"tokens": UNBOUNDED if budget.whole else max(self._forced, read)}
-        if self.needs_profile and full:
-            heads = full[0].num_heads if full[0].latent else full[0].num_kv_heads
-            extra["predictor"] = self._predictor(profile, heads * full[0].head_dim)
+        if self.needs_profile and key_width(shape):
+            extra["predictor"] = self._predictor(profile, key_width(shape))
         sparse = Role("chunks", extra=extra)
         return [sparse if layer.kind == "full" else Role() for layer in shape.layers]
 
@@ -172,8 +162,6 @@ class DHSA(Method):
         ends = torch.tensor([0, max(0, m - self.instruction) if self.instruction else 0], device=k.device)
         return torch.cat([ends, cuts]).unique()
 
-    # -- calibration --------------------------------------------------------------------------------------------------
-
     def calibrate(
         self,
         probe: Probe,
@@ -204,9 +192,9 @@ class DHSA(Method):
         lengths = evenly(min(longest, max(longest // 2, least)), longest)
         texts = passkey_examples(probe.tokenizer, lengths, probe.seed) if data is None else data
         report, started = probe.progress(recipe.texts + recipe.epochs, f"{self.id}: boundaries"), time.perf_counter()
-        learned = learn_boundaries(probe.model, texts, recipe, probe.seed, report)
+        learned = learn(probe.model, texts, recipe, probe.seed, report)
         made: dict[str, Any] = {"longest": longest, "seed": probe.seed} | asdict(recipe)
         made |= {"loss": [round(x, 5) for x in learned.losses], "found": round(learned.found, 3)}
         made |= {"found_by_chance": round(learned.by_chance, 3), "seconds": round(time.perf_counter() - started, 1)}
-        weights = {name: x.detach().half().cpu() for name, x in learned.predictor.state_dict().items()}
+        weights = learned.predictor.weights()
         return Profile(self.id, fingerprint(shape), {"window": recipe.window}, made | made_with(probe.model), weights)

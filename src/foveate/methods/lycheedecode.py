@@ -19,6 +19,7 @@ from foveate.heads.hardkuma import KumaRecipe, learn_open_heads
 from foveate.heads.passkeys import Example, evenly, passkey_examples, shortest
 from foveate.methods.base import Context, Method, Probe, Profile, Result, Role, register
 from foveate.methods.budget import Budget
+from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.places import ascending, on_device, positions_of, slots_of
 from foveate.methods.policies.rows import group_reduce, row_probs
@@ -62,13 +63,9 @@ class LycheeDecode(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recent < 1:
-            raise BadArgument("recent", self.recent, "give at least 1 token, so that a token can see itself")
+        at_least(self, recent=1, retrieval=0, corrects=0)
         if self.tokens < self.recent:
             raise BadArgument("tokens", self.tokens, f"a list holds the recent={self.recent} tokens at least")
-        for name in ("retrieval", "corrects"):
-            if (getattr(self, name) or 0) < 0:
-                raise BadArgument(name, getattr(self, name), "give 0 or more")
         if self.reduce not in ("max", "mean"):
             raise BadArgument("reduce", self.reduce, 'give "max" or "mean"')
 
@@ -178,8 +175,7 @@ class LycheeDecode(Method):
             raise BadArgument("longest", longest, f"the model has {shape.max_positions} positions")
         lengths = evenly(min(longest, max(longest // 2, 256 if on_cpu else 512, least)), longest)
         examples = passkey_examples(probe.tokenizer, lengths, probe.seed) if data is None else data
-        report = probe.progress(recipe.steps, f"{self.id}: gates")
-        started = time.perf_counter()
+        report, started = probe.progress(recipe.steps, f"{self.id}: gates"), time.perf_counter()
         recent = min(self.recent, max(1, lengths[0] // 16))
         learned = learn_open_heads(probe.model, examples, recipe, recent=recent, seed=probe.seed, report=report)
         made: dict[str, Any] = {"recent": recent, "seed": probe.seed, "tokens": learned.tokens} | asdict(recipe)

@@ -8,13 +8,13 @@ from foveate.errors import BadArgument, Infeasible
 
 
 def at_least(method: Any, **least: int) -> None:
-    """Fields of a method and the least that each may be.
+    """Fields of a method and the least that each may be, where it is not None.
 
     Raises:
         BadArgument: a field is below.
     """
     for name, value in least.items():
-        if getattr(method, name) < value:
+        if getattr(method, name) is not None and getattr(method, name) < value:
             raise BadArgument(name, getattr(method, name), f"give at least {value}")
 
 
