@@ -189,11 +189,8 @@ def test_the_hybrid_is_a_model_like_any_other(which, tmp_path):
         assert torch.equal(again(ids).logits, want)
     if dtype == torch.bfloat16:
         return
-    out, full = made.generate(ids, **asked), ids
-    for _ in range(6):
-        with torch.no_grad():
-            full = torch.cat([full, made(full, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(out, full)
+    out = made.generate(ids, **asked)
+    assert torch.equal(out, made.generate(ids, **asked, use_cache=False))
     padded = made.generate(ids, attention_mask=mask, **asked)
     assert torch.equal(padded[0, -6:], made.generate(ids[:1, 3:], **asked)[0, -6:])
     beams = {**asked, "num_beams": 2}

@@ -92,7 +92,9 @@ def qwen3_next() -> nn.Module:
 
 def made(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     """The model with weights that make attention matter."""
-    net = make().eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**31)
+        net = make().eval()
     noise = torch.Generator().manual_seed(seed % 2**31)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -133,6 +135,18 @@ def own_noise(net: nn.Module, ids: torch.Tensor, then: torch.Tensor, want: Run) 
     return relative_rms(torch.cat(steps, dim=1), want.steps)
 
 
+@torch.no_grad()
+def shaken(net: nn.Module, ids: torch.Tensor, then: torch.Tensor) -> float:
+    """How far transformers' own answer moves if its input changes by a few roundings: linear attention enlarges that a
+    hundred times with some weights, and a batch is rounded otherwise than its rows."""
+    weight = net.get_input_embeddings().weight  # type: ignore[operator]
+    kept, want = weight.clone(), plain(net, ids, then).steps
+    weight.mul_(1 + 1e-6 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    moved = relative_rms(plain(net, ids, then).steps, want)
+    weight.copy_(kept)
+    return moved
+
+
 @every
 def test_compressed_generate_in_a_padded_batch(make: Callable[[], nn.Module], seed: int) -> None:
     """A batch under snapkv equals its rows alone, and its cache really is smaller."""
@@ -145,6 +159,7 @@ def test_compressed_generate_in_a_padded_batch(make: Callable[[], nn.Module], se
     then = tokens(seed + 2, 2, 5)
     dense = plain(net, rows[1][None], then[1:])
     limit = max(EXACT, 2 * own_noise(net, rows[1][None], then[1:], dense))
+    limit = max(limit, *(shaken(net, row[None], then[b : b + 1]) for b, row in enumerate(rows)))
     with foveate.apply(net, CASES["snapkv"].method()) as handle:
         cache = handle.cache()
         got = run(net, cache, ids, then, mask)
