@@ -16,6 +16,7 @@ from foveate.attention.backends import choose
 from foveate.attention.request import normal
 from foveate.cache import Blocks, Store, StoreSpec, View
 from foveate.cache.fixed_store import FixedStore
+from foveate.errors import BadArgument
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.summaries import minmax, page_scores
 
@@ -49,6 +50,23 @@ def test_lists(seed: int, page: int, heads: int, near: Span | None) -> None:
     q, k, v = tensors(2, 6, 2, 1, 91, 16)
     lists = random_lists(random.Random(seed), (2, heads, 1), -(-91 // page), 4 if page > 1 else 23)
     check(Read(q, k, v, Selection(lists=lists, q_block=1, k_block=page, span=near)), torch.float32)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_counts_that_are_known_are_not_counted(seed: int, heads: int) -> None:
+    """The entries of lists may be handed on, also where each store head is read by heads of its own (v_map)."""
+    torch.manual_seed(seed)
+    q, k, v = tensors(2, 6, 2, 1, 91, 16)
+    lists = random_lists(random.Random(seed), (2, heads, 1), 12, 5)
+    counts = (lists >= 0).sum(-1, dtype=torch.int32)
+    known = Selection(lists=lists, q_block=1, k_block=8, counts=counts)
+    check(Read(q, k, v, known), torch.float32)
+    assert torch.equal(known.rows(0, 1).counts, counts)
+    if heads != 1:
+        more = torch.cat([v, v], dim=1)
+        check(Read(q, k, more, known, options={"v_map": (0, 0, 1, 1, 2, 3)}), torch.float32)
+    with pytest.raises(BadArgument, match="counts"):
+        Read(q, k, v, replace(known, counts=counts[..., 0])).attend(torch.float32)
 
 
 def test_it_says_what_it_does_not_serve(seed: int) -> None:

@@ -141,6 +141,8 @@ def _check_lists(selection: Selection, batch: int, heads: int, k_heads: int, que
         raise BadArgument("selection.lists", tuple(lists.shape), f"with {queries} queries, q_block {q_block}: {want}")
     if lists.dtype not in (torch.int32, torch.int64):
         raise BadArgument("selection.lists", str(lists.dtype), "block numbers are int32")
+    if selection.counts is not None and selection.counts.shape != lists.shape[:3]:
+        raise BadArgument("selection.counts", tuple(selection.counts.shape), f"the lists want {tuple(lists.shape[:3])}")
     # On a GPU the largest number would have to be waited for.
     if lists.device.type == "cpu" and lists.numel() and int(lists.max()) * k_block >= keys:
         raise BadArgument(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -71,7 +71,7 @@ def run(request: Request) -> Partial:
         ragged = _kernels("decode")
         return Partial(*ragged.decode_ragged(r.q, ragged.Stores(k, v, lengths.flatten()), r.scale, r.softcap))
     lists = r.lists[:, :, 0].to(torch.int32).contiguous()
-    counts = (lists >= 0).sum(-1, dtype=torch.int32)
+    counts = (lists >= 0).sum(-1, dtype=torch.int32) if r.counts is None else r.counts[:, :, 0].to(torch.int32)
     listed = _kernels("decode_lists").decode_lists
     return Partial(
         *listed(r.q, k, v, lists, counts, lengths, page=r.k_block, near=_near(r), scale=r.scale, softcap=r.softcap)
@@ -84,10 +84,13 @@ class Held:
 
     Args:
         stores: `triton.decode.Stores`; counters: `triton.arrive.Counters`; sizes: pairs of each band.
+        columns: tags of one float32 number per slot: by name those of any band, and where each pair's begin.
     """
 
-    def __init__(self, stores: Any, counters: Any, sizes: Sequence[int]) -> None:
-        self.stores, self.counters = stores, counters
+    def __init__(
+        self, stores: Any, counters: Any, sizes: Sequence[int], columns: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        self.stores, self.counters, self.columns = stores, counters, columns
         self.slots: tuple[Tensor, ...] = counters.slots.split(list(sizes))
         """By band, where the newest token of each pair went, int32 [P]."""
 
@@ -95,9 +98,45 @@ class Held:
         """Attention of q [B, H, 1, Dk] over all that is held: [B, H, 1, Dv]."""
         return _kernels("decode").decode_ragged(q, self.stores, scale, softcap, sinks)[0]
 
+    def weigh(
+        self, q: Tensor, width: int, scale: float, softcap: float | None, sinks: Tensor | None, *, probs: bool, add: str
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`attend` with its lse [B, H, 1], and what the slots weighed.
+
+        Args:
+            width: slots of the widest band.
+            probs: return the probabilities, float32 [B, H, 1, width].
+            add: add to this one of `columns`, of all query heads of a group; "": to none.
+        """
+        weights = _kernels("decode_weights")
+        out, lse, scores = weights.decode_scored(q, self.stores, width, scale, softcap, sinks)
+        if add:
+            weights.add_mass(scores, lse, self.stores, *self.columns[add])
+        return out, lse, weights.probabilities(scores, lse, self.stores) if probs else None
+
     def arrive(self, k: Tensor, v: Tensor | None) -> None:
-        """Take in a token of every pair: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv] or None."""
+        """Take in a token of every pair: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv] or None; its tags are filled if they are
+        `tagged`."""
         _kernels("arrive").arrive(k, v, self.stores, self.counters)
+
+    @property
+    def tagged(self) -> bool:
+        """Whether tags come and go with the tokens here, and not elsewhere."""
+        return self.counters.tags is not None
+
+    def evict(self, scores: Tensor, sink: int, recent: Tensor, *, newest: bool = False) -> tuple[Tensor, ...]:
+        """Free the token with the least score [B, Hs, C] of each pair, or its newest, which else takes that one's slot.
+        It moves with its tags if they are `tagged`.
+
+        Args:
+            sink, recent: the first and the newest (int64 [B]) are never freed.
+
+        Returns:
+            By band the slots that were freed, int32 [P].
+        """
+        module = _kernels("evict")
+        slots: Tensor = module.evict(scores, module.Guard(sink, recent), self.stores, self.counters, newest=newest)
+        return slots.split([len(x) for x in self.slots])
 
 
 def held(
@@ -105,6 +144,7 @@ def held(
     counts: tuple[Tensor, Tensor, Tensor],
     rings: Sequence[Tensor | None],
     positions: Sequence[Tensor | None],
+    tags: Sequence[Mapping[str, tuple[Tensor, float]]],
 ) -> Held:
     """Bands of k [P, C, Dk], v [P, C, Dv] and pair numbers [P].
 
@@ -112,16 +152,22 @@ def held(
         counts: of all pairs, band by band: slots in use (int32), tokens seen and turns of full windows (int64).
         rings: by band the slots of full windows in the order in which they are overwritten, int64 [P, W].
         positions: by band int32 [P, C].
+        tags: by band and name values [P, C, width], and what fills those of a new token.
     """
     sizes = [len(band[2]) for band in bands]
-    stores = _kernels("decode").Stores.of(bands, counts[0])
-    return Held(stores, _kernels("arrive").counters(*counts, list(rings), list(positions), sizes), sizes)
+    stores, arrive = _kernels("decode").Stores.of(bands, counts[0]), _kernels("arrive")
+    words = arrive.tags_of([list(band.values()) for band in tags])
+    counters = arrive.counters(*counts, list(rings), list(positions), sizes, words)
+    plain = [name for name, (x, _) in tags[0].items() if x.dtype == torch.float32 and x.shape[2:] == (1,)]
+    columns = {name: arrive.reached([band[name][0] for band in tags], sizes, counts[0].device) for name in plain}
+    return Held(stores, counters, sizes, columns)
 
 
-def best(scores: Tensor, k: int) -> Tensor:
+def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row of scores [..., n], exactly, the first of equal ones: int32 [..., min(k, n)], ascending,
-    -1 behind the end; -inf is never chosen."""
-    return _kernels("topk").select_best(scores, k)[0]
+    -1 behind the end, and how many they are [...]; -inf is never chosen."""
+    chosen: tuple[Tensor, Tensor] = _kernels("topk").select_best(scores, k)
+    return chosen
 
 
 def page_bounds(q: Tensor, summary: Tensor, lengths: Tensor, page: int, *, group: bool) -> Tensor:
@@ -172,3 +218,22 @@ def packed(
     kernels = _kernels("decode_packed")
     sides = kernels.PackedSide(*keys), kernels.PackedSide(*values)
     return Partial(*kernels.decode_packed(q, *sides, lengths, scale, softcap))
+
+
+def packs(bits: int, group: int, exact: int) -> bool:
+    """Whether `arrive_packed` packs tokens in these bits, with so many channels per scale and newest exact tokens."""
+    return _installed() and _kernels("arrive_packed").serves(bits, group, exact)
+
+
+def arrive_packed(
+    k: Tensor, v: Tensor | None, sides: Sequence[Sequence[Any]], lengths: Tensor, seen: Tensor, positions: Tensor | None
+) -> None:
+    """Take in a token of every pair, k [P, 1, Dk] and v [P, 1, Dv] or None, and pack those that leave the exact tail.
+
+    Args:
+        sides: the fields of `triton.arrive_packed.PackedArrival`, of keys and of values.
+        lengths, seen: int32 and int64 [P], which grow by one; positions: int32 [P, C] or None.
+    """
+    kernels = _kernels("arrive_packed")
+    keys, *values = (kernels.PackedArrival(*side) for side in sides)
+    kernels.arrive_packed(k, v, keys, values[0] if values else None, lengths, seen, positions)

@@ -244,6 +244,7 @@ def _single(r: Request, row: int, head: int) -> Request:
         v=r.v[row : row + 1, store],
         geometry=geometry,
         lists=r.lists[row : row + 1, head : head + 1],
+        counts=None,
         span=None if r.span is None else span(r.span),
         visible=tuple(span(x) for x in r.visible),
         bias=None if r.bias is None else own(to_heads(r.bias, heads), mine),

@@ -24,7 +24,7 @@ class Request:
         v: [B, Hk, M, Dv].
         geometry: where queries and keys stand; its per-head tensors have 1 or Hk heads.
         visible: bounded spans; those that hide nothing were left out.
-        lists, q_block, k_block, span: as in `Selection`; lists have 1, Hk or H heads. `span` only beside lists.
+        lists, q_block, k_block, span, counts: as in `Selection`; lists have 1, Hk or H heads. `span` only beside lists.
         scale: factor of the scores.
         bias: added to the scaled (and capped) scores, broadcastable to [B, H, N, M], head axis 1, Hk or H.
         softcap: scores become softcap * tanh(scores / softcap).
@@ -46,6 +46,7 @@ class Request:
     softcap: float | None = None
     lse: bool = True
     forced: bool = False
+    counts: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -67,7 +68,7 @@ class Request:
         """The lists and the span as one Selection."""
         if self.lists is None:
             return ALL
-        return Selection(lists=self.lists, q_block=self.q_block, k_block=self.k_block, span=self.span)
+        return Selection(self.lists, self.q_block, self.k_block, self.span, counts=self.counts)
 
     def seen(self, start: int, stop: int) -> Tensor:
         """The mask of queries start..stop-1: bool [1 or B, 1, Hk or H, stop - start, M]."""
@@ -122,6 +123,7 @@ def normal(
         softcap=softcap,
         lse=lse,
         forced=forced,
+        counts=selection.counts if selection.lists is not None else None,
     )
 
 
@@ -204,5 +206,6 @@ def _by_head(
         selection = replace(selection, span=span(selection.span))
     # Lists with as many heads as there are query heads speak of query heads, which no map moves.
     if selection.lists is not None and selection.lists.shape[1] not in (1, heads):
-        selection = replace(selection, lists=spread(selection.lists, 1))
+        counts = None if selection.counts is None else spread(selection.counts, 1)
+        selection = replace(selection, lists=spread(selection.lists, 1), counts=counts)
     return selection, geometry, tuple(span(x) for x in visible)

@@ -95,6 +95,7 @@ class Selection:
         k_block: slots per listed block.
         span: what is visible by position besides the lists; None: the lists alone.
         frame: the angle of this part.
+        counts: int32 [B, h, nq], entries of each list, where whoever made the lists knows them; None: they are counted.
     """
 
     lists: Tensor | None = None
@@ -102,6 +103,7 @@ class Selection:
     k_block: int = 1
     span: Span | None = None
     frame: Frame = field(default_factory=Frame)
+    counts: Tensor | None = None
 
     @property
     def dense(self) -> bool:
@@ -115,9 +117,11 @@ class Selection:
         first, last = start // self.q_block, -(-stop // self.q_block)
         if first + 1 == last or start % self.q_block == 0:
             q_block = None if first + 1 == last else self.q_block
-            return replace(self, lists=self.lists[:, :, first:last], q_block=q_block)
+            counts = None if self.counts is None else self.counts[:, :, first:last]
+            return replace(self, lists=self.lists[:, :, first:last], q_block=q_block, counts=counts)
         index = torch.arange(start, stop, device=self.lists.device) // self.q_block
-        return replace(self, lists=self.lists.index_select(2, index), q_block=1)
+        counts = None if self.counts is None else self.counts.index_select(2, index)
+        return replace(self, lists=self.lists.index_select(2, index), q_block=1, counts=counts)
 
     def seen(self, geometry: Geometry, visible: Sequence[Span] = ()) -> Tensor:
         """The pairs as a mask over no more rows and heads than differ: bool [1 or B, 1, Hs or H, N, M]."""

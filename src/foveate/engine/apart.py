@@ -66,7 +66,7 @@ def attend_apart(
                 if width == 0 and selection.span is None:
                     continue
                 lists = lists[..., : max(1, width)]
-            there = replace(selection, lists=lists, k_block=1)
+            there = replace(selection, lists=lists, k_block=1, counts=None)
         got = attend(
             q.to(device),
             part.k.unsqueeze(1),

@@ -76,7 +76,7 @@ def read(
     listed: list[Selection | Partial] = [parts] if isinstance(parts, Selection | Partial) else list(parts)
     lse = lse or len(listed) > 1 or how.sinks is not None or probs
     moved = [_moved(q, part, store, how) for part in listed]
-    placed = any(not isinstance(part, Partial) and part is not ALL for part in listed)
+    placed = bool(how.spans) or any(_placed(part) for part in listed)
     outs: list[tuple[Band, Partial]] = []
     weights: list[Tensor] = []
     others = [None] * len(store.bands) if keys_instead is None else store.scatter(keys_instead)
@@ -257,6 +257,13 @@ def _moved(q: Tensor, part: Selection | Partial, store: Store, how: Reading) -> 
     return how.move(q, part.frame.query.to(q.device) - positions)
 
 
+def _placed(part: Selection | Partial) -> bool:
+    """Whether what is read of a part depends on where tokens stand: lists alone name slots."""
+    if isinstance(part, Partial) or part is ALL:
+        return False
+    return part.span is not None or part.frame.keys is not None
+
+
 def _rows(x: Tensor, band: Band, group: int, store: Store) -> Tensor:
     """[B, H, ...] -> [P, G, ...], the query heads of each of the band's pairs."""
     flat = x.reshape(x.shape[0] * store.spec.heads, group, *x.shape[2:])
@@ -268,20 +275,21 @@ def _local(part: Selection, band: Band, group: int, store: Store) -> Selection:
     if part.lists is None:
         return part
     lists = _local_lists(part.lists, band, group, store)
+    counts = None if part.counts is None else _local_lists(part.counts, band, group, store)
     if part.frame.keys is None:
-        return replace(part, lists=lists)
+        return replace(part, lists=lists, counts=counts)
     keys = _local_lists(part.frame.keys.expand_as(part.lists), band, group, store)
-    return replace(part, lists=lists, frame=replace(part.frame, keys=keys))
+    return replace(part, lists=lists, frame=replace(part.frame, keys=keys), counts=counts)
 
 
 def _local_lists(lists: Tensor, band: Band, group: int, store: Store) -> Tensor:
-    batch, h, blocks, width = lists.shape
+    """[B, h, ...] -> [P, 1 or G, ...], what the band's pairs have of h lists."""
+    batch, h = lists.shape[:2]
     heads = store.spec.heads
     if h == 1 and heads * group > 1:
         return lists[band.index // heads]
-    if h == heads:
-        return lists.reshape(batch * heads, 1, blocks, width)[band.index]
-    return lists.reshape(batch * heads, group, blocks, width)[band.index]
+    flat = lists.reshape(batch * heads, 1 if h == heads else group, *lists.shape[2:])
+    return flat if len(band.pairs) == flat.shape[0] else flat[band.index]
 
 
 def _pieces(

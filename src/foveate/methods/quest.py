@@ -13,7 +13,7 @@ from foveate.cache import UNBOUNDED, Blocks, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Needs, Profile, Role, register, tries
 from foveate.methods.budget import Budget
-from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.lists import counted_lists
 from foveate.methods.policies.summaries import minmax, page_scores
 from foveate.models.shape import ModelShape
 
@@ -74,4 +74,5 @@ class Quest(Method):
         if ctx.role.name != "select":
             return ALL
         bound = page_scores(q, view, self.id, self.page, group=self.share == "group")
-        return Selection(lists=top_lists(bound, ctx.role.extra["pages"]), q_block=1, k_block=self.page)
+        lists, counts = counted_lists(bound, ctx.role.extra["pages"])
+        return Selection(lists, q_block=1, k_block=self.page, counts=counts)

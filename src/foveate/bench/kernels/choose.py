@@ -125,5 +125,5 @@ def _best(rows: int, n: int, k: int, generator: torch.Generator) -> Made:
 
     kernels = [Kernel("torch topk, sort", lambda: scores.topk(k, dim=-1).indices.sort(dim=-1).values)]
     if has_kernels(scores.device):
-        kernels.insert(0, Kernel("foveate decode", lambda: decoding.best(scores, k)))
+        kernels.insert(0, Kernel("foveate decode", lambda: decoding.best(scores, k)[0]))
     return Made(kernels, check, 4 * rows * (n + k), 0.0)

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from foveate.attention import decoding
 
+_ORDERED = (torch.float32, torch.bfloat16, torch.float16)
+"""What float32 holds exactly, so that the order is the same."""
+
 
 def top_lists(scores: Tensor, k: int) -> Tensor:
     """The k best blocks per list, ascending, int32.
@@ -18,13 +21,18 @@ def top_lists(scores: Tensor, k: int) -> Tensor:
     Returns:
         [..., min(k, blocks)] with -1 behind the end. Ties go to earlier blocks.
     """
+    return counted_lists(scores, k)[0]
+
+
+def counted_lists(scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+    """`top_lists`, and the entries of each list, int32 [...], where they come for nothing."""
     blocks = scores.shape[-1]
     k = min(k, blocks)
-    if k > 0 and scores.dtype == torch.float32 and not scores.requires_grad and decoding.serves(scores)[0]:
-        return decoding.best(scores, k)
+    if k > 0 and scores.dtype in _ORDERED and not scores.requires_grad and decoding.serves(scores)[0]:
+        return decoding.best(scores.float(), k)
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
     order = order.masked_fill(scores.gather(-1, order) == -torch.inf, blocks)
-    return _packed(order.sort(dim=-1).values, blocks)
+    return _packed(order.sort(dim=-1).values, blocks), None
 
 
 def mask_lists(mask: Tensor) -> Tensor:
