@@ -51,7 +51,8 @@ class Quantised:
         # Rounded outwards, so that every value lies inside the range and the error stays within half a step.
         zero = low.half()
         zero = torch.where(zero.float() > low, torch.nextafter(zero, torch.full_like(zero, -torch.inf)), zero)
-        step = (high - zero.float()) / (2**self.bits - 1)
+        # A product, not a quotient: that is the same number on every device.
+        step = (high - zero.float()) * (1 / (2**self.bits - 1))
         scale = step.half()
         scale = torch.where(scale.float() < step, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
         codes = ((grouped - zero.float()) / scale.float().clamp_min(1e-30)).round().clamp(0, 2**self.bits - 1)
