@@ -108,6 +108,8 @@ class Held:
             probs: return the probabilities, float32 [B, H, 1, width].
             add: add to this one of `columns`, of all query heads of a group; "": to none.
         """
+        if not probs and not add:
+            return (*_kernels("decode").decode_ragged(q, self.stores, scale, softcap, sinks), None)
         weights = _kernels("decode_weights")
         out, lse, scores = weights.decode_scored(q, self.stores, width, scale, softcap, sinks)
         if add:

@@ -74,6 +74,7 @@ class FixedStore(Store):
                 (self.lengths_of_all, self.seen_of_all, self.turn_of_all),
                 [b.ring for b in self.bands],
                 [None if b.positions is None else b.positions.data for b in self.bands],
+                [{name: (c.data, c.column.fill) for name, c in b.marks.items()} for b in self.bands],
             )
         return self._kernels
 
@@ -82,14 +83,27 @@ class FixedStore(Store):
         kernels = self.kernels
         return None if kernels is None else kernels.attend(q, scale, softcap, sinks)
 
+    def weigh(
+        self, q: Tensor, scale: float, softcap: float | None, sinks: Tensor | None, *, probs: bool, add: str
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """`attend` with the lse [B, H, 1] and, with `probs`, the probabilities over slots [B, H, 1, C], float32.
+
+        Args:
+            add: the tag of one number per slot to which they are added, of all query heads of a group; "": none.
+        """
+        kernels = self.kernels
+        if kernels is None or (add and add not in kernels.columns):
+            return None
+        return kernels.weigh(q, max(b.used for b in self.bands), scale, softcap, sinks, probs=probs, add=add)
+
     def append(self, k: Tensor, v: Tensor | None, fresh: object = None) -> None:
         """Append one token of every row: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv]."""
         kernels = self.kernels
         if kernels is not None:
             kernels.arrive(k, v)
             for band, slot in zip(self.bands, kernels.slots, strict=True):
-                if band.tags or band.declared:
-                    band.note(slot.long())
+                if band.declared or (band.tags and not kernels.tagged):
+                    band.note(slot.long(), tagged=kernels.tagged)
             return
         flat_k, flat_v = k.flatten(0, 1), None if v is None else v.flatten(0, 1)
         for band in self.bands:
@@ -103,6 +117,22 @@ class FixedStore(Store):
         flat = slots.flatten()
         for band in self.bands:
             band.drop(flat[band.index])
+
+    def evict(self, scores: Tensor, sink: int, recent: Tensor, *, newest: bool) -> bool:
+        """Free the token of least score [B, Hs or 1, C] of each pair, or its newest. False where no kernel can.
+
+        Args:
+            sink, recent: the first and the newest (int64 [B]) are never freed.
+        """
+        kernels = self.kernels
+        if kernels is None or any(band.positions is None for band in self.bands):
+            return False
+        scores = scores.expand(self.rows, self.spec.heads, -1)
+        scores = scores if scores.stride(2) == 1 else scores.contiguous()
+        for band, slot in zip(self.bands, kernels.evict(scores, sink, recent, newest=newest), strict=True):
+            if band.declared or (band.tags and not kernels.tagged):
+                band.dropped(slot.long(), tagged=kernels.tagged)
+        return True
 
     def settled(self, rehearsing: bool = False) -> None:
         """What a step does to the tokens when it has attended."""

@@ -277,7 +277,7 @@ def _attend(
     parts: Any = ALL
     if chooser is not None and managed and not call.dense:
         parts = chooser.select(q, view, _context(call, plan, layer, store, chooser, how))
-    columns = bool(plan.needs.columns) and call.phase == "prompt" and managed
+    columns = bool(plan.needs.columns) and managed and (call.phase == "prompt" or plan.needs.columns == "running")
     columns = columns and (call.cache is not None or bool(binding.observers))
     probs = plan.needs.probs and call.phase == "decode" and managed
     result = read(store, q, parts, how, lse=columns or (plan.needs.lse and managed), probs=probs)

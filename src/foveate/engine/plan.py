@@ -141,9 +141,10 @@ def unite(needs: list[Needs]) -> Needs:
         for name, spec in need.blocks.items():
             if blocks.setdefault(name, spec) != spec:
                 raise Refused(f"two methods declare the summary {name!r} differently; name it after the method")
+    sums = {n.columns for n in needs}
     return Needs(
         window=max((n.window for n in needs), default=0),
-        columns=next((n.columns for n in needs if n.columns), ""),
+        columns="running" if "running" in sums else max(sums, default=""),
         probs=any(n.probs for n in needs),
         lse=any(n.lse for n in needs),
         queries=max((n.queries for n in needs), default=0),

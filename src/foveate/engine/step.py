@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from foveate import compat
-from foveate.attention import ALL
+from foveate.attention import ALL, Parts
 from foveate.cache import FoveateCache
 from foveate.cache.cache import CourierLayer, State
 from foveate.cache.fixed_store import FixedStore, FixedView
 from foveate.engine import seal as sealing
 from foveate.engine.context import LayerContext
-from foveate.engine.plan import LayerPlan
+from foveate.engine.plan import COLUMNS, LayerPlan
 from foveate.engine.read import Reading, read
 from foveate.engine.rows import Rows
 from foveate.engine.standing import Standing
 from foveate.errors import Refused
-from foveate.methods.base import Method
+from foveate.methods.base import Method, Needs, Result
 
 
 class StepCall:
@@ -105,22 +105,45 @@ class StepCall:
         chooser = self.binding.choosers["decode"]
         if chooser is not None and managed:
             parts = chooser.select(q, view, self._context(plan, store, chooser, how))
-        probs = plan.needs.probs and managed
-        if parts is ALL and not probs and not plan.needs.lse and not observers:
-            out = store.attend(q, how.scale, how.softcap, how.sinks)
-            if out is not None:
-                return out
-        result = read(store, q, parts, how, lse=plan.needs.lse and managed, probs=probs)
+        result = self._everything(plan, store, q, how) if parts is ALL else None
+        if result is None:
+            result = self._read(plan, store, q, parts, how)
         out = result.out
         for method in observers:
             changed = method.attended(q, view, result, self._context(plan, store, method, how))
             out = out if changed is None else changed
         return out
 
+    def _everything(self, plan: LayerPlan, store: FixedStore, q: Tensor, how: Reading) -> Result | None:
+        """What the layer needs of a read of all that it holds, in as few launches as there are; None if no kernel can
+        make it."""
+        needs = plan.needs if plan.shape.kind == "full" else Needs()
+        add = COLUMNS if needs.columns == "running" else ""
+        if needs.probs or needs.lse or add:
+            weighed = store.weigh(q, how.scale, how.softcap, how.sinks, probs=needs.probs, add=add)
+            return None if weighed is None else Result(*weighed)
+        out = store.attend(q, how.scale, how.softcap, how.sinks)
+        return None if out is None else Result(out, None)
+
+    def _read(self, plan: LayerPlan, store: FixedStore, q: Tensor, parts: Parts, how: Reading) -> Result:
+        """The same of any read."""
+        needs = plan.needs if plan.shape.kind == "full" else Needs()
+        running = needs.columns == "running"
+        result = read(store, q, parts, how, lse=needs.lse, probs=needs.probs or running)
+        if running:
+            assert result.probs is not None
+            view = FixedView(store)
+            mass = view.tag(COLUMNS)
+            gained = result.probs.unflatten(1, (mass.shape[1], -1)).sum((2, 3))
+            view.write(COLUMNS, mass + gained.unsqueeze(-1))
+        return result
+
     def _evict(self, plan: LayerPlan, store: FixedStore, how: Reading) -> None:
         """Each head frees the token with the least score."""
         keeper, view = self.binding.keeper, FixedView(store)
         scores = keeper.score(view, self._context(plan, store, keeper, how))
+        if store.evict(scores, keeper.protect.sink, self.recent[plan.shape.index], newest=self.rehearsing):
+            return
         least = sealing.least(keeper, scores, view, self.recent[plan.shape.index])
         if self.rehearsing:
             least = view.lengths.long() - 1

@@ -40,7 +40,7 @@ class Needs:
     Args:
         window: `ctx.window`, the last this many prompt queries of every row, across chunks.
         columns: "sum": `view.tag("columns")`, attention mass of each key over all prompt rows so far, query heads of a
-            group added up (float32).
+            group added up (float32); "running": and over every decoded row, of the slots that it read.
         probs: `result.probs` at decode.
         lse: `result.lse` always.
         queries: `ctx.samples`, at most this many of each row's prompt queries, by chance, for `prepare`.

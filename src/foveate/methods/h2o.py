@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foveate.cache import View
 from foveate.errors import BadArgument
-from foveate.methods.base import Context, Method, Needs, Protect, Result, Role, register, tries
+from foveate.methods.base import Context, Method, Needs, Protect, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.models.shape import ModelShape
 
@@ -45,7 +45,7 @@ class H2O(Method):
             raise BadArgument("heavy", self.heavy, "give a share from 0 to below 1; the rest is the recent window")
 
     def needs(self, role: Role) -> Needs:
-        return Needs(columns="sum", probs=True)
+        return Needs(columns="running")
 
     @property
     def protect(self) -> Protect:
@@ -54,15 +54,6 @@ class H2O(Method):
     def total(self, shape: ModelShape, length: int) -> int | None:
         budget = Budget.of(self.budget) or Budget.ratio(0.2)
         return None if budget.whole else budget.held_tokens(shape, length, name=self.id, floor=2, extra=8)
-
-    def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
-        if ctx.phase != "decode" or result.probs is None:
-            return
-        batch, heads, queries, slots = result.probs.shape
-        mass = view.tag("columns")
-        stores = mass.shape[1]
-        gained = result.probs.view(batch, stores, heads // stores * queries, slots).sum(2)
-        view.write("columns", mass + gained.unsqueeze(-1))
 
     def score(self, view: View, ctx: Context) -> Tensor:
         return view.tag("columns").squeeze(-1)

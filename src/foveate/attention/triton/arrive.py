@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,28 @@ from torch import Tensor
 
 from foveate.attention.triton.decode import Stores, places
 from foveate.attention.triton.workers import jit, power_of_two
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Values per slot besides keys, values and positions, as words of 4 bytes: W of them for each of P pairs.
+
+    Args:
+        base: int32, any of them.
+        start: int64 [W, P], where a word of slot 0 lies, in words from the first of `base`.
+        step: int64 [W, P], words from one slot to the next.
+        fill: int32 [W], of a token that just arrived.
+    """
+
+    base: Tensor
+    start: Tensor
+    step: Tensor
+    fill: Tensor
+
+    @property
+    def words(self) -> int:
+        """W."""
+        return len(self.fill)
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,7 @@ class Counters:
         ring_start, ring_size: int64 [P], the part of `ring` that is a pair's; size 0: it has no full window.
         positions: int32, any tensor of positions of the store, or None where nobody has any.
         position_start: int64 [P], where a pair's positions begin, in elements from the first of `positions`; -1: none.
+        tags: what else is held of each token, or None.
     """
 
     lengths: Tensor
@@ -36,14 +60,15 @@ class Counters:
     ring_size: Tensor
     positions: Tensor | None
     position_start: Tensor
+    tags: Tags | None = None
 
 
 @jit(do_not_specialize=["units"])
 def _arrive(
     k_new, v_new, k, v, starts, pairs, lengths, seen, turn, slots, ring, ring_start, ring_size, positions,
-    position_start, units, stride_k, stride_kt, stride_v, stride_vt,
-    DK: tl.constexpr, DV: tl.constexpr, WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, STARTS: tl.constexpr,
-    PAIRS: tl.constexpr, VALUES: tl.constexpr, PLACED: tl.constexpr,
+    position_start, tags, tag_start, tag_step, tag_fill, units, stride_k, stride_kt, stride_v, stride_vt,
+    DK: tl.constexpr, DV: tl.constexpr, WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, WORDS: tl.constexpr,
+    WIDE: tl.constexpr, STARTS: tl.constexpr, PAIRS: tl.constexpr, VALUES: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0)
     length = tl.load(lengths + unit)
@@ -67,6 +92,13 @@ def _arrive(
     if PLACED:
         begin = tl.load(position_start + unit)
         tl.store(positions + begin + slot, now.to(tl.int32), mask=begin >= 0)
+    if WORDS:
+        word = tl.arange(0, WIDE)
+        some = word < WORDS
+        first = tl.load(tag_start + word * units + unit, mask=some, other=0)
+        step = tl.load(tag_step + word * units + unit, mask=some, other=0)
+        fill = tl.load(tag_fill + word, mask=some, other=0)
+        tl.store(tags + first + slot.to(tl.int64) * step, fill, mask=some)
     # The first token of a full window takes the one free slot, the others the oldest token's.
     tl.store(lengths + unit, tl.where(cyclic & (at > 0), length, length + 1))
     tl.store(seen + unit, now + 1)
@@ -82,7 +114,8 @@ def arrive(k_new: Tensor, v_new: Tensor | None, stores: Stores, counters: Counte
         v_new: [B, Hs, 1, Dv]; None where values are a view of the keys.
         stores: where to.
     """
-    k, v, c = stores.k, stores.v, counters
+    k, v, c, tags = stores.k, stores.v, counters, counters.tags
+    words = 0 if tags is None else tags.words
     k_flat = k_new.reshape(-1, k.shape[-1]).contiguous()
     v_flat = k_flat if v_new is None else v_new.reshape(-1, v.shape[-1]).contiguous()
     units = c.lengths.shape[0]
@@ -90,11 +123,12 @@ def arrive(k_new: Tensor, v_new: Tensor | None, stores: Stores, counters: Counte
     _arrive[(units,)](
         k_flat, v_flat, k, v, some if stores.starts is None else stores.starts,
         some if stores.pairs is None else stores.pairs, c.lengths, c.seen, c.turn, c.slots, c.ring, c.ring_start,
-        c.ring_size, some if c.positions is None else c.positions, c.position_start, units,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        c.ring_size, some if c.positions is None else c.positions, c.position_start,
+        some if tags is None else tags.base, some if tags is None else tags.start, some if tags is None else tags.step,
+        some if tags is None else tags.fill, units, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         DK=k.shape[-1], DV=v.shape[-1], WIDE_K=power_of_two(k.shape[-1]), WIDE_V=power_of_two(v.shape[-1]),
-        STARTS=stores.starts is not None, PAIRS=stores.pairs is not None, VALUES=v_new is not None,
-        PLACED=c.positions is not None, num_warps=1,
+        WORDS=words, WIDE=power_of_two(words), STARTS=stores.starts is not None,
+        PAIRS=stores.pairs is not None, VALUES=v_new is not None, PLACED=c.positions is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -105,6 +139,7 @@ def counters(
     rings: list[Tensor | None],
     positions: list[Tensor | None],
     sizes: list[int],
+    tags: Tags | None = None,
 ) -> Counters:
     """Counters of several bands, whose lengths, seen and turn stand one behind the other.
 
@@ -114,20 +149,50 @@ def counters(
         sizes: pairs of each band.
     """
     device = lengths.device
-    starts, widths, parts, places_of, behind = [], [], [], [], 0
-    base = next((p for p in positions if p is not None), None)
-    for ring, placed, count in zip(rings, positions, sizes, strict=True):
+    starts, widths, parts, behind = [], [], [], 0
+    for ring, count in zip(rings, sizes, strict=True):
         width = 0 if ring is None else ring.shape[1]
         starts.append(behind + width * torch.arange(count, device=device))
         widths.append(torch.full((count,), width, device=device))
         if ring is not None:
             parts.append(ring.reshape(-1))
             behind += ring.numel()
-        if placed is None or base is None:
-            places_of.append(torch.full((count,), -1, device=device))
-        else:
-            away = (placed.data_ptr() - base.data_ptr()) // placed.element_size()
-            places_of.append(away + placed.stride(0) * torch.arange(count, device=device))
     flat = torch.cat(parts) if parts else torch.zeros(1, dtype=torch.int64, device=device)
     slots = torch.zeros_like(lengths)
-    return Counters(lengths, seen, turn, slots, flat, torch.cat(starts), torch.cat(widths), base, torch.cat(places_of))
+    base, places_of = reached(positions, sizes, device)
+    return Counters(lengths, seen, turn, slots, flat, torch.cat(starts), torch.cat(widths), base, places_of, tags)
+
+
+def reached(parts: Sequence[Tensor | None], sizes: Sequence[int], device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """Where each pair's part of several tensors [P, ...] of one dtype begins, in elements from the first of any one of
+    them, which is returned, too: int64 [sum of sizes], -1 where a band has none. It notes addresses."""
+    base = next((x for x in parts if x is not None), None)
+    starts = []
+    for x, count in zip(parts, sizes, strict=True):
+        if x is None or base is None:
+            starts.append(torch.full((count,), -1, device=device))
+        else:
+            away = (x.data_ptr() - base.data_ptr()) // x.element_size()
+            starts.append(away + x.stride(0) * torch.arange(count, device=device))
+    return base, torch.cat(starts)
+
+
+def tags_of(bands: Sequence[Sequence[tuple[Tensor, float]]]) -> Tags | None:
+    """What the bands hold of each token besides, by band and name the values [P, C, width] and what fills them; None
+    if there is nothing, or it does not come in words of 4 bytes."""
+    flat = [x for band in bands for x, _ in band]
+    if not flat or any(x.element_size() != 4 or x.is_complex() for x in flat):
+        return None
+    base, starts, steps, fills = flat[0].view(torch.int32), [], [], []
+    for band in bands:
+        begin, step = [], []
+        for x, _ in band:
+            away = (x.data_ptr() - base.data_ptr()) // 4
+            pair = x.stride(0) * torch.arange(x.shape[0], device=x.device)
+            begin += [away + pair + word * x.stride(2) for word in range(x.shape[2])]
+            step += [torch.full_like(pair, x.stride(1))] * x.shape[2]
+        starts.append(torch.stack(begin))
+        steps.append(torch.stack(step))
+    for x, fill in bands[0]:
+        fills.append(x.new_full((x.shape[2],), fill).view(torch.int32))
+    return Tags(base, torch.cat(starts, 1), torch.cat(steps, 1), torch.cat(fills))

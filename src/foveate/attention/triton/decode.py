@@ -91,10 +91,10 @@ def places(starts, unit, units, stride_k, stride_v, STARTS: tl.constexpr):
 
 @jit
 def _step(
-    q0, q1, k, v, j, length, row, acc0, acc1, top, mass, factor, softcap, stride_kt, stride_vt,
+    q0, q1, k, v, scores, j, length, row, valid, acc0, acc1, top, mass, factor, softcap, stride_kt, stride_vt, stride_s,
     N: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, MASKED: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """Block j of a pair's tokens; MASKED where not every query sees all of it."""
     n = tl.arange(0, BLOCK)
@@ -111,6 +111,8 @@ def _step(
             s = tl.where(keep[None, :], s, float("-inf"))
         else:
             s = tl.where(here[None, :] < (length - N + 1 + row % N)[:, None], s, float("-inf"))
+    if SCORES:
+        tl.store(scores + row[:, None] * stride_s + here[None, :], s, mask=valid[:, None] & keep[None, :])
     v0, v1 = k0, k1
     if not SHARED:
         vp = v + tl.cast(j * BLOCK, tl.int64) * stride_vt
@@ -123,12 +125,12 @@ def _step(
 
 @jit(do_not_specialize=["units", "workers"])
 def _decode(
-    q, k, v, lengths, starts, pairs, part, weight, factor, softcap, units, workers,
-    stride_k, stride_kt, stride_v, stride_vt,
+    q, k, v, lengths, starts, pairs, part, weight, scores, factor, softcap, units, workers,
+    stride_k, stride_kt, stride_v, stride_vt, stride_s,
     R: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     STARTS: tl.constexpr, PAIRS: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
-    LEAN: tl.constexpr,
+    LEAN: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     worker = tl.program_id(0) // TILES
     row = tl.program_id(0) % TILES * M + tl.arange(0, M)
@@ -144,6 +146,7 @@ def _decode(
                 pair = tl.load(pairs + unit)
             q0, q1 = rows_of_q(q, pair.to(tl.int64) * R + row, valid, DK, K0, K1)
             k_at, v_at = places(starts, unit, units, stride_k, stride_v, STARTS)
+            s_at = scores + pair.to(tl.int64) * R * stride_s
             first = at - before
             # Up to here every query sees all tokens of a block.
             whole = tl.minimum(tl.maximum((length - N + 1) // BLOCK, first), stop - before)
@@ -154,13 +157,15 @@ def _decode(
             if not LEAN:
                 for j in tl.range(first, whole):
                     acc0, acc1, top, mass = _step(
-                        q0, q1, k + k_at, v + v_at, j, length, row, acc0, acc1, top, mass, factor, softcap, stride_kt,
-                        stride_vt, N, BLOCK, DK, DV, K0, K1, V0, V1, False, SHARED, CAPPED, PRECISION,
+                        q0, q1, k + k_at, v + v_at, s_at, j, length, row, valid, acc0, acc1, top, mass, factor, softcap,
+                        stride_kt, stride_vt, stride_s, N, BLOCK, DK, DV, K0, K1, V0, V1, False, SHARED, CAPPED,
+                        PRECISION, SCORES,
                     )  # fmt: skip
             for j in tl.range(first if LEAN else whole, stop - before):
                 acc0, acc1, top, mass = _step(
-                    q0, q1, k + k_at, v + v_at, j, length, row, acc0, acc1, top, mass, factor, softcap, stride_kt,
-                    stride_vt, N, BLOCK, DK, DV, K0, K1, V0, V1, True, SHARED, CAPPED, PRECISION,
+                    q0, q1, k + k_at, v + v_at, s_at, j, length, row, valid, acc0, acc1, top, mass, factor, softcap,
+                    stride_kt, stride_vt, stride_s, N, BLOCK, DK, DV, K0, K1, V0, V1, True, SHARED, CAPPED, PRECISION,
+                    SCORES,
                 )  # fmt: skip
             leave(part, weight, worker + unit, row, valid, acc0, acc1, top, mass, R, DV, V0, V1)
         at = stop
@@ -208,11 +213,22 @@ def tuning(q: Tensor, k_dim: int, rows: int) -> Tuning:
 
 
 def run(
-    q: Tensor, stores: Stores, scale: float, softcap: float | None, sinks: Tensor | None, layout: Tuning | None = None
+    q: Tensor,
+    stores: Stores,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    layout: Tuning | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`decode_ragged` in a layout of one's own (for measurements)."""
+    """`decode_ragged` in a layout of one's own (for measurements).
+
+    Args:
+        scores: float32 [B, H, N, S], S from the longest length on, to be filled with the logits in base 2, as they
+            enter the softmax; nothing is written behind a length.
+    """
     latent = import_module("foveate.attention.triton.decode_latent")  # which is built on this module
-    if layout is None and latent.overlaps(q, stores, scale, softcap)[0]:
+    if layout is None and scores is None and latent.overlaps(q, stores, scale, softcap)[0]:
         return latent.overlapped(q, stores, scale, sinks)
     k, v = stores.k, stores.v
     k_dim, v_dim, units = k.shape[-1], v.shape[-1], stores.lengths.shape[0]
@@ -231,11 +247,12 @@ def run(
     starts, pairs = stores.starts, stores.pairs
     _decode[(workers * tiles,)](
         q, k, v, stores.lengths, some if starts is None else starts, some if pairs is None else pairs, part, weight,
-        scale / softcap if softcap is not None else scale * LOG2E.value,
+        weight if scores is None else scores, scale / softcap if softcap is not None else scale * LOG2E.value,
         softcap * LOG2E.value if softcap is not None else 0.0,
-        units, workers, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        units, workers, k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0 if scores is None else scores.stride(2),
         R=rows, N=queries, M=tile, TILES=tiles, BLOCK=layout.block, UNITS=wide, STARTS=starts is not None,
         PAIRS=pairs is not None, SHARED=shared, CAPPED=capped, PRECISION=precision_of(q.dtype), LEAN=tile >= 64,
+        SCORES=scores is not None,
         **shapes(k_dim, v_dim, shared=shared), num_warps=layout.warps, num_stages=layout.stages,
     )  # fmt: skip
     _merge[(units * rows,)](
