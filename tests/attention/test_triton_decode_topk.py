@@ -65,6 +65,24 @@ def test_lists_are_exact_and_the_first_of_equals_wins(seed: int, k: int) -> None
     assert torch.equal(counts, (want >= 0).sum(-1, dtype=torch.int32))
 
 
+def test_scores_of_every_size_are_told_apart(seed: int) -> None:
+    """Neighbouring numbers, the largest and the smallest that there are, and what is no number, which is not chosen."""
+    torch.manual_seed(seed)
+    near = torch.tensor(37.5).view(torch.int32) + torch.randint(0, 90, (150,), dtype=torch.int32)
+    scores = torch.stack([
+        near.view(torch.float32),
+        -near.view(torch.float32),
+        torch.randn(150) * 10.0 ** torch.randint(-44, 38, (150,)),
+        torch.tensor([3.4028234e38, -3.4028234e38, 1e-45, -1e-45, 0.0]).repeat(30),
+        torch.where(torch.rand(150) < 0.3, torch.inf, torch.randn(150)),
+    ])  # fmt: skip
+    for k in (1, 2, 30, 31, 61, 149):
+        assert torch.equal(select_best(on(scores)[0], k)[0].cpu(), top_lists(scores, k))
+    scores[:, ::3] = torch.nan
+    lists, counts = (x.cpu() for x in select_best(on(scores)[0], 120))
+    assert torch.equal(lists, top_lists(scores.nan_to_num(-torch.inf, torch.inf), 120)) and (counts == 100).all()
+
+
 @pytest.mark.parametrize("k", [3, 20, 90])
 def test_long_rows_are_ordered_in_pieces(seed: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(seed)
@@ -77,6 +95,18 @@ def test_long_rows_are_ordered_in_pieces(seed: int, k: int, monkeypatch: pytest.
     assert torch.equal(counts, (want >= 0).sum(-1, dtype=torch.int32))
 
 
+def test_pieces_side_by_side(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that one program could order are split among several where lists are short."""
+    torch.manual_seed(seed)
+    monkeypatch.setattr(topk, "PIECE", 16)
+    scores = torch.randn(3, 301).mul(2).round()
+    scores[0, 40:] = -torch.inf
+    scores[1] = 7.0
+    for k in (1, 2, 11):
+        lists, counts = (x.cpu() for x in select_best(on(scores)[0], k))
+        assert torch.equal(lists, top_lists(scores, k)) and (counts == k).all()
+
+
 def test_refusals() -> None:
     with pytest.raises(BadArgument, match="float32"):
         select_best(torch.zeros(3, dtype=torch.float16), 2)
@@ -85,7 +115,7 @@ def test_refusals() -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="rows of this length take the interpreter too long")
-@pytest.mark.parametrize(("n", "k"), [(8192, 128), (16384, 2048), (131072, 2048), (100001, 700)])
+@pytest.mark.parametrize(("n", "k"), [(8192, 128), (8704, 256), (16384, 2048), (131072, 2048), (100001, 700)])
 def test_lists_of_a_real_size(seed: int, n: int, k: int) -> None:
     torch.manual_seed(seed)
     scores = torch.randn(8, n)

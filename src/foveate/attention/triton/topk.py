@@ -25,7 +25,10 @@ from foveate.attention.triton.workers import (
 from foveate.errors import BadArgument
 
 AT_ONCE = 16384
-"""Scores that one program orders in its registers; longer rows are ordered piece by piece."""
+"""Most scores that one program orders in its registers; longer rows are ordered piece by piece."""
+
+PIECE = 2048
+"""Least size of a piece: more than two of them are ordered side by side, where lists take an eighth of each or less."""
 
 _LAYOUT = ("K0", "K1")
 
@@ -217,35 +220,58 @@ def _(q: Tensor, k: Tensor, *others: Any) -> Tensor:
     return q.new_empty(q.shape[0], k.shape[1], dtype=torch.float32)
 
 
-@jit(do_not_specialize=["n", "wanted"])
-def _select(scores, lists, counts, n, wanted, stride, N: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    number = tl.arange(0, N)
-    # Adding 0 makes -0 and 0 the same bits.
-    x = tl.load(scores + row * stride + number, mask=number < n, other=float("-inf")) + 0.0
-    real = x > float("-inf")
-    bits = x.to(tl.int32, bitcast=True)
+@jit(do_not_specialize=["wanted", "pieces"])
+def _select(
+    scores, numbers, lists, kept, counts, n, wanted, pieces, N: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    NUMBERED: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """The best of N scores of a row from piece * N on, ascending. NUMBERED: by the numbers given for them; KEPT: their
+    scores are written, too, and no count."""
+    part = tl.program_id(0)
+    number = part % pieces * N + tl.arange(0, N)
+    there = number < n
+    before = (part // pieces).to(tl.int64) * n
+    # Adding 0 makes -0 and 0 the same bits. What is no number must not lead to a list with holes.
+    x = tl.load(scores + before + number, mask=there, other=float("-inf")) + 0.0
+    bits = tl.where(x > float("-inf"), x, float("-inf")).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered like the numbers
-    need = tl.minimum(wanted, tl.sum(real.to(tl.int32), 0))
-    # The largest key that at least `need` numbers reach, two bits at a time, from the lowest that there is.
-    edge = tl.cast(-(2**31), tl.int64)
-    for step in range(16):
-        unit = tl.cast(1, tl.int64) << (30 - 2 * step)
-        first = (key >= edge + unit).to(tl.int64)
-        second = (key >= edge + 2 * unit).to(tl.int64)
-        third = (key >= edge + 3 * unit).to(tl.int64)
-        reached = tl.sum(first + (second << 20) + (third << 40), 0)
-        edge += unit * (((reached & 0xFFFFF) >= need).to(tl.int64) + (((reached >> 20) & 0xFFFFF) >= need).to(tl.int64)
-                        + ((reached >> 40) >= need).to(tl.int64))  # fmt: skip
-    above = real & (key > edge)
-    tie = real & (key == edge)
-    left = need - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= left))
+    endless = key == 0x7F800000
+    has = tl.sum((key > -0x7F800001).to(tl.int32) + (endless.to(tl.int32) << 16), 0)
+    need = tl.minimum(wanted, has & 0xFFFF)
+    # The edge, a key that `need` keys reach, lies from low to below high, which fewer reach. As soon as just so many
+    # reach low, any key up to the next real one could be the edge; among equals it never is so, and the gap closes.
+    full = (has >> 16) >= need  # of the endless ones
+    low = tl.where(full, 0x7F800000, tl.min(tl.where(key > -0x7F800001, key, 0x7F800000), 0))
+    high = tl.where(full, 0x7F800001, tl.max(tl.where(endless, -0x7F800001, key), 0) + 1)
+    reached = tl.where(full, has >> 16, has & 0xFFFF)
+    gap = high.to(tl.uint32, bitcast=True) - low.to(tl.uint32, bitcast=True)
+    while (reached > need) & (gap > 1):
+        third = tl.maximum(gap // 3, 1)
+        one = (low.to(tl.uint32, bitcast=True) + third).to(tl.int32, bitcast=True)
+        two = (low.to(tl.uint32, bitcast=True) + third + third).to(tl.int32, bitcast=True)
+        both = tl.sum(tl.where(key >= two, 0x10001, tl.where(key >= one, 1, 0)), 0)
+        reach_one, reach_two = both & 0xFFFF, both >> 16
+        gap = tl.where(reach_two >= need, gap - third - third, third)
+        low = tl.where(reach_two >= need, two, tl.where(reach_one >= need, one, low))
+        reached = tl.where(reach_two >= need, reach_two, tl.where(reach_one >= need, reach_one, reached))
+    chosen = key >= low
+    if reached > need:
+        left = need - tl.sum((key > low).to(tl.int32), 0)
+        chosen = (key > low) | ((key == low) & (tl.cumsum((key == low).to(tl.int32), 0) <= left))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(lists + row * WIDTH + place, number, mask=chosen)
+    if NUMBERED:
+        number = tl.load(numbers + before + number, mask=chosen, other=-1)
+    begin = part.to(tl.int64) * WIDTH
+    tl.store(lists + begin + place, number, mask=chosen)
     slot = tl.arange(0, WIDE)
-    tl.store(lists + row * WIDTH + slot, tl.zeros_like(slot) - 1, mask=(slot >= need) & (slot < WIDTH))
-    tl.store(counts + row, need)
+    behind = (slot >= need) & (slot < WIDTH)
+    tl.store(lists + begin + slot, tl.zeros_like(slot) - 1, mask=behind)
+    if KEPT:
+        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+        tl.store(kept + begin + place, bits.to(tl.float32, bitcast=True), mask=chosen)
+        tl.store(kept + begin + slot, tl.full([WIDE], float("-inf"), tl.float32), mask=behind)
+    else:
+        tl.store(counts + part, need)
 
 
 def select_best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -281,33 +307,44 @@ def _(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _ordered(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Lists [rows, k] and counts [rows] of scores [rows, n]."""
     rows, n = scores.shape
-    if n <= AT_ONCE:
-        return _launch(scores, n, k)
-    pieces = -(-n // AT_ONCE)
-    padded = torch.nn.functional.pad(scores, (0, pieces * AT_ONCE - n), value=-torch.inf)
-    if pieces * k >= n:
-        # The best of the pieces would be no fewer: order all, once.
-        order = scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
-        order = order.masked_fill(scores.gather(-1, order) == -torch.inf, n).sort(dim=-1).values
-        return torch.where(order == n, -1, order).to(torch.int32), (order < n).sum(-1, dtype=torch.int32)
-    lists, _ = _launch(padded.view(rows * pieces, AT_ONCE), AT_ONCE, min(k, AT_ONCE))
-    # What is best of all is among the best of its piece, and the candidates still ascend.
-    offset = torch.arange(pieces, device=scores.device).mul(AT_ONCE).view(1, -1, 1)
-    lists = lists.view(rows, pieces, -1).long()
-    candidates = torch.where(lists < 0, n, lists + offset).flatten(1)
-    kept = padded.gather(1, candidates.clamp_max(pieces * AT_ONCE - 1)).masked_fill(candidates == n, -torch.inf)
-    chosen, counts = _ordered(kept, k)
-    found = candidates.gather(1, chosen.clamp_min(0).long())
-    return torch.where(chosen < 0, -1, found).to(torch.int32), counts
+    scores, numbers = scores.contiguous(), None
+    piece = min(AT_ONCE, max(PIECE, 8 * power_of_two(k)))
+    while n > min(AT_ONCE, 2 * piece):
+        # What is best of all is among the best of its piece, and the candidates still ascend.
+        pieces, width = -(-n // piece), min(k, piece)
+        if pieces * width >= n:
+            return _sorted(scores, numbers, k)
+        some, kept = _launch(scores, numbers, width, pieces, piece)
+        numbers, scores, n = some.view(rows, -1), kept.view(rows, -1), pieces * width
+    return _launch(scores, numbers, k)
 
 
-def _launch(scores: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
-    scores = scores.contiguous()
-    lists = torch.empty(scores.shape[0], k, dtype=torch.int32, device=scores.device)
-    counts = torch.empty(scores.shape[0], dtype=torch.int32, device=scores.device)
-    wide = power_of_two(n)
-    _select[(scores.shape[0],)](
-        scores, lists, counts, n, k, scores.stride(0), N=wide, WIDTH=k, WIDE=power_of_two(k),
-        num_warps=4 if wide <= 2048 else 8 if wide <= 8192 else 16,
+def _sorted(scores: Tensor, numbers: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The same by ordering all, where the best of the pieces would be no fewer."""
+    n = scores.shape[1]
+    order = scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    order = order.masked_fill(scores.gather(-1, order) == -torch.inf, n).sort(dim=-1).values
+    found = order if numbers is None else numbers.gather(1, order.clamp_max(n - 1))
+    return torch.where(order == n, -1, found).to(torch.int32), (order < n).sum(-1, dtype=torch.int32)
+
+
+def _launch(scores: Tensor, numbers: Tensor | None, k: int, pieces: int = 0, piece: int = 0) -> tuple[Tensor, Tensor]:
+    """Lists [rows, k] and counts [rows] of whole rows; of each piece of so many lists [rows * pieces, k] and scores.
+
+    Args:
+        scores: [rows, n], one behind the other.
+        numbers: int32 [rows, n], ascending, which the lists then hold; None: 0, 1, ...
+    """
+    (rows, n), device = scores.shape, scores.device
+    parts, wide = rows * max(1, pieces), piece if pieces else power_of_two(n)
+    lists = torch.empty(parts, k, dtype=torch.int32, device=device)
+    if pieces:
+        found = torch.empty(parts, k, dtype=torch.float32, device=device)
+    else:
+        found = torch.empty(parts, dtype=torch.int32, device=device)
+    _select[(parts,)](
+        scores, lists if numbers is None else numbers, lists, found, found, n, k, max(1, pieces), N=wide, WIDTH=k,
+        WIDE=power_of_two(k), NUMBERED=numbers is not None, KEPT=pieces > 0,
+        num_warps=4 if wide <= 1024 else 8 if wide <= 2048 else 16,
     )  # fmt: skip
-    return lists, counts
+    return lists, found
