@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.attention import decoding
 from foveate.cache.column import Column, Counts, LowBit, PackedColumn
 
 
@@ -29,6 +31,10 @@ class FixedColumn:
     def room(self, lengths: Counts, used: int) -> int:
         """Tokens that can come before it has to grow."""
         return self.data.shape[1] - used
+
+    def arrival(self) -> tuple[Any, ...] | None:
+        """What the kernel through which tokens arrive in packed stores has to know of it; None if it knows no such."""
+        return (self.data,)
 
     def write(self, x: Tensor, slot: Tensor, pair: Tensor) -> None:
         """One token of each pair: x [P, D], to slot [P]."""
@@ -54,6 +60,9 @@ class FixedPacked:
     A side that packs token by token does so within the step: what it packed stays in the tail, too, rounded as it will
     be read, until the host moves the tail on. A side that packs whole groups waits for the host, which knows without a
     look at the device when one is complete. Both move nothing that a recorded step knows the address of.
+
+    Where a kernel takes tokens in (`arrival`), it packs as well, and rounds what stays in the tail when the next token
+    comes: nobody reads it before.
     """
 
     def __init__(self, column: PackedColumn, lengths: Counts, room: int, device: torch.device) -> None:
@@ -78,6 +87,19 @@ class FixedPacked:
             return None
         group = self.column.rates[1] if per_channel else self.tail.shape[2] // self.body[1].shape[2]
         return (*self.body, self.tail, self.start, form.bits, group)
+
+    def arrival(self) -> tuple[Any, ...] | None:
+        """See `FixedColumn.arrival`: where whole groups are packed between steps, the tail alone."""
+        if not self.single:
+            return self.tail, self.start
+        form: LowBit | None = getattr(self.column.side, "low_bit", None)
+        if form is None or form.per_channel:
+            return None
+        group = self.tail.shape[2] // self.body[1].shape[2]
+        exact = self.column.side.tail
+        if not decoding.packs(form.bits, group, exact):
+            return None
+        return self.tail, self.start, self.packed, *self.body, form.bits, group, exact
 
     def room(self, lengths: Counts, used: int) -> int:
         if self.column.closed:
