@@ -182,6 +182,18 @@ def test_lists(seed: int, listed: str, near: tuple[int, int] | None, page: int, 
     check(decode_lists(q, k, v, wasted, counts, held, page=page, near=near), want, dtype)
 
 
+def test_one_list_serves_all_pairs_as_it_lies(seed: int) -> None:
+    torch.manual_seed(seed)
+    held = torch.tensor([90, 90, 90], dtype=torch.int32)
+    one = random_lists(random.Random(seed), (1, 1, 1), 12, 5)[:, :, 0]
+    lists, counts = one.expand(3, 1, -1), (one >= 0).sum(-1, dtype=torch.int32).expand(3, 1)
+    q, k, v = made(torch.float32, 3, 2, 1, 32), made(torch.float32, 3, 96, 32), made(torch.float32, 3, 96, 32)
+    want = truth(q, k, v, held, Selection(lists.unsqueeze(2), k_block=8))
+    q, k, v, held, one, many = on(q, k, v, held, one, counts[:1])
+    got = decode_lists(q, k, v, one.expand(3, 1, -1), many.expand(3, 1), held.view(3, 1), page=8)
+    check(got, want, torch.float32)
+
+
 def _with_near(
     lists: Tensor, page: int, near: tuple[int, int], lengths: Tensor, group: int, capacity: int
 ) -> Selection:

@@ -287,6 +287,8 @@ def _local_lists(lists: Tensor, band: Band, group: int, store: Store) -> Tensor:
     batch, h = lists.shape[:2]
     heads = store.spec.heads
     if h == 1 and heads * group > 1:
+        if len(band.pairs) == batch * heads:  # all heads share the one list as it lies
+            return lists.unsqueeze(1).expand(batch, heads, *lists.shape[1:]).flatten(0, 1)
         return lists[band.index // heads]
     flat = lists.reshape(batch * heads, 1 if h == heads else group, *lists.shape[2:])
     return flat if len(band.pairs) == flat.shape[0] else flat[band.index]

@@ -14,7 +14,7 @@ from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Needs, Profile, Result, Role, register, tries
 from foveate.methods.budget import Budget
-from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.lists import counted_lists
 from foveate.models.shape import ModelShape
 
 PLACES = (0.0, 1 / 28, 2 / 28, 14 / 28, 22 / 28)
@@ -89,7 +89,8 @@ class DeltaAttention(Method):
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         if ctx.role.name != "reuse":
             return ALL
-        return Selection(lists=ctx.forward["pages"], q_block=1, k_block=self.page)
+        lists, counts = ctx.forward["pages"]
+        return Selection(lists=lists, q_block=1, k_block=self.page, counts=counts)
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         if ctx.role.name != "select" or result.probs is None:
@@ -97,9 +98,11 @@ class DeltaAttention(Method):
         token = result.probs.amax(1)
         slots = token.shape[-1]
         count = -(-slots // self.page)
-        mass = F.pad(token, (0, count * self.page - slots)).unflatten(-1, (count, self.page)).sum(-1)
-        first = (view.lengths[:, 0] - view.fresh)[:, None]
-        newest = ((first + torch.arange(q.shape[2], device=q.device)) // self.page).unsqueeze(-1)
-        number = torch.arange(count, device=q.device)
-        mass = mass.masked_fill(number > newest - self.recent, torch.inf).masked_fill(number > newest, -torch.inf)
-        ctx.forward["pages"] = top_lists(mass, ctx.role.extra["pages"]).unsqueeze(1)
+        if slots % self.page:
+            token = F.pad(token, (0, count * self.page - slots))
+        mass = token.unflatten(-1, (count, self.page)).sum(-1)
+        own = (view.lengths[:, :1] - view.fresh[:, None] + torch.arange(q.shape[2], device=q.device)) // self.page
+        age = own.unsqueeze(-1) - torch.arange(count, device=q.device)
+        mass = mass.masked_fill(age < self.recent, torch.inf).masked_fill(age < 0, -torch.inf)
+        lists, counts = counted_lists(mass, ctx.role.extra["pages"])
+        ctx.forward["pages"] = lists.unsqueeze(1), None if counts is None else counts.unsqueeze(1)

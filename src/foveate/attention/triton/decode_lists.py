@@ -34,8 +34,8 @@ PAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @jit
 def _tokens(
-    number, valid, lengths, counts, sink, window, HEADS: tl.constexpr, STORES: tl.constexpr, LISTS: tl.constexpr,
-    WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    number, valid, lengths, counts, sink, window, stride_c, stride_ch, HEADS: tl.constexpr, STORES: tl.constexpr,
+    LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """What units `number` hold and read: their length, first tokens, newest tokens, and listed tokens.
 
@@ -43,7 +43,7 @@ def _tokens(
     """
     row, head = number // HEADS, number % HEADS
     length = tl.load(lengths + row * STORES + head // (HEADS // STORES), mask=valid, other=0)
-    count = tl.load(counts + row * LISTS + head // (HEADS // LISTS), mask=valid, other=0)
+    count = tl.load(counts + row * stride_c + head // (HEADS // LISTS) * stride_ch, mask=valid, other=0)
     first = tl.minimum(length, sink)
     # A window that reaches back to the first tokens begins behind them.
     last = length - tl.maximum(length - window, first)
@@ -52,13 +52,13 @@ def _tokens(
 
 @jit
 def _blocks(
-    lengths, counts, units, sink, window, HEADS: tl.constexpr, STORES: tl.constexpr, LISTS: tl.constexpr,
-    WIDTH: tl.constexpr, PAGE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+    lengths, counts, units, sink, window, stride_c, stride_ch, HEADS: tl.constexpr, STORES: tl.constexpr,
+    LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Blocks of every unit [UNITS]."""
     number = tl.arange(0, UNITS)
     _, first, last, listed = _tokens(
-        number, number < units, lengths, counts, sink, window, HEADS, STORES, LISTS, WIDTH, PAGE
+        number, number < units, lengths, counts, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE
     )
     return (first + last + listed + BLOCK - 1) // BLOCK
 
@@ -66,7 +66,7 @@ def _blocks(
 @jit(do_not_specialize=["units", "workers", "sink", "window"])
 def _decode(
     q, k, v, lists, counts, lengths, part, weight, factor, softcap, units, workers, sink, window,
-    stride_k, stride_kt, stride_v, stride_vt,
+    stride_k, stride_kt, stride_v, stride_vt, stride_l, stride_lh, stride_c, stride_ch,
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, HEADS: tl.constexpr,
     STORES: tl.constexpr, LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
@@ -75,12 +75,14 @@ def _decode(
     worker = tl.program_id(0)
     row = tl.arange(0, M)
     valid = row < R
-    every = _blocks(lengths, counts, units, sink, window, HEADS, STORES, LISTS, WIDTH, PAGE, UNITS, BLOCK)
+    every = _blocks(
+        lengths, counts, units, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE, UNITS, BLOCK
+    )
     at, end, unit, before = share_of(worker, workers, every)
     n = tl.arange(0, BLOCK)
     while at < end:
         length, first, last, listed = _tokens(
-            unit, unit >= 0, lengths, counts, sink, window, HEADS, STORES, LISTS, WIDTH, PAGE
+            unit, unit >= 0, lengths, counts, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE
         )
         near = first + last
         blocks = (near + listed + BLOCK - 1) // BLOCK
@@ -90,7 +92,8 @@ def _decode(
             head = unit % HEADS
             pair = (unit // HEADS * STORES + head // (HEADS // STORES)).to(tl.int64)
             kp, vp = k + pair * stride_k, v + pair * stride_v
-            entries = lists + (unit // HEADS * LISTS + head // (HEADS // LISTS)).to(tl.int64) * WIDTH
+            # One list may serve all pairs: then its stride is 0.
+            entries = lists + (unit // HEADS).to(tl.int64) * stride_l + head // (HEADS // LISTS) * stride_lh
             top = tl.full([M], float("-inf"), tl.float32)
             mass = tl.zeros([M], tl.float32)
             acc0 = tl.zeros([M, V0], tl.float32)
@@ -127,13 +130,15 @@ def _decode(
 
 @jit(do_not_specialize=["units", "workers", "sink", "window"])
 def _merge(
-    part, weight, counts, lengths, out, lse, units, workers, sink, window,
+    part, weight, counts, lengths, out, lse, units, workers, sink, window, stride_c, stride_ch,
     R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, HEADS: tl.constexpr, STORES: tl.constexpr,
     LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, DV: tl.constexpr, D: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
-    blocks = _blocks(lengths, counts, units, sink, window, HEADS, STORES, LISTS, WIDTH, PAGE, UNITS, BLOCK)
+    blocks = _blocks(
+        lengths, counts, units, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE, UNITS, BLOCK
+    )
     unit = (place // R).to(tl.int32)
     value, total = gather_parts(
         part, weight, unit, place % R, blocks, workers, float("-inf"), 0.0, R, DV, D, UNITS, WIDE
@@ -181,13 +186,14 @@ def run(
         scale / softcap if softcap is not None else scale * LOG2E.value,
         softcap * LOG2E.value if softcap is not None else 0.0,
         units, workers, sink, window, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        lists.stride(0), lists.stride(1), counts.stride(0), counts.stride(1),
         M=max(16, power_of_two(rows)), NEAR=near is not None, CAPPED=softcap is not None,
         PRECISION=precision_of(q.dtype), **same, **shapes(k_dim, v_dim),
         num_warps=layout.warps, num_stages=layout.stages,
     )  # fmt: skip
     _merge[(units * rows,)](
-        part, weight, counts, lengths, out, lse, units, workers, sink, window, DV=v_dim,
-        D=power_of_two(v_dim), WIDE=16 if v_dim <= 128 else 8, **same,
+        part, weight, counts, lengths, out, lse, units, workers, sink, window, counts.stride(0), counts.stride(1),
+        DV=v_dim, D=power_of_two(v_dim), WIDE=16 if v_dim <= 128 else 8, **same,
     )  # fmt: skip
     return out, lse
 
@@ -249,8 +255,8 @@ def decode_lists(
     if near is not None and min(near) < 0:
         raise BadArgument("near", near, "give a sink and a window of 0 or more slots")
     factor = k.shape[2] ** -0.5 if scale is None else float(scale)
-    tensors = (x.contiguous() for x in (lists, counts, lengths))
-    return _op(q.contiguous(), k, v, *tensors, page, near, factor, softcap)
+    lists = lists if lists.stride(2) == 1 else lists.contiguous()
+    return _op(q.contiguous(), k, v, lists, counts, lengths.contiguous(), page, near, factor, softcap)
 
 
 _SCHEMA = (
