@@ -127,6 +127,37 @@ def test_bands_in_one_launch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
             assert torch.equal(a.slot_positions()[:, :used], b.slot_positions()[:, :used])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dim", "size"), [(torch.float32, 16, 5), (torch.bfloat16, 128, 16), (torch.float16, 80, 40)]
+)
+def test_extremes_of_blocks_arrive_with_the_tokens(
+    seed: int, dtype: torch.dtype, dim: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what is folded anew, by rows of different lengths, also when a step is made twice."""
+    torch.manual_seed(seed)
+    blocks = {"sums": Blocks(3, lambda k, v, valid: k.masked_fill(~valid.unsqueeze(-1), 0.0).sum(2))}
+    store = Store(StoreSpec(heads=2, blocks={**blocks, "ends": Blocks(size, minmax)}))
+    k, v = torch.randn(2, 3, 2, 44, dim).to(dtype).unbind(0)
+    store.append(k, v, np.array([44, 40, 9]))
+    twin = store.fork()
+    monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+    fixed = FixedStore(store, room=45)
+    assert fixed.kernels is not None
+    (band,) = fixed.bands
+    for i in range(2 * size + 1 if size < 40 else 7):
+        new_k, new_v = torch.randn(2, 3, 2, 1, dim).to(dtype).unbind(0)
+        twin.append(new_k, new_v, None)
+        counted = [t.clone() for t in fixed.counters()]
+        fixed.append(torch.randn_like(new_k), new_v)
+        for t, before in zip(fixed.counters(), counted, strict=True):
+            t.copy_(before)
+        fixed.append(new_k, new_v)
+        for name, want in twin.bands[0].summaries.items():
+            for pair, length in enumerate(band.lengths.tolist()):
+                used = -(-length // store.spec.blocks[name].size)
+                assert torch.equal(band.summaries[name][pair, :used], want[pair, :used]), (name, i, pair)
+
+
 @pytest.mark.parametrize("group", [False, True])
 def test_pages_and_lists_as_pytorch_chooses_them(seed: int, group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds and best pages of the kernels are those of the plain path."""

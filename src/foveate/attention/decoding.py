@@ -70,7 +70,7 @@ def run(request: Request) -> Partial:
     if r.lists is None:
         ragged = _kernels("decode")
         return Partial(*ragged.decode_ragged(r.q, ragged.Stores(k, v, lengths.flatten()), r.scale, r.softcap))
-    lists = r.lists[:, :, 0].to(torch.int32).contiguous()
+    lists = r.lists[:, :, 0].to(torch.int32)
     counts = (lists >= 0).sum(-1, dtype=torch.int32) if r.counts is None else r.counts[:, :, 0].to(torch.int32)
     listed = _kernels("decode_lists").decode_lists
     return Partial(
@@ -118,7 +118,7 @@ class Held:
 
     def arrive(self, k: Tensor, v: Tensor | None) -> None:
         """Take in a token of every pair: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv] or None; its tags are filled if they are
-        `tagged`."""
+        `tagged`, and the extremes of its block are brought up to date if they are known."""
         _kernels("arrive").arrive(k, v, self.stores, self.counters)
 
     @property
@@ -147,6 +147,8 @@ def held(
     rings: Sequence[Tensor | None],
     positions: Sequence[Tensor | None],
     tags: Sequence[Mapping[str, tuple[Tensor, float]]],
+    extremes: Sequence[Tensor] = (),
+    block: int = 0,
 ) -> Held:
     """Bands of k [P, C, Dk], v [P, C, Dv] and pair numbers [P].
 
@@ -155,11 +157,13 @@ def held(
         rings: by band the slots of full windows in the order in which they are overwritten, int64 [P, W].
         positions: by band int32 [P, C].
         tags: by band and name values [P, C, width], and what fills those of a new token.
+        extremes: by band minima and maxima of the keys of each block of `block` slots, [P, n, 2 Dk].
     """
     sizes = [len(band[2]) for band in bands]
     stores, arrive = _kernels("decode").Stores.of(bands, counts[0]), _kernels("arrive")
     words = arrive.tags_of([list(band.values()) for band in tags])
-    counters = arrive.counters(*counts, list(rings), list(positions), sizes, words)
+    ends = arrive.Extremes(*arrive.reached(extremes, sizes, counts[0].device), block) if extremes else None
+    counters = arrive.counters(*counts, list(rings), list(positions), sizes, words, ends)
     plain = [name for name, (x, _) in tags[0].items() if x.dtype == torch.float32 and x.shape[2:] == (1,)]
     columns = {name: arrive.reached([band[name][0] for band in tags], sizes, counts[0].device) for name in plain}
     return Held(stores, counters, sizes, columns)

@@ -65,12 +65,21 @@ class FixedBand:
         self.ring = self._ring() if self.cyclic else None
         """Slots of the window in the order in which they are overwritten, int64 [P, W]."""
         self.steps = 0
+        self.sides = self._sides()
+        """Keys and values as the kernel takes tokens in that packs, or None where it cannot."""
         self.refresh()
 
     def _fixed(self, column: Any, room: int) -> AnyFixed:
         if isinstance(column, PackedColumn):
             return FixedPacked(column, self.band.lengths, room, self.band.device)
         return FixedColumn(column)
+
+    def _sides(self) -> list[tuple[Any, ...]] | None:
+        found = [c.arrival() for c in (self.k, self.v) if c is not None]
+        if self.exact or self.cyclic or self.evicting or not decoding.serves(found[0][0] if found[0] else self.seen)[0]:
+            return None
+        known = [side for side in found if side is not None]
+        return known if len(known) == len(found) else None
 
     def _columns(self) -> list[AnyFixed]:
         return [c for c in (self.k, self.v, self.positions, *self.marks.values()) if c is not None]
@@ -155,6 +164,12 @@ class FixedBand:
 
     def append(self, k: Tensor, v: Tensor | None) -> None:
         """One token of each pair: k [P, 1, Dk], v [P, 1, Dv]."""
+        if self.sides is not None:
+            placed = None if self.positions is None else self.positions.data
+            decoding.arrive_packed(k, v, self.sides, self.lengths, self.seen, placed)
+            if self.marks or self.declared:
+                self.note(self.lengths.long() - 1)
+            return
         if self.ring is None:
             slot = self.lengths.long()
             self.lengths += 1
@@ -170,16 +185,21 @@ class FixedBand:
         self.seen += 1
         self.note(slot)
 
-    def note(self, slot: Tensor) -> None:
-        """Tags and summaries of the newest tokens, which went to these slots [P]."""
-        for tag in self.marks.values():
-            tag.data.index_put_((self.pair, slot), tag.data.new_full((), tag.column.fill))
-        self._fold(slot)
+    def note(self, slot: Tensor, *, tagged: bool = False, folded: str = "") -> None:
+        """Tags (if not `tagged` yet) and summaries of the newest tokens, which went to these slots [P].
 
-    def _fold(self, slot: Tensor) -> None:
-        """Summaries of the blocks that hold these slots [P]."""
-        keys = self.keys() if self.declared else None
-        for name, spec in self.declared.items():
+        Args:
+            folded: the summary that knows of them already; "": none does.
+        """
+        for tag in () if tagged else self.marks.values():
+            tag.data.index_put_((self.pair, slot), tag.data.new_full((), tag.column.fill))
+        self._fold(slot, folded)
+
+    def _fold(self, slot: Tensor, folded: str = "") -> None:
+        """Summaries, but for the one named `folded`, of the blocks that hold these slots [P]."""
+        due = {name: spec for name, spec in self.declared.items() if name != folded}
+        keys = self.keys() if due else None
+        for name, spec in due.items():
             assert keys is not None
             block = slot // spec.size
             inside = block[:, None] * spec.size + torch.arange(spec.size, device=slot.device)
@@ -192,16 +212,25 @@ class FixedBand:
         """Free one slot [P] of each pair: its newest token moves there."""
         self.lengths -= 1
         last = self.lengths.long()
-        for column in self._columns():
-            assert isinstance(column, FixedColumn), "a packed body is cut by whole groups only"
-            column.data[self.pair, slot] = column.data[self.pair, last]
+        for column in (self.k, self.v, self.positions):
+            assert column is None or isinstance(column, FixedColumn), "a packed body is cut by whole groups only"
+            if column is not None:
+                column.data[self.pair, slot] = column.data[self.pair, last]
+        self.dropped(slot)
+
+    def dropped(self, slot: Tensor, *, tagged: bool = False) -> None:
+        """Tags (if they are not where they belong, `tagged`) and summaries, when the newest tokens moved to these slots
+        [P] and are counted there."""
+        last = self.lengths.long()
+        for tag in () if tagged else self.marks.values():
+            tag.data[self.pair, slot] = tag.data[self.pair, last]
         for changed in (slot, last) if self.declared else ():
             self._fold(changed)
 
     def settle(self, rehearsing: bool = False) -> None:
-        """What is packed token by token, behind attention."""
+        """What is packed token by token, behind attention, unless it was when the token arrived."""
         for column in (self.k, self.v):
-            if column is not None:
+            if column is not None and self.sides is None:
                 column.settle(self.lengths, self.pair, rehearsing)
 
     def keys(self) -> Tensor:

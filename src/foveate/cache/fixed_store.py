@@ -10,6 +10,7 @@ from foveate.attention import decoding
 from foveate.cache.column import Counts
 from foveate.cache.fixed import FixedBand
 from foveate.cache.store import UNBOUNDED, Store
+from foveate.cache.summaries import minmax
 from foveate.cache.view import View
 from foveate.errors import Refused
 
@@ -42,6 +43,8 @@ class FixedStore(Store):
             for band, (lengths, seen, turn) in zip(store.bands, parts, strict=True)
         ]
         self._kernels: decoding.Held | None = None
+        self._folded = ""
+        """The summary that the kernels keep up to date when a token arrives."""
         self.whole = store.aligned and not any(band.bounded for band in store.bands)
 
     @property
@@ -68,6 +71,8 @@ class FixedStore(Store):
     def kernels(self) -> decoding.Held | None:
         """All bands as the kernels read and fill them, or None where there are no kernels for them."""
         exact = all(band.exact for band in self.bands)
+        blocks = self.bands[0].declared
+        name = next((name for name, spec in blocks.items() if spec.fold is minmax), "")
         if self._kernels is None and exact and decoding.serves(self.bands[0].keys())[0]:
             self._kernels = decoding.held(
                 [(b.keys(), b.values(), b.index) for b in self.bands],
@@ -75,7 +80,10 @@ class FixedStore(Store):
                 [b.ring for b in self.bands],
                 [None if b.positions is None else b.positions.data for b in self.bands],
                 [{name: (c.data, c.column.fill) for name, c in b.marks.items()} for b in self.bands],
+                [b.summaries[name] for b in self.bands] if name else (),
+                blocks[name].size if name else 0,
             )
+            self._folded = name
         return self._kernels
 
     def attend(self, q: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor | None:
@@ -102,8 +110,8 @@ class FixedStore(Store):
         if kernels is not None:
             kernels.arrive(k, v)
             for band, slot in zip(self.bands, kernels.slots, strict=True):
-                if band.declared or (band.tags and not kernels.tagged):
-                    band.note(slot.long(), tagged=kernels.tagged)
+                if band.declared.keys() - {self._folded} or (band.tags and not kernels.tagged):
+                    band.note(slot.long(), tagged=kernels.tagged, folded=self._folded)
             return
         flat_k, flat_v = k.flatten(0, 1), None if v is None else v.flatten(0, 1)
         for band in self.bands:

@@ -10,6 +10,21 @@ from torch import Tensor
 from foveate.cache.state import Blocks
 
 
+def minmax(k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    """The fold of a block of keys to their channel-wise minimum and maximum, which kernels know.
+
+    Args:
+        k: [P, n, size, D]; valid: [P, n, size].
+
+    Returns:
+        [P, n, 2 D], minima first; zeros for a block without tokens.
+    """
+    inside = valid.unsqueeze(-1)
+    low = k.masked_fill(~inside, torch.inf).amin(2)
+    high = k.masked_fill(~inside, -torch.inf).amax(2)
+    return torch.cat([low, high], dim=-1).masked_fill(~valid.any(-1, keepdim=True), 0.0)
+
+
 class Summaries(dict[str, Tensor]):
     """By name one summary per block of slots, [P, n, F]; there may be room for more blocks than hold tokens."""
 

@@ -1,4 +1,5 @@
-"""One new token of every pair, in one launch: where it goes, the counts that change, keys, values and positions."""
+"""One new token of every pair, in one launch: where it goes, the counts that change, keys, values and positions, and
+what its block of keys is summarised by."""
 
 from __future__ import annotations
 
@@ -36,6 +37,20 @@ class Tags:
 
 
 @dataclass(frozen=True)
+class Extremes:
+    """Channel-wise minima and maxima of the keys of each block of `size` slots, by pair and block 2 Dk numbers.
+
+    Args:
+        base: any of them, in the dtype of the keys; the blocks of a pair lie one behind the other.
+        start: int64 [P], where those of a pair begin, in elements from the first of `base`.
+    """
+
+    base: Tensor
+    start: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
 class Counters:
     """What a step counts for each of P pairs, all on the device.
 
@@ -49,6 +64,7 @@ class Counters:
         positions: int32, any tensor of positions of the store, or None where nobody has any.
         position_start: int64 [P], where a pair's positions begin, in elements from the first of `positions`; -1: none.
         tags: what else is held of each token, or None.
+        extremes: what is held of each block of keys, or None; none of the pairs has a full window then.
     """
 
     lengths: Tensor
@@ -61,14 +77,16 @@ class Counters:
     positions: Tensor | None
     position_start: Tensor
     tags: Tags | None = None
+    extremes: Extremes | None = None
 
 
 @jit(do_not_specialize=["units"])
 def _arrive(
     k_new, v_new, k, v, starts, pairs, lengths, seen, turn, slots, ring, ring_start, ring_size, positions,
-    position_start, tags, tag_start, tag_step, tag_fill, units, stride_k, stride_kt, stride_v, stride_vt,
-    DK: tl.constexpr, DV: tl.constexpr, WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, WORDS: tl.constexpr,
-    WIDE: tl.constexpr, STARTS: tl.constexpr, PAIRS: tl.constexpr, VALUES: tl.constexpr, PLACED: tl.constexpr,
+    position_start, tags, tag_start, tag_step, tag_fill, extremes, extreme_start, units, stride_k, stride_kt, stride_v,
+    stride_vt, DK: tl.constexpr, DV: tl.constexpr, WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, WORDS: tl.constexpr,
+    WIDE: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, PAIRS: tl.constexpr,
+    VALUES: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0)
     length = tl.load(lengths + unit)
@@ -85,6 +103,20 @@ def _arrive(
     d = tl.arange(0, WIDE_K)
     x = tl.load(k_new + pair.to(tl.int64) * DK + d, mask=d < DK, other=0.0)
     tl.store(k + k_at + slot.to(tl.int64) * stride_kt + d, x, mask=d < DK)
+    if SIZE:
+        # All keys of the block are read again: a step that is made twice must leave what it leaves when made once.
+        low = x.to(tl.float32)
+        high = low
+        for first in range(slot // SIZE * SIZE, slot, ROWS):
+            old = first + tl.arange(0, ROWS)
+            there = (old < slot)[:, None] & (d < DK)[None, :]
+            far = k + k_at + old.to(tl.int64)[:, None] * stride_kt + d[None, :]
+            keys = tl.load(far, mask=there, other=0.0).to(tl.float32)
+            low = tl.minimum(low, tl.min(tl.where(there, keys, float("inf")), 0))
+            high = tl.maximum(high, tl.max(tl.where(there, keys, float("-inf")), 0))
+        begin = extremes + tl.load(extreme_start + unit) + (slot // SIZE).to(tl.int64) * (2 * DK)
+        tl.store(begin + d, low.to(x.dtype), mask=d < DK)
+        tl.store(begin + DK + d, high.to(x.dtype), mask=d < DK)
     if VALUES:
         d = tl.arange(0, WIDE_V)
         x = tl.load(v_new + pair.to(tl.int64) * DV + d, mask=d < DV, other=0.0)
@@ -114,21 +146,24 @@ def arrive(k_new: Tensor, v_new: Tensor | None, stores: Stores, counters: Counte
         v_new: [B, Hs, 1, Dv]; None where values are a view of the keys.
         stores: where to.
     """
-    k, v, c, tags = stores.k, stores.v, counters, counters.tags
+    k, v, c, tags, extremes = stores.k, stores.v, counters, counters.tags, counters.extremes
     words = 0 if tags is None else tags.words
     k_flat = k_new.reshape(-1, k.shape[-1]).contiguous()
     v_flat = k_flat if v_new is None else v_new.reshape(-1, v.shape[-1]).contiguous()
     units = c.lengths.shape[0]
     some = c.lengths  # stands where a pointer is not read
+    wide = power_of_two(k.shape[-1])
     _arrive[(units,)](
         k_flat, v_flat, k, v, some if stores.starts is None else stores.starts,
         some if stores.pairs is None else stores.pairs, c.lengths, c.seen, c.turn, c.slots, c.ring, c.ring_start,
         c.ring_size, some if c.positions is None else c.positions, c.position_start,
         some if tags is None else tags.base, some if tags is None else tags.start, some if tags is None else tags.step,
-        some if tags is None else tags.fill, units, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        DK=k.shape[-1], DV=v.shape[-1], WIDE_K=power_of_two(k.shape[-1]), WIDE_V=power_of_two(v.shape[-1]),
-        WORDS=words, WIDE=power_of_two(words), STARTS=stores.starts is not None,
-        PAIRS=stores.pairs is not None, VALUES=v_new is not None, PLACED=c.positions is not None, num_warps=1,
+        some if tags is None else tags.fill, some if extremes is None else extremes.base,
+        some if extremes is None else extremes.start, units, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        DK=k.shape[-1], DV=v.shape[-1], WIDE_K=wide, WIDE_V=power_of_two(v.shape[-1]), WORDS=words,
+        WIDE=power_of_two(words), SIZE=0 if extremes is None else extremes.size, ROWS=max(1, min(16, 2048 // wide)),
+        STARTS=stores.starts is not None, PAIRS=stores.pairs is not None, VALUES=v_new is not None,
+        PLACED=c.positions is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -140,6 +175,7 @@ def counters(
     positions: list[Tensor | None],
     sizes: list[int],
     tags: Tags | None = None,
+    extremes: Extremes | None = None,
 ) -> Counters:
     """Counters of several bands, whose lengths, seen and turn stand one behind the other.
 
@@ -160,7 +196,8 @@ def counters(
     flat = torch.cat(parts) if parts else torch.zeros(1, dtype=torch.int64, device=device)
     slots = torch.zeros_like(lengths)
     base, places_of = reached(positions, sizes, device)
-    return Counters(lengths, seen, turn, slots, flat, torch.cat(starts), torch.cat(widths), base, places_of, tags)
+    ring_start, ring_size = torch.cat(starts), torch.cat(widths)
+    return Counters(lengths, seen, turn, slots, flat, ring_start, ring_size, base, places_of, tags, extremes)
 
 
 def reached(parts: Sequence[Tensor | None], sizes: Sequence[int], device: torch.device) -> tuple[Tensor | None, Tensor]:

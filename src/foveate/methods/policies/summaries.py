@@ -1,4 +1,4 @@
-"""Folds: what a block of keys is summarised by."""
+"""What blocks of keys are summarised by, and what that says of their scores."""
 
 from __future__ import annotations
 
@@ -7,21 +7,9 @@ from torch import Tensor
 
 from foveate.attention import decoding
 from foveate.cache import View
+from foveate.cache.summaries import minmax
 
-
-def minmax(k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
-    """Channel-wise minimum and maximum of a block's keys.
-
-    Args:
-        k: [P, n, size, D]; valid: [P, n, size].
-
-    Returns:
-        [P, n, 2 D], minima first; zeros for a block without tokens.
-    """
-    inside = valid.unsqueeze(-1)
-    low = k.masked_fill(~inside, torch.inf).amin(2)
-    high = k.masked_fill(~inside, -torch.inf).amax(2)
-    return torch.cat([low, high], dim=-1).masked_fill(~valid.any(-1, keepdim=True), 0.0)
+__all__ = ["bound_scores", "minmax", "page_scores"]
 
 
 def bound_scores(q: Tensor, summary: Tensor) -> Tensor:
