@@ -74,7 +74,7 @@ def test_recorded_steps_are_eager_steps(case: Case, family: str, seed: int) -> N
             assert layer.columns == other.columns
 
 
-@pytest.mark.parametrize("name", ["snapkv", "duo-attention", "quest", "kivi", "h2o", "tokenselect"])
+@pytest.mark.parametrize("name", ["snapkv", "duo-attention", "quest", "kivi", "h2o", "delta-attention", "tokenselect"])
 def test_kernels_make_the_same_steps(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but in Triton's interpreter: tokens arrive and are read by kernels."""
     pytest.importorskip("triton")
@@ -96,7 +96,14 @@ def test_kernels_make_the_same_steps(name: str, seed: int, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("name", "settings", "recordings"),
-    [("kivi", {}, 1), ("snapkv|kivi", {}, 1), ("kivi|quest", {}, 1), ("h2o", {}, 1), ("h2o", {"budget": 80}, 2)],
+    [
+        ("kivi", {}, 1),
+        ("snapkv|kivi", {}, 1),
+        ("kivi|quest", {}, 1),
+        ("h2o", {}, 1),
+        ("h2o|quest", {}, 1),
+        ("h2o", {"budget": 80}, 2),
+    ],
 )
 def test_a_recording_serves_an_answer(name: str, settings: dict[str, Any], recordings: int, seed: int) -> None:
     """Packing a group, moving a tail on and freeing tokens leave everything where it is. Before a cache is full its
