@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
+from tests.contract.test_capture import recording, steps
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores
 
 import foveate
+from foveate.attention import decoding
 from foveate.cache import PackedColumn
 from foveate.cache.quantised import Quantised, Rotated, hadamard
+from foveate.engine import captured
 from foveate.evaluate.setting import parse_one
 from foveate.methods import KIVI, StreamingLLM
 
@@ -198,3 +201,32 @@ def test_mixing_needs_a_power_of_two() -> None:
 def test_bad_parameters(bad: dict) -> None:
     with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
         KIVI(**bad)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"bits": 2}, {"bits": (16, 8)}, {"bits": 4, "hadamard": "values"}],
+)
+def test_a_recorded_step_packs_as_the_ordinary_one(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel where it knows the layout, by torch elsewhere: bit for bit what is packed otherwise."""
+    pytest.importorskip("triton")
+    if not decoding._interpreted():
+        pytest.skip("kernels run here in Triton's interpreter")
+    model, ids, new = llama(layers=1), prompt(1, 21), prompt(1, 12, seed=1)
+    with foveate.apply(model, KIVI(group=8, residual=8, **settings)) as handle:
+        ordinary, want = steps(model, handle, ids, None, new)
+        monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+        with recording(model, handle, by=captured.record):
+            cache, got = steps(model, handle, ids, None, new)
+        assert cache.step is not None
+        bands = [band for store in cache.step.call.stores.values() for band in store.bands]
+        mixed = "hadamard" in settings
+        assert all((band.sides is None) is mixed for band in bands)
+        assert_close(got, want, TOLERANCE)
+        for mine, other in zip(stores(cache), stores(ordinary), strict=True):
+            for side in ("k", "v"):
+                a, b = (getattr(store.bands[0], side) for store in (mine, other))
+                if isinstance(a, PackedColumn):
+                    assert (a.packed == b.packed).all()
+                    most = int(a.packed.max())
+                    assert_close(a.unpacked(most).float(), b.unpacked(most).float(), 0.05)
