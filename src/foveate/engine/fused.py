@@ -1,8 +1,9 @@
-"""Norms, gated MLPs and rotary embeddings by one kernel each, while a decode step is recorded.
+"""Norms, gated MLPs, rotary embeddings and products with one token by one kernel each, while a decode step is recorded.
 
 Between the matrix products of a decode step transformers launches some thirty kernels a layer that each take less time
-than their launch. Liger's kernels do the same in four. They are taken only where they give what the module itself gives
-on a probe, and only while a step is being recorded: the model is as it was before and after.
+than their launch. Liger's kernels do the same in four. The products themselves are `products`' where a step has one
+token. All are taken only where they give what the module itself gives on a probe, and only while a step is being
+recorded: the model is as it was before and after.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _CLOSE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Largest relative error of a probe, by dtype: its rounding."""
 
 _known: WeakKeyDictionary[type, dict[torch.dtype, bool]] = WeakKeyDictionary()
+_products: dict[torch.device, dict[torch.dtype, bool]] = {}
 _rotations: WeakKeyDictionary[Callable[..., Any], dict[torch.dtype, bool]] = WeakKeyDictionary()
 
 
@@ -33,21 +35,34 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("liger_kernel") is not None and find_spec("triton") is not None
 
 
+def multiplies(device: torch.device) -> bool:
+    """Whether the device can run the kernels of `products`."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Within it, this model's small operations are fused where they can be."""
-    if not available(next(model.parameters()).device):
-        yield
-        return
+    """Within it, this model's small operations are fused where they can be, and its products made for one token."""
+    device = next(model.parameters()).device
+    liger, products = available(device), multiplies(device)
     with ExitStack() as stack:
-        for module in model.modules():
-            change = _change_of(module)
-            if change is not None and _same(module, change):
-                stack.enter_context(_set(module.__dict__, "forward", partial(change, module)))
-        for source in {sys.modules[type(m).__module__] for m in compat.attention_modules(model)}:
-            rotate = getattr(source, "apply_rotary_pos_emb", None)
-            if rotate is not None and _same_rotation(rotate, next(model.parameters())):
-                stack.enter_context(_set(source.__dict__, "apply_rotary_pos_emb", _rotated))
+
+        def put(module: nn.Module, change: Callable[..., Tensor]) -> None:
+            stack.enter_context(_set(module.__dict__, "forward", change))
+
+        if liger:
+            for module in model.modules():
+                change = _change_of(module)
+                if change is not None and _same(module, change):
+                    put(module, partial(change, module))
+            for source in {sys.modules[type(m).__module__] for m in compat.attention_modules(model)}:
+                rotate = getattr(source, "apply_rotary_pos_emb", None)
+                if rotate is not None and _same_rotation(rotate, next(model.parameters())):
+                    stack.enter_context(_set(source.__dict__, "apply_rotary_pos_emb", _rotated))
+        if products:
+            for module in model.modules():
+                for part, change in _multiplied(module):
+                    put(part, change)
         yield
 
 
@@ -84,7 +99,76 @@ def _normed(module: Any, x: Tensor) -> Tensor:
 
 
 def _gated(module: Any, x: Tensor) -> Tensor:
-    return module.down_proj(_liger("swiglu", "LigerSiLUMulFunction")(module.gate_proj(x), module.up_proj(x)))
+    gate, up = module.gate_proj, module.up_proj
+    if multiplies(x.device) and _plain(gate) and _plain(up) and gate.bias is None and up.bias is None:
+        kernels = _kernels()
+        if kernels.suits(x, gate.weight, up.weight):
+            return module.down_proj(kernels.gated(x, gate.weight, up.weight))
+    return module.down_proj(_liger("swiglu", "LigerSiLUMulFunction")(gate(x), up(x)))
+
+
+def _kernels() -> Any:
+    return import_module("foveate.engine.products")
+
+
+def _plain(module: Any) -> bool:
+    """Whether a module is a matrix, its bias, and nothing else."""
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _multiplied(module: Any) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    """What stands in for the forward of this module, if it is a matrix, and of its parts that meet the same token."""
+    if _plain(module) and "forward" not in module.__dict__ and _product_is_right(module.weight):
+        yield module, partial(_product, module)
+    parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    if not all(_plain(part) and "forward" not in part.__dict__ for part in parts):
+        return
+    if len({part.in_features for part in parts}) > 1 or len({part.bias is None for part in parts}) > 1:
+        return
+    if _product_is_right(parts[0].weight):
+        together = _Together(parts)
+        for number, part in enumerate(parts):
+            yield part, partial(together, number)
+
+
+def _product(linear: nn.Linear, x: Tensor) -> Tensor:
+    kernels = _kernels()
+    if not kernels.suits(x, linear.weight):
+        return nn.functional.linear(x, linear.weight, linear.bias)
+    return kernels.products(x, [linear.weight], None if linear.bias is None else [linear.bias])[0]
+
+
+class _Together:
+    """Queries, keys and values of one token in one launch, made when the first is asked for."""
+
+    def __init__(self, parts: list[nn.Linear]) -> None:
+        self.parts = parts
+        self.of: Tensor | None = None
+        self.made: dict[int, Tensor] = {}
+
+    def __call__(self, number: int, x: Tensor) -> Tensor:
+        kernels = _kernels()
+        if self.of is not x or number not in self.made:
+            if number or not kernels.suits(x, *(part.weight for part in self.parts)):
+                return _product(self.parts[number], x)
+            biases = [part.bias for part in self.parts]
+            made = kernels.products(x, [part.weight for part in self.parts], None if biases[0] is None else biases)
+            self.of, self.made = x, dict(enumerate(made))
+        found = self.made.pop(number)
+        if not self.made:
+            self.of = None
+        return found
+
+
+def _product_is_right(weight: Tensor) -> bool:
+    """Whether the kernels multiply on this device as torch does, tried once for each dtype."""
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    known = _products.setdefault(weight.device, {})
+    if weight.dtype not in known:
+        x, w = torch.randn(1, 96).to(weight), torch.randn(40, 96).to(weight)
+        known[weight.dtype] = _close(lambda: _kernels().products(x, [w])[0], lambda: nn.functional.linear(x, w))
+    return known[weight.dtype]
 
 
 def _rotated(
