@@ -74,7 +74,8 @@ def _beside(records: Sequence[Record]) -> Iterator[str]:
     yield f"|---|--:|--:|{'--:|' * len(tasks)}"
     for (method, budget), found in sorted(rows.items(), key=lambda item: -_share(item[1])):
         values = [f"{fmean(found[task].scores):.2f}" if task in found else q.MISSING for task in tasks]
-        yield f"| {' | '.join([method, budget or q.MISSING, q.percent(_share(found)), *values])} |"
+        row = method.replace("|", "\\|")
+        yield f"| {' | '.join([row, budget or q.MISSING, q.percent(_share(found)), *values])} |"
     yield ""
     last = records[-1]
     yield (
