@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
-from tests.contract.test_capture import recording, steps
+from tests.contract.recorded import recording, steps
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores
 
 import foveate

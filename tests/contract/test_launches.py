@@ -1,0 +1,91 @@
+"""What a layer of a recorded decode step launches, where kernels serve: each launch of a graph takes its time."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from tests.contract.recorded import recording, steps
+from tests.contract.runs import tokens
+from tests.contract.subjects import CASES, applied, model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from foveate.attention import decoding
+from foveate.engine.step import StepCall
+
+NOTHING = frozenset({
+    "alias", "as_strided", "detach", "empty", "expand", "permute", "select", "slice", "split", "split_with_sizes",
+    "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "_reshape_alias",
+})  # fmt: skip
+"""Operations that launch nothing on a GPU."""
+
+
+class Launches(TorchDispatchMode):
+    """Notes by layer what is asked of the device, each kernel of Foveate's as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, list[str]] = {}
+        self.layer: int | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, name = func._schema.name.split("::")
+        layer = self.layer
+        if layer is not None and name not in NOTHING:
+            self.found.setdefault(layer, []).append(name)
+        self.layer = layer if space == "aten" else None
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.layer = layer
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("dense", ["arrive", "decode_ragged"]),
+        ("quest", ["arrive", "page_bounds", "select_best", "decode_lists"]),
+    ],
+)
+def test_a_layer_launches_no_more_than_it_must(
+    name: str, want: list[str], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    if not decoding._interpreted():
+        pytest.skip("kernels run here in Triton's interpreter")
+    mode, attention, arrive = Launches(), StepCall.attention, decoding.Held.arrive
+
+    def within(call: StepCall, module: Any, *args: Any, **kwargs: Any) -> Any:
+        mode.layer = module.layer_idx
+        out = attention(call, module, *args, **kwargs)
+        mode.layer = None
+        return out
+
+    def arrived(*args: Any) -> None:
+        if mode.layer is not None:
+            mode.found.setdefault(mode.layer, []).append("arrive")
+        layer, mode.layer = mode.layer, None
+        arrive(*args)
+        mode.layer = layer
+
+    def record(run: Any, counters: Any, device: torch.device) -> Any:
+        def replay() -> torch.Tensor:
+            mode.found.clear()
+            with mode:
+                return run()
+
+        return replay
+
+    # On a CPU the numbers of listed blocks are looked at, on a GPU they are not.
+    monkeypatch.setattr(import_module("foveate.attention.attend"), "_check_lists", lambda *args: None)
+    monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+    monkeypatch.setattr(StepCall, "attention", within)
+    monkeypatch.setattr(decoding.Held, "arrive", arrived)
+    net, case = model("llama", 2), CASES[name]
+    ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 6).unsqueeze(0)
+    with applied(net, case) as handle, recording(net, handle, by=record):
+        cache, _ = steps(net, handle, ids, None, new)
+    assert cache.step is not None
+    assert mode.found[1] == want
