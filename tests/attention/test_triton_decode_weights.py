@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from foveate.attention.triton.arrive import arrive, counters, reached, tags_of
 from foveate.attention.triton.decode import Stores, decode_ragged
-from foveate.attention.triton.decode_weights import add_mass, decode_scored, probabilities
+from foveate.attention.triton.decode_weights import add_mass, decode_scored, page_weights, probabilities
 from foveate.attention.triton.evict import Guard, evict
 
 LENGTHS = torch.tensor([130, 1, 0, 77], dtype=torch.int32)
@@ -92,6 +92,23 @@ def test_weights_of_several_bands_of_long_rows(seed: int) -> None:
     for numbers, capacity, column in zip(pairs, sizes, columns, strict=True):
         assert_close(column[..., 0].cpu(), summed[numbers, :capacity], bound(torch.float32))
     assert_close(probabilities(scores, lse, stores).cpu(), want, bound(torch.float32))
+
+
+@pytest.mark.parametrize(("heads", "page", "recent"), [(6, 16, 2), (1, 1, 3), (5, 32, 40)])
+def test_what_pages_weigh(seed: int, heads: int, page: int, recent: int) -> None:
+    torch.manual_seed(seed)
+    lengths = torch.tensor([[1211, 9], [9, 9]], dtype=torch.int32)[:, 0]
+    probs = torch.rand(2, heads, 1, 1300)[..., :1211]
+    probs = probs.masked_fill(torch.arange(1211) >= lengths.view(2, 1, 1, 1), 0.0)
+    count = -(-1211 // page)
+    mass = torch.nn.functional.pad(probs.double().amax(1), (0, count * page - 1211)).view(2, count, page).sum(-1)
+    age = (lengths[:, None] - 1) // page - torch.arange(count)
+    want = mass.masked_fill(age < recent, torch.inf).masked_fill(age < 0, -torch.inf)
+    room = torch.zeros(2, heads, 1, 1300)
+    room[..., :1211] = probs
+    got = page_weights(room.to(DEVICE)[..., :1211], lengths.to(DEVICE), page, recent).cpu()
+    assert torch.equal(got.isinf() * got.sign(), (want.isinf() * want.sign()).float())
+    assert_close(got[got.isfinite()], want[want.isfinite()], bound(torch.float32))
 
 
 class Held:
@@ -180,4 +197,6 @@ def test_what_cannot_be_served() -> None:
         evict(torch.zeros(2, held.capacity), Guard(0, torch.zeros(2)), held.stores, held.counters)
     with pytest.raises(BadArgument, match="one query"):
         decode_scored(torch.zeros(2, 2, 2, 40, device=DEVICE), held.stores, 1300, 1.0)
+    with pytest.raises(BadArgument, match="power of two"):
+        page_weights(torch.zeros(1, 2, 1, 24), torch.zeros(1, dtype=torch.int32), 12, 1)
     assert tags_of([[(torch.zeros(1, 2, 1, dtype=torch.bfloat16), 0.0)]]) is None

@@ -169,6 +169,20 @@ def held(
     return Held(stores, counters, sizes, columns)
 
 
+def merges(parts: Sequence[Partial]) -> bool:
+    """Whether `merged` serves these: a few, of one query per row, that nobody trains through."""
+    (out, lse, *_), count = parts[0], len(parts)
+    if not 2 <= count <= 4 or out.shape[2] != 1 or 0 in out.shape or not serves(out)[0]:
+        return False
+    alike = all(p.out.dtype == out.dtype and p.lse.dtype == lse.dtype == torch.float32 for p in parts)
+    return alike and not any(x.requires_grad for p in parts for x in (p.out, p.lse))
+
+
+def merged(parts: Sequence[Partial]) -> Partial:
+    """What `foveate.attention.merge` gives, in one launch."""
+    return Partial(*_kernels("merge_parts").merge_parts([p.out for p in parts], [p.lse for p in parts]))
+
+
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row of scores [..., n], exactly, the first of equal ones: int32 [..., min(k, n)], ascending,
     -1 behind the end, and how many they are [...]; -inf is never chosen."""
@@ -180,6 +194,12 @@ def page_bounds(q: Tensor, summary: Tensor, lengths: Tensor, page: int, *, group
     """The largest q·k of any key in each page, from minima and maxima [B * Hs, pages, 2 D] of its keys: float32
     [B, H, pages], or [B, Hs, pages] by `group`; +inf for the newest page, -inf behind it."""
     return _kernels("topk").page_bounds(q, summary, lengths, page, group=group)
+
+
+def page_weights(probs: Tensor, lengths: Tensor, page: int, recent: int) -> Tensor:
+    """The largest probability of any head, summed over the tokens of each page: probs [B, H, 1, C], lengths int32 [B]
+    of all heads, pages a power of two -> float32 [B, pages]; +inf for the `recent` newest pages, -inf behind them."""
+    return _kernels("decode_weights").page_weights(probs, lengths, page, recent)
 
 
 def _lengths(r: Request) -> Tensor:

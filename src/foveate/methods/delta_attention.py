@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.attention import ALL, Parts, Selection
+from foveate.attention import ALL, Parts, Selection, decoding
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Needs, Profile, Result, Role, register, tries
@@ -95,14 +95,18 @@ class DeltaAttention(Method):
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         if ctx.role.name != "select" or result.probs is None:
             return
-        token = result.probs.amax(1)
-        slots = token.shape[-1]
-        count = -(-slots // self.page)
-        if slots % self.page:
-            token = F.pad(token, (0, count * self.page - slots))
-        mass = token.unflatten(-1, (count, self.page)).sum(-1)
-        own = (view.lengths[:, :1] - view.fresh[:, None] + torch.arange(q.shape[2], device=q.device)) // self.page
-        age = own.unsqueeze(-1) - torch.arange(count, device=q.device)
-        mass = mass.masked_fill(age < self.recent, torch.inf).masked_fill(age < 0, -torch.inf)
-        lists, counts = counted_lists(mass, ctx.role.extra["pages"])
+        lists, counts = counted_lists(self._weights(result.probs, view), ctx.role.extra["pages"])
         ctx.forward["pages"] = lists.unsqueeze(1), None if counts is None else counts.unsqueeze(1)
+
+    def _weights(self, probs: Tensor, view: View) -> Tensor:
+        """What the pages weigh for each query [B, N, pages]: +inf those that are always read, -inf those to come."""
+        power = self.page & (self.page - 1) == 0
+        if probs.shape[2] == 1 and power and not probs.requires_grad and decoding.serves(probs)[0]:
+            return decoding.page_weights(probs, view.lengths[:, 0], self.page, self.recent).unsqueeze(1)
+        queries, slots = probs.shape[2:]
+        count = -(-slots // self.page)
+        token = F.pad(probs.amax(1), (0, count * self.page - slots))
+        mass = token.unflatten(-1, (count, self.page)).sum(-1)
+        own = view.lengths[:, :1] - view.fresh[:, None] + torch.arange(queries, device=probs.device)
+        age = (own // self.page).unsqueeze(-1) - torch.arange(count, device=probs.device)
+        return mass.masked_fill(age < self.recent, torch.inf).masked_fill(age < 0, -torch.inf)

@@ -60,6 +60,26 @@ def _add_mass(
     tl.store(place, tl.load(place, mask=keep, other=0.0) + gained, mask=keep)
 
 
+@jit(do_not_specialize=["width", "pages", "recent"])
+def _page_weights(
+    probs, lengths, out, width, pages, recent, stride, stride_length, H: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    slot = number[:, None] * PAGE + tl.arange(0, PAGE)[None, :]
+    largest = tl.zeros([BLOCK, PAGE], tl.float32)
+    for first in range(0, H, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            at = batch * H + tl.minimum(first + i, H - 1)
+            largest = tl.maximum(largest, tl.load(probs + at * stride + slot, mask=slot < width, other=0.0))
+    mass = tl.sum(largest, 1)
+    newest = (tl.load(lengths + batch * stride_length) - 1) // PAGE
+    mass = tl.where(number > newest - recent, float("inf"), mass)
+    mass = tl.where(number > newest, float("-inf"), mass)
+    tl.store(out + batch * pages + number, mass, mask=number < pages)
+
+
 def decode_scored(
     q: Tensor, stores: Stores, width: int, scale: float, softcap: float | None = None, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,6 +125,32 @@ def add_mass(scores: Tensor, lse: Tensor, stores: Stores, columns: Tensor, colum
         scores.stride(2), R=rows, AT_ONCE=min(4, power_of_two(rows)), BLOCK=block, PAIRS=stores.pairs is not None,
         num_warps=4,
     )  # fmt: skip
+
+
+def page_weights(probs: Tensor, lengths: Tensor, page: int, recent: int) -> Tensor:
+    """What the pages of each row weigh: the largest probability of any head, summed over a page's tokens.
+
+    Args:
+        probs: [B, H, 1, C] float32, neighbouring slots side by side; 0 behind the length.
+        lengths: int32 [B], slots in use, the same of all heads.
+        page: slots per page, a power of two.
+        recent: so many of the newest pages weigh +inf.
+
+    Returns:
+        float32 [B, pages]; -inf behind the page of the newest token.
+    """
+    batch, heads, queries, width = probs.shape
+    rows = queries == 1 and probs.stride(3) == 1 and probs.stride(0) == heads * probs.stride(1)
+    if not rows or page < 1 or page & (page - 1):
+        given = f"{tuple(probs.shape)} by {probs.stride()}, pages of {page}"
+        raise BadArgument("probs", given, "give [B, H, 1, C] and a power of two")
+    pages, block = -(-width // page), max(1, 512 // page)
+    out = torch.empty(batch, pages, dtype=torch.float32, device=probs.device)
+    _page_weights[(batch, -(-pages // block))](
+        probs, lengths, out, width, pages, recent, probs.stride(1), lengths.stride(0), H=heads, PAGE=page, BLOCK=block,
+        AT_ONCE=min(4, power_of_two(heads)), num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def _rows(scores: Tensor, stores: Stores) -> int:
