@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.attention.reads import tensors
-from tests.closeness import assert_close
+from tests.closeness import LIMIT, assert_close
 
-from foveate.attention import Partial, merge, reference
+from foveate.attention import Partial, decoding, merge, reference
 from foveate.errors import BadArgument
 
 
@@ -54,6 +54,31 @@ def test_a_part_that_saw_nothing_adds_nothing_even_if_it_is_nan(seed: int) -> No
         merged = merge(parts)
         assert_close(merged.out, part.out, 1e-7)
         assert_close(merged.lse, part.lse, 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_parts_of_a_decode_step_in_one_launch(
+    seed: int, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a kernel where it serves, which says what is said elsewhere; more parts are merged as ever."""
+    pytest.importorskip("triton")
+    if not decoding._interpreted():
+        pytest.skip("kernels run here in Triton's interpreter")
+    torch.manual_seed(seed)
+    outs, lses = torch.randn(count, 2, 3, 1, 20).to(dtype), 8 * torch.randn(count, 2, 3, 1)
+    outs[0, 0, 0], lses[0, 0, 0] = torch.nan, -torch.inf
+    outs[:, 1], lses[:, 1] = torch.nan, -torch.inf
+    parts = [Partial(out, lse) for out, lse in zip(outs, lses, strict=True)]
+    parts[1] = Partial(outs[1].mT.contiguous().mT, lses[1, :, :1].expand(-1, 3, -1))
+    want = merge([Partial(part.out.double(), part.lse) for part in parts])
+    monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (q.dtype != torch.float64, ""))
+    assert decoding.merges(parts) == (count < 5)
+    got = merge(parts)
+    assert got.out.dtype == dtype and got.lse.dtype == torch.float32
+    assert_close(got.out, want.out, LIMIT[dtype])
+    assert torch.equal(got.lse == -torch.inf, want.lse == -torch.inf)
+    assert_close(got.lse.clamp_min(-99), want.lse.clamp_min(-99), 1e-6)
 
 
 def test_nothing_seen_by_any_part_is_zero(seed: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foveate.attention import decoding
 from foveate.attention.selection import Partial
 from foveate.errors import BadArgument
 
@@ -42,6 +43,8 @@ def merge(parts: Sequence[Partial]) -> Partial:
             raise BadArgument(
                 f"parts[{number}]", given, f"parts must agree: out {tuple(shape)}, lse {tuple(shape[:-1])}"
             )
+    if decoding.merges(parts):
+        return decoding.merged(parts)
     double = any(torch.float64 in (part.out.dtype, part.lse.dtype) for part in parts)
     wide = torch.float64 if double else torch.float32
     dtype = parts[0].out.dtype
