@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.triton.decode import _merge, pair_blocks
+from foveate.attention.triton.decode import pair_blocks
 from foveate.attention.triton.workers import (
+    LN2,
     LOG2E,
     Tuning,
     absorb,
+    begin_of,
     check_heads,
     jit,
     leave,
@@ -173,6 +176,90 @@ def _decode(
         unit += 1
 
 
+@jit
+def packed_blocks(k_packed, v_packed, lengths, units, UNITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of every pair [UNITS] of which both sides are packed."""
+    n = tl.arange(0, UNITS)
+    keep = n < units
+    least = tl.minimum(tl.load(k_packed + n, mask=keep, other=0), tl.load(v_packed + n, mask=keep, other=0))
+    return tl.minimum(least, tl.load(lengths + n, mask=keep, other=0)) // BLOCK
+
+
+@jit
+def _joined(part, weight, place, busy, d, acc, top, mass, DV: tl.constexpr):
+    """Partial results at `place` [n], channels d [D], into what is merged."""
+    e = tl.load(weight + place, mask=busy, other=float("-inf"))
+    x = tl.load(part + place[:, None] * DV + d[None, :], mask=busy[:, None] & (d < DV)[None, :], other=0.0)
+    new = tl.maximum(top, tl.max(e, 0))
+    anchor = tl.where(new == float("-inf"), 0.0, new)
+    shrink = tl.exp2(top - anchor)
+    p = tl.exp2(e - anchor)
+    return acc * shrink + tl.sum(x * p[:, None], 0), new, mass * shrink + tl.sum(p, 0)
+
+
+@jit(do_not_specialize=["units", "workers"])
+def _merge(
+    part, weight, k_packed, v_packed, lengths, out, lse, units, workers,
+    R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DV: tl.constexpr, PIECE: tl.constexpr,
+    WIDE: tl.constexpr, TAILS: tl.constexpr, BEHIND: tl.constexpr,
+):  # fmt: skip
+    unit = tl.program_id(0) // R
+    row = tl.program_id(0) % R
+    d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    if TAILS:
+        blocks = packed_blocks(k_packed, v_packed, lengths, units, UNITS, BLOCK)
+    else:
+        blocks = pair_blocks(lengths, units, UNITS, BLOCK)
+    number = tl.arange(0, UNITS)
+    total = tl.sum(blocks, 0)
+    before = tl.sum(tl.where(number < unit, blocks, 0), 0)
+    mine = tl.sum(tl.where(number == unit, blocks, 0), 0)
+    some = tl.maximum(total, 1)
+    # Worker w begins at or before block b as long as w T < (b + 1) W.
+    first = (((before + 1).to(tl.int64) * workers - 1) // some).to(tl.int32)
+    last = (((before + mine).to(tl.int64) * workers - 1) // some).to(tl.int32)
+    last = tl.where(mine > 0, last, first - 1)
+    acc = tl.zeros([PIECE], tl.float32)
+    top = tl.cast(float("-inf"), tl.float32)
+    mass = tl.cast(0.0, tl.float32)
+    if TAILS:
+        i = tl.arange(0, BEHIND)
+        slot = (workers + units + unit * TAILS + i).to(tl.int64) * R + row
+        acc, top, mass = _joined(part, weight, slot, i < TAILS, d, acc, top, mass, DV)
+    for w0 in tl.range(first, last + 1, WIDE):
+        w = w0 + tl.arange(0, WIDE)
+        # With fewer blocks than workers some of them had nothing to read, and left nothing.
+        busy = (w <= last) & (begin_of(w, workers, total) < begin_of(w + 1, workers, total))
+        acc, top, mass = _joined(part, weight, (w + unit).to(tl.int64) * R + row, busy, d, acc, top, mass, DV)
+    seen = mass > 0
+    by = tl.where(seen, mass, 1.0)
+    at = unit.to(tl.int64) * R + row
+    tl.store(out + at * DV + d, (acc / by).to(out.dtype.element_ty), mask=d < DV)
+    tl.store(lse + at, tl.where(seen, top + tl.log2(by), float("-inf")) * LN2, mask=tl.program_id(1) == 0)
+
+
+def merge_parts(
+    part: Tensor,
+    weight: Tensor,
+    keys: PackedSide,
+    values: PackedSide,
+    lengths: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    workers: int,
+    block: int,
+    tails: int,
+) -> None:
+    """Merge what the workers found of each pair, and what `tails` more programs for each pair found behind its packed
+    blocks; with none the workers read everything. Channels are shared out, so that many programs read few numbers."""
+    units, rows, dim = lengths.numel(), part.shape[1], part.shape[2]
+    piece = min(16, power_of_two(dim))
+    _merge[(units * rows, -(-dim // piece))](
+        part, weight, keys.packed, values.packed, lengths, out, lse, units, workers, R=rows, BLOCK=block,
+        UNITS=power_of_two(units), DV=dim, PIECE=piece, WIDE=128, TAILS=tails, BEHIND=power_of_two(tails), num_warps=4,
+    )  # fmt: skip
+
+
 def run(
     q: Tensor,
     keys: PackedSide,
@@ -186,6 +273,9 @@ def run(
     batch, heads, _, k_dim = q.shape
     units, v_dim = lengths.numel(), values.tail.shape[2]
     rows = batch * heads // units
+    words = import_module("foveate.attention.triton.decode_words")  # which is built on this module
+    if layout is None and words.suits(q, keys, values, rows):
+        return words.run(q, keys, values, lengths, scale, softcap)
     layout = layout or Tuning(64 if k_dim <= 128 else 32, 4, 3, 4)
     workers = multiprocessors(q.device) * layout.per_sm
     part, weight = partials(workers + units, rows, v_dim, q.device)
@@ -204,10 +294,7 @@ def run(
         EVEN_V=v_dim == wide_v and values.group == power_of_two(values.group), CAPPED=softcap is not None,
         PRECISION=precision_of(q.dtype), num_warps=layout.warps, num_stages=layout.stages,
     )  # fmt: skip
-    _merge[(units * rows,)](
-        part, weight, lengths, lengths, lengths, out, lse, units, workers, R=rows, N=1, H=heads, BLOCK=layout.block,
-        UNITS=wide, DV=v_dim, D=power_of_two(v_dim), WIDE=32 if v_dim <= 128 else 8, PAIRS=False, SINKS=False,
-    )  # fmt: skip
+    merge_parts(part, weight, keys, values, lengths, out, lse, workers, layout.block, 0)
     return out, lse
 
 
