@@ -47,6 +47,8 @@ class Launches(TorchDispatchMode):
     [
         ("dense", ["arrive", "decode_ragged"]),
         ("quest", ["arrive", "page_bounds", "select_best", "decode_lists"]),
+        ("h2o", ["arrive", "weigh", "evict"]),
+        ("delta-attention", ["arrive", "decode_lists"]),
     ],
 )
 def test_a_layer_launches_no_more_than_it_must(
@@ -55,7 +57,7 @@ def test_a_layer_launches_no_more_than_it_must(
     pytest.importorskip("triton")
     if not decoding._interpreted():
         pytest.skip("kernels run here in Triton's interpreter")
-    mode, attention, arrive = Launches(), StepCall.attention, decoding.Held.arrive
+    mode, attention = Launches(), StepCall.attention
 
     def within(call: StepCall, module: Any, *args: Any, **kwargs: Any) -> Any:
         mode.layer = module.layer_idx
@@ -63,12 +65,18 @@ def test_a_layer_launches_no_more_than_it_must(
         mode.layer = None
         return out
 
-    def arrived(*args: Any) -> None:
-        if mode.layer is not None:
-            mode.found.setdefault(mode.layer, []).append("arrive")
-        layer, mode.layer = mode.layer, None
-        arrive(*args)
-        mode.layer = layer
+    def noted(of: str) -> Any:
+        launch = getattr(decoding.Held, of)
+
+        def launched(*args: Any, **kwargs: Any) -> Any:
+            if mode.layer is not None:
+                mode.found.setdefault(mode.layer, []).append(of)
+            layer, mode.layer = mode.layer, None
+            out = launch(*args, **kwargs)
+            mode.layer = layer
+            return out
+
+        return launched
 
     def record(run: Any, counters: Any, device: torch.device) -> Any:
         def replay() -> torch.Tensor:
@@ -82,7 +90,8 @@ def test_a_layer_launches_no_more_than_it_must(
     monkeypatch.setattr(import_module("foveate.attention.attend"), "_check_lists", lambda *args: None)
     monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
     monkeypatch.setattr(StepCall, "attention", within)
-    monkeypatch.setattr(decoding.Held, "arrive", arrived)
+    for made in ("arrive", "weigh", "evict"):
+        monkeypatch.setattr(decoding.Held, made, noted(made))
     net, case = model("llama", 2), CASES[name]
     ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 6).unsqueeze(0)
     with applied(net, case) as handle, recording(net, handle, by=record):
