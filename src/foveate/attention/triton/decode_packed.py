@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -177,15 +176,6 @@ def _decode(
 
 
 @jit
-def packed_blocks(k_packed, v_packed, lengths, units, UNITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Blocks of every pair [UNITS] of which both sides are packed."""
-    n = tl.arange(0, UNITS)
-    keep = n < units
-    least = tl.minimum(tl.load(k_packed + n, mask=keep, other=0), tl.load(v_packed + n, mask=keep, other=0))
-    return tl.minimum(least, tl.load(lengths + n, mask=keep, other=0)) // BLOCK
-
-
-@jit
 def _joined(part, weight, place, busy, d, acc, top, mass, DV: tl.constexpr):
     """Partial results at `place` [n], channels d [D], into what is merged."""
     e = tl.load(weight + place, mask=busy, other=float("-inf"))
@@ -199,17 +189,14 @@ def _joined(part, weight, place, busy, d, acc, top, mass, DV: tl.constexpr):
 
 @jit(do_not_specialize=["units", "workers"])
 def _merge(
-    part, weight, k_packed, v_packed, lengths, out, lse, units, workers,
+    part, weight, lengths, out, lse, units, workers,
     R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DV: tl.constexpr, PIECE: tl.constexpr,
-    WIDE: tl.constexpr, TAILS: tl.constexpr, BEHIND: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0) // R
     row = tl.program_id(0) % R
     d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
-    if TAILS:
-        blocks = packed_blocks(k_packed, v_packed, lengths, units, UNITS, BLOCK)
-    else:
-        blocks = pair_blocks(lengths, units, UNITS, BLOCK)
+    blocks = pair_blocks(lengths, units, UNITS, BLOCK)
     number = tl.arange(0, UNITS)
     total = tl.sum(blocks, 0)
     before = tl.sum(tl.where(number < unit, blocks, 0), 0)
@@ -222,10 +209,6 @@ def _merge(
     acc = tl.zeros([PIECE], tl.float32)
     top = tl.cast(float("-inf"), tl.float32)
     mass = tl.cast(0.0, tl.float32)
-    if TAILS:
-        i = tl.arange(0, BEHIND)
-        slot = (workers + units + unit * TAILS + i).to(tl.int64) * R + row
-        acc, top, mass = _joined(part, weight, slot, i < TAILS, d, acc, top, mass, DV)
     for w0 in tl.range(first, last + 1, WIDE):
         w = w0 + tl.arange(0, WIDE)
         # With fewer blocks than workers some of them had nothing to read, and left nothing.
@@ -236,28 +219,6 @@ def _merge(
     at = unit.to(tl.int64) * R + row
     tl.store(out + at * DV + d, (acc / by).to(out.dtype.element_ty), mask=d < DV)
     tl.store(lse + at, tl.where(seen, top + tl.log2(by), float("-inf")) * LN2, mask=tl.program_id(1) == 0)
-
-
-def merge_parts(
-    part: Tensor,
-    weight: Tensor,
-    keys: PackedSide,
-    values: PackedSide,
-    lengths: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    workers: int,
-    block: int,
-    tails: int,
-) -> None:
-    """Merge what the workers found of each pair, and what `tails` more programs for each pair found behind its packed
-    blocks; with none the workers read everything. Channels are shared out, so that many programs read few numbers."""
-    units, rows, dim = lengths.numel(), part.shape[1], part.shape[2]
-    piece = min(16, power_of_two(dim))
-    _merge[(units * rows, -(-dim // piece))](
-        part, weight, keys.packed, values.packed, lengths, out, lse, units, workers, R=rows, BLOCK=block,
-        UNITS=power_of_two(units), DV=dim, PIECE=piece, WIDE=128, TAILS=tails, BEHIND=power_of_two(tails), num_warps=4,
-    )  # fmt: skip
 
 
 def run(
@@ -273,9 +234,6 @@ def run(
     batch, heads, _, k_dim = q.shape
     units, v_dim = lengths.numel(), values.tail.shape[2]
     rows = batch * heads // units
-    words = import_module("foveate.attention.triton.decode_words")  # which is built on this module
-    if layout is None and words.suits(q, keys, values, rows):
-        return words.run(q, keys, values, lengths, scale, softcap)
     layout = layout or Tuning(64 if k_dim <= 128 else 32, 4, 3, 4)
     workers = multiprocessors(q.device) * layout.per_sm
     part, weight = partials(workers + units, rows, v_dim, q.device)
@@ -294,7 +252,12 @@ def run(
         EVEN_V=v_dim == wide_v and values.group == power_of_two(values.group), CAPPED=softcap is not None,
         PRECISION=precision_of(q.dtype), num_warps=layout.warps, num_stages=layout.stages,
     )  # fmt: skip
-    merge_parts(part, weight, keys, values, lengths, out, lse, workers, layout.block, 0)
+    # Channels are shared out, so that many programs read few numbers.
+    piece = min(16, power_of_two(v_dim))
+    _merge[(units * rows, -(-v_dim // piece))](
+        part, weight, lengths, out, lse, units, workers, R=rows, BLOCK=layout.block, UNITS=wide, DV=v_dim, PIECE=piece,
+        WIDE=128, num_warps=4,
+    )  # fmt: skip
     return out, lse
 
 
