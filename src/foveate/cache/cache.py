@@ -65,6 +65,8 @@ class CourierLayer(CacheLayerBase):
         self.clock = np.zeros(0, dtype=np.int64)
         """Tokens of each row decoded since its last prompt, host int64 [B]. Never changed in place."""
         self.owner: Any = None
+        self.changes = 0
+        """How often anything here was changed by other means than a replayed step."""
 
     # -- what transformers calls --------------------------------------------------------------------------------------
 
@@ -82,6 +84,7 @@ class CourierLayer(CacheLayerBase):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.staged = (key_states, value_states)
+        self.changes += 1
         return key_states, value_states
 
     def take(self) -> tuple[Tensor, Tensor]:
@@ -104,6 +107,7 @@ class CourierLayer(CacheLayerBase):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
+        self.changes += 1
         n = -int(tokens_to_remove)
         if n < 0:
             raise BadArgument("tokens_to_remove", -n, "give 0 or a negative number of tokens")
@@ -125,6 +129,7 @@ class CourierLayer(CacheLayerBase):
             self.owner.settle(self)
 
     def _rows(self, rows: np.ndarray) -> None:
+        self.changes += 1
         if not self.columns:
             return
         self.store.select_rows(rows)
@@ -156,7 +161,9 @@ class CourierLayer(CacheLayerBase):
         return self.store.rows or -1
 
     def reset(self) -> None:
+        changes = self.changes
         self.__init__(self.store.spec, self.index)
+        self.changes = changes + 1
 
     def offload(self) -> None:
         raise Refused("off-loading a Foveate cache to the host is not supported; drop cache_implementation='offloaded'")

@@ -52,13 +52,26 @@ class Step:
         self.forward, self.cache = forward, cache
         self.ids, self.positions, self.options = ids.clone(), positions.clone(), dict(options)
         self.form: Any = None
+        self._looked: tuple[int, bool, bool] | None = None
         self._replays: dict[Hashable, Callable[[], Tensor]] = {}
         for index in self.call.stores:
             cache.touch(index)  # what was reserved counts
 
+    def catches_up(self) -> bool:
+        """Take over what came by another way since the last replay. False if the next step can be none of these."""
+        return self._look()[1]
+
     def fits(self, ids: Tensor, options: dict[str, Any]) -> bool:
         """Whether the next step is one of these."""
-        return ids.shape == self.ids.shape and options == self.options and not self.call.stale
+        return ids.shape == self.ids.shape and options == self.options and not self._look()[2]
+
+    def _look(self) -> tuple[int, bool, bool]:
+        """At what changes: whether it could be caught up with, and whether something lies elsewhere now."""
+        changes = self.call.changes
+        if self._looked is None or self._looked[0] != changes:
+            caught = self.call.catch_up()
+            self._looked = changes, caught, self.call.stale
+        return self._looked
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Any:
         """The model's output for tokens [B, 1] at positions [B, 1]; None if this step is made in the ordinary way.
@@ -75,6 +88,8 @@ class Step:
             self._replays[kind] = record(self._run, self.call.counters(), ids.device)
         logits = self._replays[kind]()
         self.call.arrived()
+        self._looked = None
+        self._look()  # now, while the device works, and not while it waits for the next step
         return self.form(logits=logits.clone(), past_key_values=self.cache)
 
     def _run(self, rehearsing: bool = False) -> Tensor:
@@ -161,7 +176,7 @@ class Forward:
     def _replayed(self, cache: FoveateCache, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Any:
         """The output of a recorded step, or None where the step has to be made in the ordinary way."""
         step = cache.step
-        if step is not None and not step.call.catch_up():
+        if step is not None and not step.catches_up():
             cache.step, cache.waiting = None, WARMUP  # methods have to find their way again
             return None
         try:

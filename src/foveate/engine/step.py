@@ -172,6 +172,11 @@ class StepCall:
     # -- between steps ------------------------------------------------------------------------------------------------
 
     @property
+    def changes(self) -> int:
+        """Another number whenever something was changed by other means than a replay."""
+        return sum(layer.changes for layer in self.layers.values())
+
+    @property
     def stale(self) -> bool:
         """Something lies elsewhere now, or has no room for one more token."""
         return any(store.stale for store in self.stores.values())

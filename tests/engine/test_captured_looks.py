@@ -1,0 +1,51 @@
+"""Whether a step can be replayed is found out behind the last one, and anew if anything changed since."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.contract.recorded import recording
+from torch import Tensor
+
+import foveate
+from foveate.engine.step import StepCall
+from foveate.models import tiny
+
+
+def test_looks_are_made_behind_a_step_and_anew_after_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = tiny("llama")
+    looks: list[bool] = []
+    stale: Any = StepCall.stale
+
+    def counted(self: StepCall) -> bool:
+        looks.append(True)
+        return stale.fget(self)
+
+    monkeypatch.setattr(StepCall, "stale", property(counted))
+    new = torch.randint(3, 200, (1, 12))
+
+    def step(i: int) -> Tensor:
+        return net(input_ids=new[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+
+    with torch.no_grad(), foveate.apply(net, "dense") as handle, recording(net, handle):
+        cache = handle.cache()
+        net(input_ids=torch.randint(3, 200, (1, 30)), past_key_values=cache, use_cache=True)
+        cache.waiting = 1
+        for i in range(4):
+            step(i)
+        recorded = cache.step
+        assert recorded is not None
+        looks.clear()
+        step(4)
+        assert len(looks) == 1  # behind it, for the next
+        cache.crop(-1)
+        want = step(4)
+        assert len(looks) == 3 and cache.step is recorded
+        other = cache.fork(handle.binding)
+        cache.crop(-1)
+        cache.waiting, cache.step = 99, None
+        torch.testing.assert_close(step(4), want, atol=1e-5, rtol=1e-5)
+        other.reorder_cache(torch.tensor([0]))
+        assert [layer.changes for layer in other.couriers()] != [layer.changes for layer in cache.couriers()]
