@@ -115,12 +115,13 @@ def evict(scores: Tensor, guard: Guard, stores: Stores, counters: Counters, *, n
         )  # fmt: skip
     slots = torch.empty_like(c.slots)
     words = 0 if tags is None else tags.words
+    # One warp: of several a fast one could count before a slow one has read.
     _drop[(units,)](
         value, where, k, v, some if stores.starts is None else stores.starts, pairs, c.lengths, c.positions,
         c.position_start, some if tags is None else tags.base, some if tags is None else tags.start,
         some if tags is None else tags.step, slots, pieces, units, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         PIECES=power_of_two(pieces), DK=k.shape[-1], DV=v.shape[-1], WIDE_K=power_of_two(k.shape[-1]),
         WIDE_V=power_of_two(v.shape[-1]), WORDS=words, WIDE=power_of_two(words), STARTS=stores.starts is not None,
-        VALUES=v.data_ptr() != k.data_ptr(), NEWEST=newest, num_warps=4,
+        VALUES=v.data_ptr() != k.data_ptr(), NEWEST=newest, num_warps=1,
     )  # fmt: skip
     return slots
