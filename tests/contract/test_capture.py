@@ -46,7 +46,9 @@ def test_recorded_steps_are_eager_steps(case: Case, family: str, seed: int) -> N
             assert layer.columns == other.columns
 
 
-@pytest.mark.parametrize("name", ["snapkv", "duo-attention", "quest", "kivi", "h2o", "delta-attention", "tokenselect"])
+@pytest.mark.parametrize(
+    "name", ["snapkv", "duo-attention", "quest", "kivi", "h2o", "delta-attention", "tokenselect", "streaming-llm"]
+)
 def test_kernels_make_the_same_steps(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but in Triton's interpreter: tokens arrive and are read by kernels."""
     pytest.importorskip("triton")

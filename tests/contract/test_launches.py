@@ -42,18 +42,8 @@ class Launches(TorchDispatchMode):
             self.layer = layer
 
 
-@pytest.mark.parametrize(
-    ("name", "want"),
-    [
-        ("dense", ["arrive", "decode_ragged"]),
-        ("quest", ["arrive", "page_bounds", "select_best", "decode_lists"]),
-        ("h2o", ["arrive", "weigh", "evict"]),
-        ("delta-attention", ["arrive", "decode_lists"]),
-    ],
-)
-def test_a_layer_launches_no_more_than_it_must(
-    name: str, want: list[str], seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def launches(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the second layer of a recorded step of a method launches."""
     pytest.importorskip("triton")
     if not decoding._interpreted():
         pytest.skip("kernels run here in Triton's interpreter")
@@ -97,4 +87,26 @@ def test_a_layer_launches_no_more_than_it_must(
     with applied(net, case) as handle, recording(net, handle, by=record):
         cache, _ = steps(net, handle, ids, None, new)
     assert cache.step is not None
-    assert mode.found[1] == want
+    return mode.found[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("dense", ["arrive", "decode_ragged"]),
+        ("quest", ["arrive", "page_bounds", "select_best", "decode_lists"]),
+        ("h2o", ["arrive", "weigh", "evict"]),
+        ("delta-attention", ["arrive", "decode_lists"]),
+    ],
+)
+def test_a_layer_launches_no_more_than_it_must(
+    name: str, want: list[str], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launches(name, seed, monkeypatch) == want
+
+
+def test_a_full_window_and_the_first_tokens_are_read_by_their_slots(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are read by kernels alone, once for each angle of the queries."""
+    found = launches("streaming-llm", seed, monkeypatch)
+    assert found.count("decode_ragged") == 2 and found[-1] == "merge_parts"
+    assert not {"bmm", "mm", "_softmax", "exp", "scaled_dot_product_attention"} & {*found}

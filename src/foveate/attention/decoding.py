@@ -183,6 +183,12 @@ def merged(parts: Sequence[Partial]) -> Partial:
     return Partial(*_kernels("merge_parts").merge_parts([p.out for p in parts], [p.lse for p in parts]))
 
 
+def ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, softcap: float | None) -> Partial:
+    """Attention of q [P, G, 1, Dk] over the first `lengths` (int32 [P]) slots of k [P, C, Dk] and v [P, C, Dv]."""
+    kernels = _kernels("decode")
+    return Partial(*kernels.decode_ragged(q, kernels.Stores(k, v, lengths), scale, softcap))
+
+
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row of scores [..., n], exactly, the first of equal ones: int32 [..., min(k, n)], ascending,
     -1 behind the end, and how many they are [...]; -inf is never chosen."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention import Geometry, Partial, decoding
+from foveate.attention import Geometry, Partial, Span, decoding
 from foveate.cache.band import Band
 from foveate.cache.column import Column, PackedColumn
 from foveate.cache.fixed_column import AnyFixed, FixedColumn, FixedPacked
@@ -44,6 +44,9 @@ class FixedBand:
             raise Refused(reason)
         self.band, self.pairs, self.rows, self.index = band, band.pairs, band.rows, band.index
         self.heads, self.spans, self.declared = band.heads, (), band.declared
+        self.declared_spans = band.spans
+        self._runs: dict[tuple[int, int], Tensor] = {}
+        """Lengths of runs of slots that were read, int32 [P]."""
         self.cyclic, self.evicting = band.bounded, evicting
         self.lengths, self.seen, self.turn = lengths, seen, turn
         device = band.device
@@ -252,6 +255,27 @@ class FixedBand:
                 return None
             sides.append(side)
         return decoding.packed(q, sides[0], sides[1], self.lengths, scale, softcap)
+
+    def run(self, span: Span) -> tuple[int, int] | None:
+        """First slot and end of those that the newest query sees by this span; None if they are no run. Of a full
+        window the first tokens stand in front, and all others are within its reach."""
+        if not self.cyclic or not all(isinstance(x, int) for x in (span.sink, span.window, span.beyond)):
+            return None
+        bound = next(s for s in self.declared_spans if s.window is not None)
+        sink, window = int(bound.sink), int(bound.window or 0)
+        if span == Span(window=window):
+            return sink, self.used
+        return (0, sink) if span == Span(sink, window=0, beyond=window) else None
+
+    def attend_run(self, q: Tensor, run: tuple[int, int], scale: float, softcap: float | None) -> Partial | None:
+        """q [P, G, 1, D] over a run of slots of each pair; None where no kernel can."""
+        if not self.exact or not decoding.serves(q)[0]:
+            return None
+        if run not in self._runs:
+            self._runs[run] = torch.full_like(self.lengths, run[1] - run[0])
+        keys = self.keys()
+        k, v = (x[:, slice(*run)] for x in (keys, self.values(keys)))
+        return decoding.ragged(q, k, v, self._runs[run], scale, softcap)
 
     def device_lengths(self) -> Tensor:
         """int32 [P]."""

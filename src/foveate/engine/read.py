@@ -94,8 +94,8 @@ def read(
                 continue
             selection = _local(part, band, group, store)
             rows = _rows(turned, band, group, store)
-            if isinstance(band, FixedBand) and part is ALL and other is None:
-                whole = band.attend(rows, how.scale, how.softcap)
+            if isinstance(band, FixedBand) and other is None and how.spans is not None and not how.spans:
+                whole = _at_once(band, rows, part, how)
                 if whole is not None:
                     got.append(whole)
                     chosen.append((rows, selection))
@@ -137,6 +137,16 @@ def read(
     total = _assemble([(b, p.lse) for b, p in outs], store, heads) if lse else None
     rows = _assemble_probs(weights, store, heads) if probs else None
     return Result(out, total, rows)
+
+
+def _at_once(band: FixedBand, rows: Tensor, part: Selection, how: Reading) -> Partial | None:
+    """A part that kernels read by slots alone: everything, or a run of a full window; None if it is none."""
+    if part is ALL:
+        return band.attend(rows, how.scale, how.softcap)
+    if part.lists is not None or part.span is None:
+        return None
+    run = band.run(part.span)
+    return None if run is None else band.attend_run(rows, run, how.scale, how.softcap)
 
 
 def _held(band: Band) -> tuple[Tensor, Tensor]:
