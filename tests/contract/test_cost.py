@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import foveate
 from foveate.attention import Selection
 from foveate.cache import Column, FoveateCache, StoreSpec
+from foveate.cache.transform import Transform
 from foveate.engine.binding import Binding
 from foveate.errors import Infeasible
 from foveate.methods import Method
@@ -39,8 +40,8 @@ READS = frozenset({"prefill", "decode"})
 
 
 def alive(cache: FoveateCache) -> int:
-    """Bytes behind a cache. Plans (spans of a layer's heads) are the binding's, shared by all its caches."""
-    return reachable_bytes(cache, beyond=(Binding, nn.Module, StoreSpec, foveate.attention.Span))
+    """Bytes behind a cache. Plans (spans of a layer's heads, bases of a side) are the binding's, shared by caches."""
+    return reachable_bytes(cache, beyond=(Binding, nn.Module, StoreSpec, foveate.attention.Span, Transform))
 
 
 @each_subject()

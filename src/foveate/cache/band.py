@@ -364,7 +364,8 @@ class Band:
     def _packed(self, column: AnyColumn, side: Side | None, observed: Observed | None) -> AnyColumn:
         if side is None or not isinstance(column, Column):
             return column
-        learned = fitted(side, column.read(self.used), self.device_lengths(), observed)
+        heads = self.index % self.heads
+        learned = fitted(side, column.read(self.used), self.device_lengths(), observed, heads)
         return PackedColumn(column, side, column.data.dtype, learned)
 
     def crop(self, removed: Counts) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.cache.column import Observed, Side, fitted
+from foveate.errors import Refused
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,23 @@ class Chained:
 
     Args:
         first: gives one tensor [P, n, D'] with a vector per token; it may be fitted.
-        second: packs those vectors; it is the same for all pairs.
+        second: packs those vectors; it is the same for all heads.
+
+    Raises:
+        Refused: `second` differs from head to head; it was made for whole tokens.
     """
 
     first: Side
     second: Side
+
+    def __post_init__(self) -> None:
+        if getattr(self.second, "per_head", False):
+            name = type(self.second).__name__
+            raise Refused(f"{name} packs whole tokens of a kv head, and cannot pack what another format leaves of them")
+
+    @property
+    def per_head(self) -> bool:
+        return getattr(self.first, "per_head", False)
 
     @property
     def tail(self) -> int:

@@ -23,7 +23,8 @@ class Side(Protocol):
     dimension 1 at a rate of one row per `rows(tensor)` tokens, so that they grow and are cut like any column.
 
     A side whose form depends on the tokens it will hold has a method `fit` besides (see `FittedSide`); what that
-    returns is handed to `pack` and `unpack` behind their arguments.
+    returns is handed to `pack` and `unpack` behind their arguments. A side that differs from kv head to kv head states
+    `per_head` = True: the number of each pair's head, int16 [P], is then handed over before that.
     """
 
     @property
@@ -86,10 +87,14 @@ class FittedSide(Side, Protocol):
         ...
 
 
-def fitted(side: Side, x: Tensor, lengths: Tensor, observed: Observed | None) -> tuple[Tensor, ...]:
-    """What a side learns from the tokens; nothing for sides that are the same for all."""
+def fitted(
+    side: Side, x: Tensor, lengths: Tensor, observed: Observed | None, heads: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """What a side learns from the tokens, behind the numbers of the pairs' kv heads [P] if it differs between them;
+    nothing for sides that are the same for all."""
     fit = getattr(side, "fit", None)
-    return () if fit is None else fit(x, lengths, observed)
+    learned = () if fit is None else fit(x, lengths, observed)
+    return (heads.to(torch.int16), *learned) if heads is not None and getattr(side, "per_head", False) else learned
 
 
 def slot_index(starts: Counts, counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,234 @@
+"""KVTC: bytes, what is exact, how errors fall with bits, calibration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.closeness import assert_close, relative_rms
+from tests.heads.words import WordTokenizer
+from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, stores
+from torch import Tensor
+from transformers import LlamaConfig
+
+import foveate
+from foveate.cache import PackedColumn
+from foveate.evaluate.setting import parse_one
+from foveate.heads.tap import Tap
+from foveate.heads.transform_coding import Moments, collect
+from foveate.methods import KVTC, Profile, Quest, SnapKV
+from foveate.methods.profile import built_in_profile, from_json, to_json
+from foveate.models import tiny
+from foveate.models.shape import ModelShape
+
+SMALL = {"bits": (4.5, 4.5), "residual": 8, "sink": 2}
+
+
+def profile_for(shape: ModelShape) -> Profile:
+    """Bases of no meaning, for any model with heads of its own."""
+    profile = KVTC().stand_in(shape)
+    return Profile("kvtc", profile.model, profile.data, {}, profile.tensors)
+
+
+class Workbench:
+    """A probe that counts what is reported."""
+
+    def __init__(self, model: Any, seed: int = 0) -> None:
+        self.model, self.tokenizer, self.seed = model, WordTokenizer(), seed
+        self.steps = 0
+
+    def progress(self, total: int, label: str) -> Any:
+        self.total = total
+
+        def report(steps: int, how: str) -> None:
+            self.steps += steps
+
+        return report
+
+
+def of(model: Any) -> Profile:
+    """Bases of this very model."""
+    return KVTC().calibrate(Workbench(model), texts=3, length=256)
+
+
+def test_prompt_attention_is_exact_and_errors_fall_with_bits() -> None:
+    model, ids, new = llama(), prompt(2, 61), prompt(2, 9, seed=1)
+    want, _ = logits(model, ids, new)
+    errors, profile = [], of(model)
+    for bits in (3, 5, 8):
+        got, _ = applied(model, KVTC(bits=(bits, bits), residual=4), ids, new, profile=profile)
+        assert_close(got[:, :1], want[:, :1], TOLERANCE)
+        errors.append(relative_rms(got[:, 1:], want[:, 1:]))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] > TOLERANCE, errors
+    assert errors[2] < 0.02
+
+
+def test_calibrated_bases_lose_less_than_arbitrary_ones() -> None:
+    model, ids, new = llama(head_dim=32), prompt(2, 61), prompt(2, 9, seed=1)
+    want, _ = logits(model, ids, new)
+    method, error = KVTC(bits=(3, 3), residual=4), {}
+    for name, profile in (("own", of(model)), ("any", profile_for(ModelShape.of(model)))):
+        got, _ = applied(model, method, ids, new, profile=profile)
+        error[name] = relative_rms(got[:, 1:], want[:, 1:])
+    assert error["own"] < 0.7 * error["any"], error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "new"), [(3, 2), (41, 7), (48, 1)])
+def test_bytes_are_those_counted(dtype: torch.dtype, length: int, new: int) -> None:
+    """Rows, an exact tail, the first tokens and the head's number; the bases are the model's."""
+    model = llama(layers=1, head_dim=16, dtype=dtype)
+    method = KVTC(bits=(3.5, 4), residual=8, sink=2)
+    _, cache = applied(
+        model, method, prompt(1, length), prompt(1, new, seed=1), profile=profile_for(ModelShape.of(model))
+    )
+    (band,), total = stores(cache)[0].bands, length + new
+    for column, row in ((band.k, 7), (band.v, 8)):
+        assert isinstance(column, PackedColumn)
+        assert column.packed.tolist() == [total // 8 * 8] * 2
+        assert all(t.shape[2] == row and t.dtype == torch.uint8 for t in column.body)
+        heads, first = column.fitted
+        assert heads.tolist() == [0, 1]
+        assert first.shape == (2, 2, 16)
+        assert first.dtype == dtype
+        assert torch.equal(column.read(total)[:, :2], first)
+
+
+def test_a_quarter_of_the_bytes_is_one() -> None:
+    """The defaults at 1024 and 2048 tokens of the built-in model's shape in bfloat16, everything counted."""
+    sizes = {"num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = LlamaConfig(**sizes, vocab_size=49152, max_position_embeddings=8192)
+    config.dtype = torch.bfloat16
+    shape = ModelShape.of(config)
+    assert KVTC().share(shape, 1024) < 0.24
+    assert KVTC().share(shape, 2048) < 0.23
+
+
+def test_a_budget_is_met_and_used() -> None:
+    model, ids = llama(layers=2, head_dim=32), prompt(1, 320)
+    profile = profile_for(ModelShape.of(model))
+    rows = []
+    for share in (0.12, 0.15, 0.2, 1.0):
+        _, cache = applied(model, KVTC(budget=share, residual=8, sink=1), ids, profile=profile)
+        _, dense = applied(model, "dense", ids)
+        (band,) = stores(cache)[0].bands
+        if share == 1.0:
+            assert not isinstance(band.k, PackedColumn)
+            break
+        assert 0.8 * share * dense.nbytes < cache.nbytes <= share * dense.nbytes * 1.02
+        rows.append(band.k.body[0].shape[2])
+    assert rows == sorted(set(rows))
+    with pytest.raises(foveate.FoveateError, match="cannot hold less"):
+        applied(model, KVTC(budget=0.02), ids, profile=profile)
+
+
+def test_rows_of_different_length_pack_as_alone() -> None:
+    model = llama(dtype=torch.float64)
+    profile = profile_for(ModelShape.of(model))
+    ids, mask = prompt(2, 45), torch.ones(2, 45, dtype=torch.long)
+    mask[0, :12] = 0
+    with foveate.apply(model, KVTC(**SMALL), profile=profile), torch.no_grad():
+        both = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0,
+                              output_logits=True, return_dict_in_generate=True)  # fmt: skip
+        alone = model.generate(ids[:1, 12:], max_new_tokens=12, do_sample=False, pad_token_id=0, output_logits=True,
+                               return_dict_in_generate=True)  # fmt: skip
+    assert_close(torch.stack(both.logits)[:, :1], torch.stack(alone.logits), 1e-6)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize("partner", [None, SnapKV(budget=0.5, window=8), Quest(tokens=32)], ids=str)
+def test_groups_and_compositions(heads: int, kv_heads: int, partner: Any) -> None:
+    """Beside eviction it packs what is left, beside a reader of few tokens what is read; near what they give alone."""
+    model, ids, new = tiny("llama", layers=2, heads=heads, kv_heads=kv_heads), prompt(1, 77), prompt(1, 5, seed=1)
+    profile = of(model)
+    want, other = applied(model, partner or "dense", ids, new)
+    method = KVTC(bits=(7, 7), residual=8)
+    got, cache = applied(model, partner | method if partner else method, ids, new, profile=profile)
+    assert relative_rms(got, want) < 0.1
+    assert [held(s) for s in stores(cache)] == [held(s) for s in stores(other)]
+    assert all(isinstance(band.k, PackedColumn) for store in stores(cache) for band in store.bands)
+
+
+def test_sliding_layers_are_left_alone() -> None:
+    model = tiny("gemma3", layers=4, heads=4, kv_heads=2)
+    _, cache = applied(model, KVTC(**SMALL), prompt(1, 61), prompt(1, 4, seed=1), profile=of(model))
+    packed = {isinstance(band.k, PackedColumn) for store in stores(cache) for band in store.bands}
+    assert True in packed
+
+
+def test_calibration_makes_a_profile_that_serves() -> None:
+    model = llama()
+    bench = Workbench(model)
+    profile = KVTC().calibrate(bench, texts=3, length=256)
+    assert bench.steps == bench.total == 3
+    again = KVTC().calibrate(Workbench(model), texts=3, length=256)
+    assert all(torch.equal(x, again.tensors[name]) for name, x in profile.tensors.items())
+    assert profile.provenance["tokens"] == 32 + 64 + 128
+    assert profile.provenance["longest"] == 128
+    loaded = from_json(to_json(profile))
+    got, _ = applied(model, KVTC(), prompt(1, 61), prompt(1, 4, seed=1), profile=loaded)
+    assert got.isfinite().all()
+
+
+def test_moments_are_of_cached_keys_values_and_the_groups_queries() -> None:
+    model, ids = llama(layers=2), prompt(1, 37)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def serve(layer: Any) -> Tensor:
+        seen.append((layer.q[0].double(), layer.k[0, :, 4:].double(), layer.v[0, :, 4:].double()))
+        return layer.attend()
+
+    with torch.no_grad(), Tap(model, serve):
+        model.model(ids, use_cache=False)
+    found = collect(model, [ids[0].tolist(), ids[0].tolist()], 4, lambda steps, how: None)
+    for index, (q, k, v) in enumerate(seen):
+        moments = found[index]
+        assert isinstance(moments, Moments)
+        for (mean, covariance), x in ((moments.keys, k), (moments.values, v)):
+            assert_close(mean, x.mean(1), 1e-6)
+            assert_close(covariance, torch.stack([torch.cov(y.T, correction=0) for y in x]), 1e-5)
+        want = torch.stack([x.flatten(0, 1).T @ x.flatten(0, 1) for x in q.split(3)])
+        assert_close(moments.qq, 2 * want, 1e-6)
+
+
+def test_the_shipped_profile_fits_the_built_in_model() -> None:
+    sizes = {"num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    shape = ModelShape.of(LlamaConfig(**sizes, vocab_size=49152, max_position_embeddings=8192))
+    shipped = built_in_profile("kvtc", shape)
+    assert shipped is not None
+    assert shipped.provenance["longest"] == 4096
+    roles = KVTC().plan(shape, shipped, 1024)
+    for role in roles:
+        for name, row in (("keys", 27), ("values", 29)):
+            found = role.extra[name]
+            assert found.row == row
+            assert (found.bits.sum(1) == 8 * row - 5).all()
+            assert int(found.bits.max()) > int(found.bits.min())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = llama()
+    with pytest.raises(foveate.BadArgument, match="calibrate"):
+        foveate.apply(model, KVTC())
+    latent = tiny("deepseek-v3", heads=4, kv_heads=4)
+    with pytest.raises(foveate.Refused, match="latent"):
+        foveate.apply(latent, KVTC(), profile=profile_for(ModelShape.of(latent)))
+    with pytest.raises(foveate.Refused, match="latent"):
+        KVTC().calibrate(Workbench(latent))
+    with pytest.raises(foveate.BadArgument, match="length"):
+        KVTC().calibrate(Workbench(model), length=8)
+    with pytest.raises(foveate.BadArgument, match="texts"):
+        KVTC().calibrate(Workbench(model), texts=0)
+
+
+@pytest.mark.parametrize("bad", [{"bits": 4}, {"bits": (4, 0)}, {"bits": (4, 4, 4)}, {"residual": 0}, {"sink": 9}])
+def test_bad_parameters(bad: dict[str, Any]) -> None:
+    with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
+        KVTC(**bad)
+
+
+def test_settings_survive_writing() -> None:
+    method = KVTC(bits=(3.0, 3.25), sink=1)
+    assert method.settings() == {"bits": (3.0, 3.25), "sink": 1}
+    assert parse_one("kvtc(bits=[3.0, 3.25], sink=1)") == method
