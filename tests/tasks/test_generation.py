@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from foveate.errors import BadArgument, Refused
-from foveate.tasks import GROUPS, TASKS, Sample, expand_tasks
+from foveate.tasks import GROUPS, TASKS, Sample, expand_tasks, generation
 from foveate.tasks.generation import GenerationTask
 
 GENERATED = [
@@ -312,3 +312,21 @@ def test_templates_are_asked_for_an_answer_without_thought_on_a_fixed_day(bpe, m
     (sample,) = TASKS["niah_single_1"].generate(bpe, 1024, 1, seed)
     assert context_of(sample, bpe).startswith("01 Jan 2025\n")
     assert "<think></think>" in question_of(sample, bpe)
+
+
+def test_a_draft_that_is_too_long_is_drawn_anew(bpe, seed, monkeypatch):
+    """The least length is measured on a few drafts: others may need more."""
+    task, fit, drawn = TASKS["cwe"], generation.fit, []
+
+    def refusing(tokenizer, draft, haystack, length):
+        drawn.append(draft)
+        if len(drawn) < 3:
+            raise BadArgument("length", length, "too long")
+        return fit(tokenizer, draft, haystack, length)
+
+    monkeypatch.setattr(generation, "fit", refusing)
+    (sample,) = task.generate(bpe, 2048, 1, seed)
+    assert sample.references == drawn[2].asks[0].references != drawn[0].asks[0].references
+    monkeypatch.setattr(generation, "fit", lambda *args: fit(*args[:3], 8))
+    with pytest.raises(BadArgument, match="length=8"):
+        task.generate(bpe, 2048, 1, seed)

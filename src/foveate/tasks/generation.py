@@ -13,13 +13,14 @@ from foveate.tasks.base import Family, Kind, Sample, check_request, sample_rando
 from foveate.tasks.corpora import Corpus
 from foveate.tasks.corpora import corpus as open_corpus
 from foveate.tasks.haystack import Haystack
-from foveate.tasks.prompt import Draft, fit, least_length
+from foveate.tasks.prompt import Draft, Prompt, fit, least_length
 from foveate.tasks.scoring import ALL, Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBES = 16  # drafts that the least length is measured on
+_DRAWS = 8  # of a sample: near the least length one in many needs more than the drafts that were measured
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,21 @@ class GenerationTask:
         probes = (Request(tokenizer, corpus, sample_random(self.name, 0, index, 0), 0) for index in range(_PROBES))
         return least_length(tokenizer, [self.recipe.draft(probe) for probe in probes])
 
+    def _drawn(
+        self, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, index: int, seed: int
+    ) -> tuple[Draft, Prompt]:
+        """The first draft of a sample that fits into its length, and the prompt made of it."""
+        refusals = []
+        for draw in range(_DRAWS):
+            name = self.name if draw == 0 else f"{self.name} {draw}"
+            request = Request(tokenizer, corpus, sample_random(name, length, index, seed), length, index, seed)
+            draft = self.recipe.draft(request)
+            try:
+                return draft, fit(tokenizer, draft, self.recipe.haystack(request, draft), length)
+            except BadArgument as refusal:
+                refusals.append(refusal)
+        raise refusals[0]
+
     def generate(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -92,9 +108,7 @@ class GenerationTask:
         corpus = corpus or open_corpus()
         made = []
         for index in range(samples):
-            request = Request(tokenizer, corpus, sample_random(self.name, length, index, seed), length, index, seed)
-            draft = self.recipe.draft(request)
-            prompt = fit(tokenizer, draft, self.recipe.haystack(request, draft), length)
+            draft, prompt = self._drawn(tokenizer, corpus, length, index, seed)
             made.append(
                 Sample(
                     task=self.name,
