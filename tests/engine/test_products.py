@@ -23,9 +23,10 @@ def drawn(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", ALLOWED)
-@pytest.mark.parametrize(("width", "sizes"), [(96, (40,)), (576, (33, 7)), (2049, (5, 3, 3)), (64, (8, 1, 2))])
+@pytest.mark.parametrize(("width", "sizes"), [(96, (40,)), (576, (33, 27)), (2049, (35, 23, 23)), (64, (38, 21, 22))])
 @pytest.mark.parametrize("biased", [False, True])
-def test_products(width: int, sizes: tuple[int, ...], biased: bool, dtype: torch.dtype) -> None:
+def test_products(width: int, sizes: tuple[int, ...], biased: bool, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
     x = drawn(1, 1, width, dtype=dtype)
     weights = [drawn(n, width, dtype=dtype) for n in sizes]
     biases = [drawn(n, dtype=dtype) * 9 for n in sizes] if biased else None
@@ -37,11 +38,14 @@ def test_products(width: int, sizes: tuple[int, ...], biased: bool, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", ALLOWED)
-@pytest.mark.parametrize(("width", "size"), [(96, 41), (576, 8), (2500, 3)])
-def test_gated(width: int, size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("width", "size"), [(96, 41), (576, 40), (2500, 33)])
+def test_gated(width: int, size: int, dtype: torch.dtype, seed: int) -> None:
+    """Rounded wherever the modules round, and nowhere else."""
+    torch.manual_seed(seed)
     x, gate, up = drawn(1, width, dtype=dtype), *(drawn(size, width, dtype=dtype) / 8 for _ in "ab")
-    want = nn.functional.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
-    assert_close(kernels.gated(x, gate, up), want, 2 * ALLOWED[dtype])
+    opened, raised = ((x.double() @ w.double().T).to(dtype).double() for w in (gate, up))
+    want = nn.functional.silu(opened).to(dtype).double() * raised
+    assert_close(kernels.gated(x, gate, up), want, ALLOWED[dtype])
 
 
 def test_what_does_not_suit() -> None:
@@ -75,7 +79,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
-def test_a_step_of_one_token(family: str, counted: list[int]) -> None:
+def test_a_step_of_one_token(family: str, counted: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
     model = family_model(family, layers=2, dtype=torch.bfloat16).to(DEVICE)
     ids = torch.randint(0, 256, (1, 1), device=DEVICE)
     with torch.no_grad():
