@@ -10,6 +10,7 @@ from tests.closeness import assert_close
 from tests.contract.runs import left_padded, run
 from tests.heads.words import WordTokenizer
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores, watching
+from tests.methods.workbench import Workbench
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -246,22 +247,6 @@ def test_moments_are_of_queries_at_one_distance() -> None:
     q = turn(model, seen[0]["q"][0], 100 - torch.arange(40))
     texts = [q[:, :n].unflatten(0, (2, 3)).flatten(1, 2) for n in (40, 9)]
     assert_close(moment, torch.stack([x.transpose(1, 2) @ x for x in texts]).sum(0), 1e-4)
-
-
-class Workbench:
-    """What calibration may use."""
-
-    def __init__(self, model: Any, seed: int = 0) -> None:
-        self.model, self.tokenizer, self.seed = model, WordTokenizer(), seed
-        self.steps = 0
-
-    def progress(self, total: int, label: str) -> Any:
-        self.total = total
-
-        def report(steps: int, how: str) -> None:
-            self.steps += steps
-
-        return report
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

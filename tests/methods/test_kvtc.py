@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
-from tests.heads.words import WordTokenizer
 from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, stores
+from tests.methods.workbench import Workbench
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -29,22 +29,6 @@ def profile_for(shape: ModelShape) -> Profile:
     """Bases of no meaning, for any model with heads of its own."""
     profile = KVTC().stand_in(shape)
     return Profile("kvtc", profile.model, profile.data, {}, profile.tensors)
-
-
-class Workbench:
-    """A probe that counts what is reported."""
-
-    def __init__(self, model: Any, seed: int = 0) -> None:
-        self.model, self.tokenizer, self.seed = model, WordTokenizer(), seed
-        self.steps = 0
-
-    def progress(self, total: int, label: str) -> Any:
-        self.total = total
-
-        def report(steps: int, how: str) -> None:
-            self.steps += steps
-
-        return report
 
 
 def of(model: Any) -> Profile:
