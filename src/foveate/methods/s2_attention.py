@@ -12,7 +12,6 @@ from foveate.attention import ALL, Parts, Selection
 from foveate.cache import View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, register, tries
-from foveate.methods.policies.lists import mask_lists
 
 
 @register
@@ -38,6 +37,7 @@ class S2Attention(Method):
     paper = "2407.17678"
     slots = frozenset({"prefill", "decode"})
     budgeted = False
+    graph = True
     search = tries(local=(4, 8, 16, 32), stride=(2, 4, 8, 16), dense_heads=(0, 1))
 
     block: int = 64
@@ -54,19 +54,41 @@ class S2Attention(Method):
             raise BadArgument("dense_heads", self.dense_heads, "give 0 or more kv heads")
 
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
-        if view.host_lengths.max() <= self.local * self.block or self.stride == 1:
+        near = self.local * self.block
+        if self.stride == 1 or not view.exceeds(near) or view.capacity <= near:
             return ALL
-        kv_heads = ctx.shape.num_kv_heads
-        own = view.host_lengths - view.host_fresh[:, None]
         # Queries share a list as long as no border of a block comes between them.
-        step = math.gcd(self.block, *own.flatten().tolist()) if q.shape[2] > 1 else 1
-        number = torch.arange(0, q.shape[2], step, device=q.device)
-        newest = (torch.from_numpy(own).to(q.device).unsqueeze(-1) + number) // self.block
+        step = self.block
+        if q.shape[2] > 1:
+            step = math.gcd(step, *(view.host_lengths - view.host_fresh[:, None]).flatten().tolist())
+        key = f"{q.device} {view.capacity} {ctx.shape.num_kv_heads}"
+        found = ctx.forward.get(key) if view.aligned else None
+        if found is None:
+            number = torch.arange(0, q.shape[2], step, device=q.device)
+            found = self._lists(number, view, ctx.shape.num_kv_heads)
+            if view.aligned:  # all layers hold the same tokens in the same slots
+                ctx.forward[key] = found
+        lists, counts = found
+        return Selection(lists=lists, q_block=step if q.shape[2] > 1 else 1, k_block=self.block, counts=counts)
+
+    def _lists(self, number: Tensor, view: View, heads: int) -> tuple[Tensor, Tensor]:
+        """Blocks that the queries `number` (int64 [n], counted from a row's first) of each kv head read, and how many:
+        int32 [B, heads, n, K] and [B, heads, n]. How wide lists are does not depend on values of the device."""
+        blocks = -(-view.capacity // self.block)
+        own = view.lengths.long() - view.fresh[:, None]
+        newest = ((own.unsqueeze(-1) + number) // self.block).clamp_max(blocks - 1)
         # Latent attention decodes from one held head, whose query heads keep the shards that they had in the prompt.
-        newest = newest.expand(-1, kv_heads, -1).unsqueeze(-1)
-        head = torch.arange(kv_heads, device=q.device).view(1, -1, 1, 1)
-        block = torch.arange(-(-view.capacity // self.block), device=q.device)
-        shard = (block + head * max(1, self.stride // kv_heads)) % self.stride == 0
-        near = newest - block < self.local
-        read = (block <= newest) & (near | shard | (head >= kv_heads - self.dense_heads))
-        return Selection(lists=mask_lists(read), q_block=step, k_block=self.block)
+        newest = newest.expand(-1, heads, -1).unsqueeze(-1)
+        edge = (newest - self.local + 1).clamp_min(0)
+        head = torch.arange(heads, device=number.device).view(-1, 1, 1)
+        first, every = (-head * max(1, self.stride // heads)) % self.stride, self.stride
+        behind = (edge - first + self.stride - 1).clamp_min(0) // self.stride
+        if self.dense_heads:
+            dense = head >= heads - self.dense_heads
+            first, every = first.masked_fill(dense, 0), torch.where(dense, 1, self.stride)
+            behind = torch.where(dense, edge, behind)
+        width = blocks if self.dense_heads else self.local - (self.local - blocks) // self.stride
+        place = torch.arange(width, device=number.device)
+        block = torch.where(place < behind, first + every * place, edge + place - behind)
+        lists = torch.where(block <= newest, block, -1)
+        return lists.to(torch.int32), (behind + newest - edge + 1).squeeze(-1).to(torch.int32)
