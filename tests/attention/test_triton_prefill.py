@@ -144,9 +144,44 @@ def test_spans_beside_lists_count_once(seed: int, span: Span, k_block: int, posi
     check(read, FULL)
 
 
-def test_a_span_alone(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dims", "span", "dtype"),
+    [
+        ((1, 2, 1, 200, 270), (32, 32), Span(4, 50), FULL),
+        ((1, 3, 1, 300, 333), (64, 64), Span(70, 210), HALF),  # tiles without a mask in the sink and in the window
+        ((1, 2, 1, 300, 300), (32, 24), Span(100, 130), FULL),
+        ((1, 2, 1, 290, 301), (64, 64), Span(beyond=40), HALF),
+        ((1, 2, 2, 150, 400), (24, 32), Span(64, 333, 17), FULL),
+        ((1, 8, 1, 130, 290), (32, 32), Span(300, 5), FULL),
+    ],
+)
+def test_a_span_alone(
+    seed: int,
+    shape: tuple[int, int, int, int, int],
+    dims: tuple[int, int],
+    span: Span,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(seed)
-    check(Read(*tensors(1, 2, 1, 200, 270, 32), Selection(span=Span(4, 50))), FULL)
+    poisoned(monkeypatch)
+    check(Read(*tensors(*shape, *dims), Selection(span=span)), dtype)
+
+
+def test_a_span_of_rows_that_stand_elsewhere(seed: int) -> None:
+    """Rows of their own length; nothing behind it is read by the tiles without a mask either."""
+    torch.manual_seed(seed)
+    q, k, v = tensors(2, 2, 1, 150, 330, 32)
+    lengths = torch.tensor([[330], [271]])
+    start = lengths - 150
+    read = Read(q, k, v, Selection(span=Span(66, 200)))
+    read.geometry = Geometry(2, 150, 330, lengths, start, start + torch.arange(150), device=DEVICE)
+    want = read.truth(FULL)
+    k, v = k.clone(), v.clone()
+    k[1, :, 271:] = v[1, :, 271:] = torch.nan
+    got = replace(read, k=k, v=v).attend(FULL, backend="triton")
+    assert_close(got.out, want.out, BOUND[FULL])
+    assert_close(got.lse, want.lse, BOUND[FULL])
 
 
 def test_softcap_and_scale(seed: int) -> None:

@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from foveate.attention.triton.block_sparse_steps import absorb, listed_cols, masked, near_tiles, scores, whole
 from foveate.attention.triton.block_sparse_tiles import Place, Tiles, Tiling, jit, near, row_ends, strides, tiles
 
 LOG2E = 1.4426950408889634
@@ -190,73 +191,6 @@ def descriptor(x: Tensor, columns: int, wide: int) -> object:
 
 
 @jit
-def _scores(q, k, factor, cap, CAP: tl.constexpr):
-    """Scores: capped ones in units of log 2, others to be multiplied by `factor`."""
-    s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-    if CAP:
-        s = cap - 2 * cap / (tl.exp2(s * factor) + 1)
-    return s
-
-
-@jit
-def _absorb(acc, total, top, s, v, factor):
-    """One step of the online softmax with finite scores."""
-    new = tl.maximum(top, tl.max(s, 1) * factor)
-    p = tl.exp2(s * factor - new[:, None])
-    alpha = tl.exp2(top - new)
-    total = total * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="tf32x3")
-    return acc, total, new
-
-
-@jit
-def _masked(
-    acc, total, top, q, k_base, v_base, ksm, vsm, cols, valid, ends, high, at, factor, cap, window, sink, beyond,
-    DK: tl.constexpr, DV: tl.constexpr, WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, CAP: tl.constexpr,
-    SPAN: tl.constexpr, NEAR: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys, each pair tested: causal, readable, and with a span inside (NEAR) or outside of it. Slots that
-    no row of the tile may read are never fetched."""
-    dk, dv = tl.arange(0, WIDE_K), tl.arange(0, WIDE_V)
-    held = valid & (cols < high)
-    slot = cols.to(tl.int64)
-    k = tl.load(k_base + slot[:, None] * ksm + dk[None, :], mask=held[:, None] & (dk < DK)[None, :], other=0.0)
-    v = tl.load(v_base + slot[:, None] * vsm + dv[None, :], mask=held[:, None] & (dv < DV)[None, :], other=0.0)
-    seen = held[None, :] & (cols[None, :] < ends[:, None])
-    if SPAN:
-        distance = at[:, None] - cols[None, :]
-        close = (distance >= 0) & (distance >= beyond) & ((cols < sink)[None, :] | (distance < window))
-        seen = seen & (close if NEAR else ~close)
-    s = _scores(q, k, factor, cap, CAP)
-    s = tl.where(seen, s if CAP else s * factor, float("-inf"))
-    new = tl.maximum(top, tl.max(s, 1))
-    anchor = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(s - anchor[:, None])
-    alpha = tl.exp2(top - anchor)
-    total = total * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="tf32x3")
-    return acc, total, new
-
-
-@jit
-def listed_cols(list_base, t, count, BN: tl.constexpr, K_BLOCK: tl.constexpr):
-    """Slots of step t of a list, and which of them are listed: each step has BN slots, of several blocks or of one."""
-    offset = tl.arange(0, BN)
-    if K_BLOCK >= BN:
-        steps: tl.constexpr = K_BLOCK // BN
-        entry = t // steps
-        block = tl.load(list_base + entry, mask=entry < count, other=0)
-        cols = block * K_BLOCK + t % steps * BN + offset
-        return cols, (offset >= 0) & (entry < count)
-    else:
-        entry = t * (BN // K_BLOCK) + offset // K_BLOCK
-        block = tl.load(list_base + entry, mask=entry < count, other=0)
-        return block * K_BLOCK + offset % K_BLOCK, entry < count
-
-
-@jit
 def _block_sparse(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, prior_out, prior_lse,
     lists_ptr, begin_ptr, full_ptr, stop_ptr, order_ptr, first_ptr, lengths_ptr, positions_ptr,
@@ -325,13 +259,12 @@ def _block_sparse(
         if SPAN:
             for t in tl.range(0, lo, num_stages=1):
                 cols, valid = listed_cols(base, t, stop, BN, K_BLOCK)
-                acc, total, top = _masked(
+                acc, total, top = masked(
                     acc, total, top, q, k_base, v_base, ksm, vsm, cols, valid, ends, high, at, factor, cap,
                     window, sink, beyond, DK, DV, WIDE_K, WIDE_V, CAP, True, False,
                 )  # fmt: skip
         if K_BLOCK >= BN:
             steps: tl.constexpr = K_BLOCK // BN
-            offset = tl.arange(0, BN)
             block = tl.load(base + lo // steps, mask=lo < hi, other=0)
             for t in tl.range(lo, hi, num_stages=STAGES, warp_specialize=SPECIALIZE):
                 if not AHEAD:
@@ -339,18 +272,10 @@ def _block_sparse(
                 start = block * K_BLOCK
                 if steps > 1:
                     start += t % steps * BN
-                if TMA:
-                    k = k_desc.load([b, h, start, 0]).reshape(BN, WIDE_K)
-                else:
-                    k_at = k_base + start.to(tl.int64) * ksm + offset[:, None] * ksm + dk[None, :]
-                    k = tl.load(k_at) if DK == WIDE_K else tl.load(k_at, mask=(dk < DK)[None, :], other=0.0)
-                s = _scores(q, k, factor, cap, CAP)
-                if TMA:
-                    v = v_desc.load([b, h, start, 0]).reshape(BN, WIDE_V)
-                else:
-                    v_at = v_base + start.to(tl.int64) * vsm + offset[:, None] * vsm + dv[None, :]
-                    v = tl.load(v_at) if DV == WIDE_V else tl.load(v_at, mask=(dv < DV)[None, :], other=0.0)
-                acc, total, top = _absorb(acc, total, top, s, v, 1.0 if CAP else factor)
+                acc, total, top = whole(
+                    acc, total, top, q, k_desc, v_desc, k_base, v_base, ksm, vsm, b, h, start, factor, cap,
+                    BN, DK, DV, WIDE_K, WIDE_V, CAP, TMA,
+                )  # fmt: skip
                 if AHEAD:
                     block = tl.load(base + tl.minimum(t + 1, hi - 1) // steps)
         else:
@@ -363,29 +288,23 @@ def _block_sparse(
                 slot = (block * K_BLOCK + offset % K_BLOCK).to(tl.int64)
                 k_at = k_base + slot[:, None] * ksm + dk[None, :]
                 k = tl.load(k_at) if DK == WIDE_K else tl.load(k_at, mask=(dk < DK)[None, :], other=0.0)
-                s = _scores(q, k, factor, cap, CAP)
+                s = scores(q, k, factor, cap, CAP)
                 v_at = v_base + slot[:, None] * vsm + dv[None, :]
                 v = tl.load(v_at) if DV == WIDE_V else tl.load(v_at, mask=(dv < DV)[None, :], other=0.0)
-                acc, total, top = _absorb(acc, total, top, s, v, 1.0 if CAP else factor)
+                acc, total, top = absorb(acc, total, top, s, v, 1.0 if CAP else factor)
                 if AHEAD:
                     block = tl.load(base + tl.minimum(t + 1, hi - 1) * several + offset // K_BLOCK)
         for t in tl.range(tl.maximum(lo, hi), end, num_stages=1):
             cols, valid = listed_cols(base, t, stop, BN, K_BLOCK)
-            acc, total, top = _masked(
+            acc, total, top = masked(
                 acc, total, top, q, k_base, v_base, ksm, vsm, cols, valid, ends, high, at, factor, cap,
                 window, sink, beyond, DK, DV, WIDE_K, WIDE_V, CAP, SPAN, False,
             )  # fmt: skip
     if SPAN:
-        sinks = tl.cdiv(tl.minimum(sink, high), BN)
-        oldest = tl.min(tl.where(real, at, 2147483647), 0) - window + 1
-        recent = tl.maximum(tl.maximum(oldest, 0) // BN, sinks)
-        last = tl.cdiv(high, BN)
-        for t in tl.range(0, sinks + tl.maximum(last - recent, 0), num_stages=STAGES):
-            cols = tl.where(t < sinks, t, t - sinks + recent) * BN + tl.arange(0, BN)
-            acc, total, top = _masked(
-                acc, total, top, q, k_base, v_base, ksm, vsm, cols, cols >= 0, ends, high, at, factor, cap,
-                window, sink, beyond, DK, DV, WIDE_K, WIDE_V, CAP, True, True,
-            )  # fmt: skip
+        acc, total, top = near_tiles(
+            acc, total, top, q, k_desc, v_desc, k_base, v_base, ksm, vsm, b, h, ends, high, at, real, factor, cap,
+            window, sink, beyond, BN, DK, DV, WIDE_K, WIDE_V, CAP, TMA, STAGES,
+        )  # fmt: skip
 
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)[:, None]
