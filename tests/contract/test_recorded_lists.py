@@ -36,3 +36,28 @@ def test_layers_share_what_only_lengths_decide(seed: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("changes", [{"stride": 4}, {"stride": 3, "dense_heads": 1}, {"block": 8, "local": 1}])
 def test_borders_of_blocks_need_no_other_recording(changes: dict[str, Any], seed: int) -> None:
     assert recordings("s2-attention", seed, **changes) == 1
+
+
+@pytest.mark.parametrize(("refresh", "count"), [(1, 1), (3, 2)])
+def test_searching_steps_are_one_kind_and_served_ones_another(refresh: int, count: int, seed: int) -> None:
+    assert recordings("hip", seed, refresh=refresh) == count
+
+
+def test_no_search_serves_where_tokens_move(seed: int) -> None:
+    """H2O gives the slot of the token that it frees to the newest: what was found names slots."""
+    net = model("llama", 2)
+    methods = CASES["h2o"].method() | CASES["hip"].method(refresh=4)
+    ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 24).unsqueeze(0)
+    with applied(net, CASES["h2o"], methods) as handle:
+        _, want = steps(net, handle, ids, None, new)
+        with recording(net, handle):
+            cache, got = steps(net, handle, ids, None, new)
+        assert cache.step is not None, cache.unrecorded
+    assert_close(got, want, EXACT)
+
+
+def test_a_served_step_only_cuts_its_list(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of the steps that are counted is served: it searches nothing and sorts nothing."""
+    found = launches("hip", seed, monkeypatch)
+    assert not {"sort", "gather", "mm", "bmm", "index_select"} & {*found}
+    assert len(found) <= 10, found

@@ -177,6 +177,10 @@ class FixedView(View):
         return self._fixed.grid(bands, fill=0).squeeze(2)
 
     @property
+    def held(self) -> decoding.Held | None:
+        return self._fixed.kernels if self.aligned and len(self._fixed.bands) == 1 else None
+
+    @property
     def fresh(self) -> Tensor:
         return torch.ones(self._fixed.rows, dtype=torch.int32, device=self._fixed.bands[0].index.device)
 
@@ -184,6 +188,10 @@ class FixedView(View):
     def seen(self) -> Tensor:
         """Position of the next token, int64 [B]."""
         return self._fixed.row_seen()
+
+    @property
+    def still(self) -> bool:
+        return not any(band.cyclic or band.evicting for band in self._fixed.bands)
 
     @property
     def host_lengths(self) -> np.ndarray:

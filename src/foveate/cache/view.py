@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.attention import decoding
 from foveate.cache.place import PlacedColumn
 from foveate.cache.store import Store
 
@@ -75,6 +76,18 @@ class View:
     def aligned(self) -> bool:
         """Every head of a row holds the same tokens in the same slots."""
         return self._store.aligned
+
+    @property
+    def still(self) -> bool:
+        """Tokens are known to stay in their slots from step to step: where steps are recorded, it is known what they
+        free. Elsewhere whoever remembers slots has to look whether some have moved."""
+        return False
+
+    @property
+    def held(self) -> decoding.Held | None:
+        """The tokens as kernels read them where they lie, in a step that is recorded and where all heads of a row hold
+        the same tokens, in one band; else None."""
+        return None
 
     @property
     def seen(self) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,7 @@ class HiP(Method):
     chunked = "approximate"
     nested = False
     croppable = False
+    graph = True
     search = tries(q_stride=(1, 2), window=(64, 128, 256), refresh=(1, 4, 8), dense_layers=(0, 1, 3))
 
     tokens: int = 512
@@ -96,10 +98,13 @@ class HiP(Method):
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         if ctx.role.name != "search":
             return ALL
-        keys, slots = view.k().detach(), ctx.role.extra["blocks"]
-        slots = min(slots or keys.shape[2], -(-keys.shape[2] // self.k_block))
+        slots = ctx.role.extra["blocks"]
+        if slots is None:
+            return ALL
+        keys = view.k().detach()
         if ctx.phase == "decode":
             return Selection(lists=self._steps(q.detach(), keys, view, ctx, slots), q_block=1, k_block=self.k_block)
+        slots = min(slots, -(-keys.shape[2] // self.k_block))
         if view.host_lengths.max() <= self._sinks * self.k_block + self.window + slots * self.k_block:
             return ALL
         number = torch.arange(-(-q.shape[2] // self.q_block), device=q.device) * self.q_block
@@ -120,34 +125,43 @@ class HiP(Method):
         # Written down here, so that asking `select` twice is asking once.
         ctx.mine.update(ctx.forward.pop(str(ctx.layer), {}))
 
+    def kind(self, clock: np.ndarray) -> Hashable:
+        """Steps that search, and those that a search serves."""
+        return self._due(clock)
+
+    def _due(self, clock: np.ndarray) -> bool:
+        return bool((clock % self.refresh == 0).any())
+
     def _begin(self, first: Tensor) -> Tensor:
         """The window's first block, for query blocks whose first query stands in slot `first`."""
         return (first - self.window + 1).clamp_min(0) // self.k_block
 
     def _steps(self, q: Tensor, keys: Tensor, view: View, ctx: Context, slots: int) -> Tensor:
-        """Lists of single queries in their order, [B, H, N, K], each by the latest search that still serves."""
+        """Lists of single queries in their order, [B, H, N, K], each by the latest search that still serves. What it
+        found is remembered as a list that ends with the window as long as it becomes."""
         state = dict(ctx.mine)
-        own, at = view.lengths.long() - view.fresh[:, None], view.seen - view.fresh
-        lists = []
+        own = view.lengths - view.fresh[:, None]
+        read = []
         for i in range(q.shape[2]):
-            here = (own + i).unsqueeze(-1)
-            if self._due(state, here, at + i):
-                begin = self._begin(here)
+            here = own + i if i else own
+            if self._due(ctx.clock + i) or not state or not self._serves(state, here, i, view, ctx):
+                begin = self._begin(here.long().unsqueeze(-1))
                 found = self._search(q[:, :, i, None, None], keys, begin, slots)
-                state = {"found": found, "begin": begin, "own": here, "at": at + i}
-            ends = self.window + self.refresh
-            lists.append(self._with_ends(state["found"], state["begin"], here, ends))
+                last = torch.full_like(begin, torch.iinfo(torch.int32).max)
+                lists = self._with_ends(found, begin, last, self.window + self.refresh)
+                state = {"lists": lists, "own": here, "at": view.seen - view.fresh + i}
+            ends = (here // self.k_block)[..., None, None, None]  # [B, Hs, 1, 1, 1]
+            blocks = state["lists"].unflatten(1, (here.shape[1], -1))
+            read.append(torch.where(blocks <= ends, blocks, -1).flatten(1, 2))
         ctx.forward[str(ctx.layer)] = state
-        width = max(x.shape[-1] for x in lists)
-        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1) for x in lists], dim=2)
+        return read[0] if len(read) == 1 else torch.cat(read, dim=2)
 
-    def _due(self, state: dict[str, Tensor], own: Tensor, at: Tensor) -> bool:
-        """Whether the last search is too old, or slots have been moved since."""
-        if not state:
+    def _serves(self, state: dict[str, Tensor], own: Tensor, i: int, view: View, ctx: Context) -> bool:
+        """Whether no slots have been moved since the last search."""
+        if view.still:
             return True
-        age = at - state["at"]
-        kept = own - state["own"] == age[:, None, None]
-        return not bool(((age > 0) & (age < self.refresh)).all() & kept.all())
+        age = view.seen - view.fresh + i - state["at"]
+        return ctx.sure((age > 0) & (age < self.refresh) & (own - state["own"] == age[:, None]).all(1))
 
     @torch.no_grad()
     def _search(self, asking: Tensor, keys: Tensor, begin: Tensor, slots: int) -> Tensor:
@@ -156,7 +170,7 @@ class HiP(Method):
         stores, held = keys.shape[1:3]
         group = heads // stores
         offset = torch.arange(self.k_block, device=keys.device)
-        most = max(0, int(begin.max()) - self._sinks)
+        most = max(0, -(-held // self.k_block) - self._sinks)
         step = max(1, AT_ONCE // (batch * heads * 2 * slots * self.k_block * dim))
         found = []
         for at in range(0, count, step):

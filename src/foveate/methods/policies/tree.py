@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from foveate.methods.policies.lists import top_lists
+
 
 def descend(
     low: Tensor, high: Tensor, slots: int, score: Callable[[Tensor], Tensor], most: int | None = None
@@ -18,7 +20,7 @@ def descend(
         low, high: int64 [...].
         score: blocks [..., 2 slots] -> how good they are, float of the same shape. The numbers of empty halves may be
             `high`; their scores are not looked at.
-        most: the longest range, if the host knows it.
+        most: no range is longer; what the host knows of them. None: it looks.
 
     Returns:
         int64 [..., slots], each block once, in no order, -1 behind what there is. Ties go to earlier halves.
@@ -33,9 +35,9 @@ def descend(
         left = size // 2
         start = torch.stack([start, start + left], dim=-1).flatten(-2)
         size = torch.stack([left, size - left], dim=-1).flatten(-2)
-        value = score(start).masked_fill(size == 0, -torch.inf)
-        best = value.argsort(dim=-1, descending=True, stable=True)[..., :slots]
-        start, size = start.gather(-1, best), size.gather(-1, best)
+        best = top_lists(score(start).masked_fill(size == 0, -torch.inf), slots).long()
+        there = best.clamp_min(0)
+        start, size = start.gather(-1, there), size.gather(-1, there).masked_fill(best < 0, 0)
         largest = -(-largest // 2)
     return torch.where(size > 0, start, -1)
 
