@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from typing import Any
 
@@ -74,6 +75,35 @@ def test_no_channel_is_further_than_theta_and_errors_do_not_add_up(theta: float)
         known[row, upto:] = -1
         made[row, :upto] = True
     assert torch.equal(follow(keys, theta, known, made), got)
+
+
+@pytest.mark.parametrize(
+    ("theta", "ahead", "dtype"),
+    [
+        (0.0, False, torch.bfloat16),
+        (1.001, True, torch.bfloat16),
+        (1.001, False, torch.bfloat16),
+        (0.3, True, torch.float32),
+    ],
+)
+def test_the_kernel_follows_as_the_loop_does(theta: float, ahead: bool, dtype: torch.dtype) -> None:
+    """Bit for bit: what is close to theta is rounded alike."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    from foveate.attention.triton.follow import follow as walk
+
+    keys = (torch.randn(2, 40, 37).transpose(1, 2).cumsum(1) * 0.3).to(dtype)
+    before = torch.randn(2, 40).to(dtype)
+    made = torch.rand(2, 37) < 0.2 if ahead else None
+    got = walk(keys.to(device), theta, before.to(device), None if made is None else made.to(device)).cpu()
+    for t in range(37):
+        jumps = (keys[:, t] - before).abs() >= theta
+        jumps = jumps if made is None else jumps | made[:, t, None]
+        before = torch.where(jumps, keys[:, t], before)
+        assert torch.equal(got[:, t], before)
+    assert theta == 0 or (got[:, 1:] == got[:, :-1]).any()
 
 
 def test_sums_of_changes_are_the_logits() -> None:

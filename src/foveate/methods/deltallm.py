@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import ALL, Partial, Parts, Selection, Span
@@ -15,8 +16,6 @@ from foveate.methods.base import Context, Method, Needs, Profile, Result, Role, 
 from foveate.methods.policies.deltas import changes, follow
 from foveate.models.shape import ModelShape
 
-ROWS = 64
-"""Queries whose multiplications are counted together."""
 REFERENCE, CHANGES = "deltallm", "deltallm changes"
 """Tags: a token's reference key, and how many of its channels differ from the reference before it."""
 
@@ -106,15 +105,15 @@ class DeltaLLM(Method):
     def _count(self, q: Tensor, view: View, changed: Tensor | None, ctx: Context) -> None:
         """Multiplications of q·K: all channels of near keys, of far ones those that changed."""
         group, dim = q.shape[1] // view.lengths.shape[1], q.shape[3]
-        positions = view.positions.masked_fill(~view.valid(), torch.iinfo(torch.int32).max)
-        changed = torch.full_like(positions, dim) if changed is None else changed
-        needed = dense = 0.0
-        for some in torch.arange(q.shape[2], device=q.device).split(ROWS):
-            own = ((view.seen - view.fresh)[:, None] + some)[:, None, :, None]
-            real = (some < view.fresh[:, None])[:, None, :, None]
-            distance = own - positions.unsqueeze(2)
-            near, seen = real & (distance >= 0) & (distance < self.window), real & (distance >= 0)
-            dense += float(seen.sum()) * dim
-            needed += float(near.sum()) * dim + float(((seen & ~near) * changed.long().unsqueeze(2)).sum())
+        positions, order = view.positions.masked_fill(~view.valid(), torch.iinfo(torch.int32).max).sort(dim=-1)
+        cost = torch.full_like(order, dim) if changed is None else changed.long().gather(-1, order)
+        cost = F.pad(cost.cumsum(-1), (1, 0))  # of the first so many tokens
+        columns = torch.arange(q.shape[2], device=q.device)
+        own = ((view.seen - view.fresh)[:, None] + columns).to(positions.dtype)
+        own = own.unsqueeze(1).expand(-1, positions.shape[1], -1).contiguous()
+        real = (columns < view.fresh[:, None]).unsqueeze(1)
+        seen, far = (torch.searchsorted(positions, x, right=True) for x in (own, own - self.window))
+        needed = float((((seen - far) * dim + cost.gather(-1, far)) * real).sum())
+        dense = float((seen * real).sum()) * dim
         ctx.count(group * needed, of="macs")
         ctx.count(group * dense, of="macs_dense")

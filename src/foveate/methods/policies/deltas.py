@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.attention import decoding
+
 
 @torch.no_grad()
 def follow(keys: Tensor, theta: float, known: Tensor, made: Tensor) -> Tensor:
@@ -26,12 +28,31 @@ def follow(keys: Tensor, theta: float, known: Tensor, made: Tensor) -> Tensor:
     if not len(missing):
         return out
     start = int(missing[0])
+    stop = int(missing[-1]) + 1
     before = keys.select(-2, 0) if start == 0 else out.select(-2, start - 1)
-    for t in range(start, keys.shape[-2]):
-        now = keys.select(-2, t)
-        now = torch.where((now - before).abs() >= theta, now, before)
-        before = out.select(-2, t)
-        before.copy_(torch.where(made.select(-1, t).unsqueeze(-1), before, now))
+    given = made[..., start:stop]
+    tokens = torch.where(given.unsqueeze(-1), known[..., start:stop, :], keys[..., start:stop, :])
+    pinned = given.flatten(0, -2) if bool(given.any()) else None
+    walked = _walked(tokens.flatten(0, -3), theta, before.flatten(0, -2), pinned)
+    out[..., start:stop, :] = walked.view_as(tokens)
+    return out
+
+
+def _walked(tokens: Tensor, theta: float, before: Tensor, given: Tensor | None) -> Tensor:
+    """References of tokens [R, n, D] behind references [R, D]; `given` ones, bool [R, n], are their own."""
+    if decoding.serves(tokens)[0]:
+        from foveate.attention.triton.follow import follow as walk
+
+        return walk(tokens, theta, before, given)
+    # A reference is no function of few numbers of its past: the tokens are taken in turn, all rows at once.
+    out = torch.empty_like(tokens)
+    for t in range(tokens.shape[1]):
+        now = tokens[:, t]
+        changed = (now - before).abs() >= theta
+        if given is not None:
+            changed |= given[:, t, None]
+        before = torch.where(changed, now, before)
+        out[:, t] = before
     return out
 
 
