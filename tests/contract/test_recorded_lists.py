@@ -13,6 +13,9 @@ from tests.contract.subjects import CASES, applied, model
 from tests.contract.tape import record
 from tests.contract.test_launches import launches
 
+from foveate.attention import decoding
+from foveate.engine import captured
+
 
 def recordings(name: str, seed: int, count: int = 40, **changes: Any) -> int:
     """How many steps of an answer of `count` tokens are recorded; they give what ordinary steps give."""
@@ -61,3 +64,20 @@ def test_a_served_step_only_cuts_its_list(seed: int, monkeypatch: pytest.MonkeyP
     found = launches("hip", seed, monkeypatch)
     assert not {"sort", "gather", "mm", "bmm", "index_select"} & {*found}
     assert len(found) <= 10, found
+
+
+@pytest.mark.parametrize("name", ["s2-attention", "hip"])
+def test_kernels_make_the_same_steps(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but in Triton's interpreter."""
+    pytest.importorskip("triton")
+    if not decoding._interpreted():
+        pytest.skip("kernels run here in Triton's interpreter")
+    net, case = model("llama", 2), CASES[name]
+    ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 5).unsqueeze(0)
+    with applied(net, case) as handle:
+        _, want = steps(net, handle, ids, None, new)
+        monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+        with recording(net, handle, by=captured.record):
+            cache, got = steps(net, handle, ids, None, new)
+        assert cache.step is not None
+    assert_close(got, want, EXACT)

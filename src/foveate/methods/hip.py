@@ -14,7 +14,7 @@ from foveate.cache import View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register, tries
 from foveate.methods.budget import Budget
-from foveate.methods.policies.tree import ascending, descend
+from foveate.methods.policies.tree import ascending, descend, descend_keys
 from foveate.models.shape import ModelShape
 
 AT_ONCE = 1 << 24
@@ -171,6 +171,12 @@ class HiP(Method):
         group = heads // stores
         offset = torch.arange(self.k_block, device=keys.device)
         most = max(0, -(-held // self.k_block) - self._sinks)
+        if count == 1 and asking.shape[3] == 1:
+            high = begin[..., 0].repeat_interleave(group, dim=1)
+            low = torch.full_like(high, self._sinks)
+            best = descend_keys(asking[:, :, :, 0], keys, low, high, slots, most, self.k_block)
+            if best is not None:
+                return best.unsqueeze(2)
         step = max(1, AT_ONCE // (batch * heads * 2 * slots * self.k_block * dim))
         found = []
         for at in range(0, count, step):

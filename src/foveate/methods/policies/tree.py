@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from foveate.attention import decoding
 from foveate.methods.policies.lists import top_lists
 
 
@@ -40,6 +42,15 @@ def descend(
         start, size = start.gather(-1, there), size.gather(-1, there).masked_fill(best < 0, 0)
         largest = -(-largest // 2)
     return torch.where(size > 0, start, -1)
+
+
+def descend_keys(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, most: int, page: int) -> Tensor | None:
+    """`descend` for one query q [B, H, 1, D], blocks of `page` keys k [B, Hs, C, D] and their largest logit, by
+    kernels: low and high [B, H] give [B, H, slots]. None where there are none."""
+    if q.dtype != k.dtype or k.stride(3) != 1 or not decoding.serves(q)[0]:
+        return None
+    found: Tensor = import_module("foveate.attention.triton.tree").best_blocks(q, k, low, high, slots, most, page)
+    return found
 
 
 def ascending(blocks: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""The tree search at a decode step, in Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.attention.test_triton_decode import made, on
+
+from foveate.errors import BadArgument
+from foveate.methods.policies.tree import ascending, descend
+
+pytest.importorskip("triton")
+
+from foveate.attention.triton.tree import best_blocks
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "heads", "stores", "page", "slots"),
+    [
+        (torch.float32, 24, 2, 2, 2, 5),
+        (torch.bfloat16, 128, 6, 2, 3, 8),
+        (torch.float16, 64, 8, 1, 2, 4),
+        (torch.float32, 64, 6, 2, 1, 40),
+    ],
+)
+def test_finds_what_the_search_in_words_finds(
+    seed: int, dtype: torch.dtype, dim: int, heads: int, stores: int, page: int, slots: int
+) -> None:
+    torch.manual_seed(seed)
+    held = 150
+    q, k = made(dtype, 2, heads, 1, dim), made(dtype, 2, stores, held + 9, dim)[:, :, :held]
+    low = torch.randint(0, 4, (2, heads))
+    high = torch.tensor([[held // page], [17]]).expand(2, heads).contiguous()
+    high[0, 0] = low[0, 0] + 3  # fewer than may be found
+    high[1, 1] = 0
+    truth = torch.einsum("bgd,bcd->bgc", q.double().flatten(0, 1).view(2 * stores, -1, dim), k.double().flatten(0, 1))
+    best = truth.view(2, heads, held)[..., : held // page * page].unflatten(-1, (-1, page)).amax(-1)
+    want = descend(low, high, slots, lambda at: best.gather(-1, at.clamp_max(best.shape[-1] - 1)))
+    q, k, low, high = on(q, k, low, high)
+    got = best_blocks(q, k, low, high, slots, -(-held // page), page).cpu()
+    assert got.shape == (2, heads, slots)
+    assert torch.equal(ascending(got), ascending(want))
+
+
+def test_bad_arguments() -> None:
+    q, k, low = torch.zeros(1, 2, 2, 16), torch.zeros(1, 2, 9, 16), torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(BadArgument, match="one query"):
+        best_blocks(q, k, low, low, 2, 4, 2)
