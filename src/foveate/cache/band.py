@@ -332,7 +332,10 @@ class Band:
         self.k, self.v = recalled(self.k, self.used), None if self.v is None else recalled(self.v, self.used)
 
     def _expire(self, upcoming: Counts) -> None:
-        held = self.slot_positions().cpu().numpy().astype(np.int64)
+        if self.positions is None:  # nothing to wait for
+            held = np.arange(self.used)[None, :]
+        else:
+            held = self.slot_positions().cpu().numpy().astype(np.int64)
         alive = np.arange(self.used)[None, :] < self.lengths[:, None]
         for span in self.spans:
             if span.window is None:
