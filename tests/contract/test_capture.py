@@ -47,7 +47,19 @@ def test_recorded_steps_are_eager_steps(case: Case, family: str, seed: int) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["snapkv", "duo-attention", "quest", "kivi", "h2o", "delta-attention", "tokenselect", "streaming-llm"]
+    "name",
+    [
+        "snapkv",
+        "duo-attention",
+        "quest",
+        "kivi",
+        "h2o",
+        "delta-attention",
+        "tokenselect",
+        "streaming-llm",
+        "lycheedecode",
+        "recycled-attention",
+    ],
 )
 def test_kernels_make_the_same_steps(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but in Triton's interpreter: tokens arrive and are read by kernels."""

@@ -80,7 +80,7 @@ def launches(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]
     monkeypatch.setattr(import_module("foveate.attention.attend"), "_check_lists", lambda *args: None)
     monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
     monkeypatch.setattr(StepCall, "attention", within)
-    for made in ("arrive", "weigh", "evict"):
+    for made in ("arrive", "weigh", "evict", "scored", "listed", "token_weights", "replace_least"):
         monkeypatch.setattr(decoding.Held, made, noted(made))
     net, case = model("llama", 2), CASES[name]
     ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 6).unsqueeze(0)
@@ -97,6 +97,8 @@ def launches(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]
         ("quest", ["arrive", "page_bounds", "select_best", "decode_lists"]),
         ("h2o", ["arrive", "weigh", "evict"]),
         ("delta-attention", ["arrive", "decode_lists"]),
+        ("lycheedecode", ["arrive", "listed"]),
+        ("recycled-attention", ["arrive", "listed", "replace_least"]),
     ],
 )
 def test_a_layer_launches_no_more_than_it_must(

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close
+from tests.contract.recorded import recording
+from tests.contract.recorded import steps as decoded
 from tests.heads.words import WordTokenizer
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores, watching
 from tests.methods.test_duo_attention import Probe
 
 import foveate
+from foveate.attention import decoding
+from foveate.engine import captured
 from foveate.heads.hardkuma import KumaRecipe
 from foveate.methods import LycheeDecode, Profile, SnapKV
 from foveate.methods.profile import built_in_profile, fingerprint, load_profile, save_profile
@@ -85,6 +89,28 @@ def test_sparse_heads_are_dense_attention_under_their_list() -> None:
             scores = scores.masked_fill(~mask, -torch.inf)
         want = (scores.softmax(-1).unsqueeze(1) @ v)[:, 0]
         assert_close(read["result"].out[0, :, 0], want, TOLERANCE)
+
+
+@pytest.mark.parametrize(("heads", "reduce"), [(4, "max"), (6, "mean")])
+def test_kernels_read_and_list_what_formulas_do(heads: int, reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In recorded steps: heads that look everywhere and heads with lists in one read, lists made of some of them."""
+    pytest.importorskip("triton")
+    if not decoding._interpreted():
+        pytest.skip("kernels run here in Triton's interpreter")
+    net = llama(heads=heads, kv_heads=2, layers=6)
+    table = [*OPEN, [0.7, 0.1], [0.1, 0.2]]
+    ids, mask, new = prompt(2, 41), torch.ones(2, 41, dtype=torch.long), prompt(2, 6, seed=1)
+    mask[1, :35] = 0
+    made: list[Any] = []
+    with foveate.apply(net, LycheeDecode(tokens=9, recent=2, reduce=reduce), profile=profile(net, table)) as handle:
+        _, want = decoded(net, handle, ids, mask, new)
+        monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+        listed = decoding.Held.listed
+        monkeypatch.setattr(decoding.Held, "listed", lambda *a, **k: made.append(a) or listed(*a, **k))
+        with recording(net, handle, by=captured.record):
+            cache, got = decoded(net, handle, ids, mask, new)
+    assert cache.step is not None and len(made) >= 15
+    assert_close(got, want, TOLERANCE)
 
 
 def test_all_heads_retrieving_is_dense() -> None:

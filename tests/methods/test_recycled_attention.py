@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close
+from tests.contract.recorded import recording
+from tests.contract.recorded import steps as decoded
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
 from torch import Tensor
 
 import foveate
-from foveate.attention import Selection
+from foveate.attention import Selection, decoding
+from foveate.engine import captured
 from foveate.methods import H2O, RecycledAttention
 from foveate.models import tiny
 
@@ -237,3 +240,34 @@ def test_bad_parameters(bad: dict) -> None:
 def test_defaults_are_the_papers() -> None:
     method = RecycledAttention()
     assert (method.tokens, method.stride, method.every, method.similarity) == (4096, 50, 5, None)
+
+
+@pytest.mark.parametrize(("heads", "reduce"), [(4, "max"), (6, "mean")])
+def test_kernels_keep_the_lists_that_formulas_keep(heads: int, reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In recorded steps lists are in no order and change in their place. One row's list is not full at first."""
+    pytest.importorskip("triton")
+    if not decoding._interpreted():
+        pytest.skip("kernels run here in Triton's interpreter")
+    net, method = llama(heads=heads, layers=2), RecycledAttention(tokens=9, stride=6, reduce=reduce)
+    ids, mask = prompt(2, 29), torch.ones(2, 29, dtype=torch.long)
+    mask[1, :24] = 0
+    new = prompt(2, 11, seed=1)
+    lists: list[list[Tensor]] = [[], []]
+
+    def noted(cache: Any, found: list[Tensor]) -> None:
+        for layer in cache.couriers():
+            found.append(layer.mine["recycled-attention"]["list"].sort(-1).values.clone())
+
+    made: list[Any] = []
+    with foveate.apply(net, method) as handle:
+        plain, want = decoded(net, handle, ids, mask, new)
+        noted(plain, lists[0])
+        monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+        upkeep = decoding.Held.replace_least
+        monkeypatch.setattr(decoding.Held, "replace_least", lambda *a, **k: made.append(a) or upkeep(*a, **k))
+        with recording(net, handle, by=captured.record):
+            cache, got = decoded(net, handle, ids, mask, new)
+        noted(cache, lists[1])
+    assert cache.step is not None and len(made) >= 10
+    assert_close(got, want, TOLERANCE)
+    assert all(torch.equal(x, y) for x, y in zip(*lists, strict=True))

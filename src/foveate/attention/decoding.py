@@ -7,13 +7,16 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from foveate.attention.request import Request
 from foveate.attention.selection import Partial
+
+if TYPE_CHECKING:
+    from foveate.attention.triton.list_weights import Scored
 
 name = "decode"
 
@@ -115,6 +118,31 @@ class Held:
         if add:
             weights.add_mass(scores, lse, self.stores, *self.columns[add])
         return out, lse, weights.probabilities(scores, lse, self.stores) if probs else None
+
+    def scored(self, q: Tensor, width: int, scale: float, softcap: float | None) -> Scored:
+        """`attend` with the scores of the slots; without sinks."""
+        weights = _kernels("decode_weights")
+        return _kernels("list_weights").Scored(*weights.decode_scored(q, self.stores, width, scale, softcap))
+
+    def listed(
+        self, q: Tensor, lists: Tensor, counts: Tensor, windows: Tensor, width: int, scale: float,
+        softcap: float | None, *, scored: bool,
+    ) -> Scored:  # fmt: skip
+        """Attention of q [B, H, 1, Dk] over single slots of one band that holds every pair, each store head over its
+        list and its newest slots; see `triton.list_weights.decode_lists_scored`."""
+        held = self.stores
+        return _kernels("list_weights").decode_lists_scored(
+            q, held.k, held.v, lists, counts, held.lengths, windows, width, scale, softcap, scored=scored
+        )
+
+    def token_weights(self, read: Scored, heads: Tensor, recent: int, *, mean: bool) -> Tensor:
+        """What store heads (int32 [n]) of one band looked at, [B, n, S]; see `triton.list_weights.token_weights`."""
+        return _kernels("list_weights").token_weights(read, self.stores.lengths, heads, recent, mean=mean)
+
+    def replace_least(self, lists: Tensor, read: Scored, *, mean: bool) -> None:
+        """The newest token takes the place of the least attended one of each list, in place; see
+        `triton.list_weights.replace_least`."""
+        _kernels("list_weights").replace_least(lists, read, self.stores.lengths, mean=mean)
 
     def arrive(self, k: Tensor, v: Tensor | None) -> None:
         """Take in a token of every pair: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv] or None; its tags are filled if they are

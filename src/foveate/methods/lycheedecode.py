@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.attention import ALL, Parts, Selection
+from foveate.attention import ALL, Partial, Parts, Selection
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.heads.gates import gated_layers, made_with
@@ -111,7 +111,12 @@ class LycheeDecode(Method):
 
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         role = ctx.role
-        if role.name not in ("mixed", "reuse") or not view.exceeds(role.extra["keep"]):
+        if role.name == "dense" or not view.exceeds(role.extra["keep"]):
+            return ALL
+        read = self._by_kernels(q, view, ctx) if q.shape[2] == 1 else None
+        if read is not None:
+            return read
+        if role.name == "retrieve":
             return ALL
         handed = ctx.forward["lists"]
         lists = ascending(slots_of(handed.flatten(2), view).unflatten(2, handed.shape[2:]))
@@ -125,7 +130,9 @@ class LycheeDecode(Method):
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         publish = ctx.role.extra.get("publish", ())
-        if ctx.phase != "decode" or not publish:
+        if ctx.phase != "decode" or not publish or not view.exceeds(ctx.role.extra["keep"]):
+            return
+        if ctx.forward.get("listed") == ctx.layer:  # by kernels
             return
         heads = on_device(publish, q.device)
         keys, own = view.k().index_select(1, heads), _own(q, view)
@@ -145,6 +152,32 @@ class LycheeDecode(Method):
             best, before = (F.pad(x, (0, width - x.shape[-1]), value=-1) for x in (best, before))
             best = torch.where(_heads(publish, view), best, before)
         ctx.forward["lists"] = best
+
+    def _by_kernels(self, q: Tensor, view: View, ctx: Context) -> Partial | None:
+        """Read and list at once by kernels, all heads of a layer in one; None where there are none, or every head reads
+        everything and lists nothing."""
+        role, held, lists = ctx.role, view.held, ctx.forward.get("lists")
+        looking, publish, keep = (role.extra[name] for name in ("looking", "publish", "keep"))
+        if held is None or (role.name == "retrieve" and not publish):
+            return None
+        batch, heads = view.lengths.shape
+        if role.name == "retrieve" or lists is None:  # the first layer's heads all do
+            read = held.scored(q, view.capacity, ctx.scale, ctx.softcap)
+        else:
+            ends = tuple(UNBOUNDED if head in looking else 0 for head in range(heads))
+            counts = on_device((lists.shape[-1],), q.device, torch.int32).expand(batch, heads)
+            windows, width, scored = on_device(ends, q.device, torch.int32), view.capacity, bool(publish)
+            read = held.listed(q, lists[:, :, 0], counts, windows, width, ctx.scale, ctx.softcap, scored=scored)
+        if publish:
+            which, mean = on_device(publish, q.device, torch.int32), self.reduce == "mean"
+            best = top_lists(held.token_weights(read, which, self.recent, mean=mean), keep)
+            if len(publish) == heads:
+                lists = best.unsqueeze(2)
+            else:
+                lists = best.new_full((batch, heads, 1, best.shape[-1]), -1) if lists is None else lists
+                lists[:, :, 0].index_copy_(1, on_device(publish, q.device), best)
+            ctx.forward["lists"], ctx.forward["listed"] = lists, ctx.layer
+        return Partial(read.out, read.lse)
 
     def calibrate(
         self, probe: Probe, data: Iterable[Example] | None = None, *, longest: int | None = None,

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.attention import ALL, Parts, Selection
+from foveate.attention import ALL, Partial, Parts, Selection
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register
 from foveate.methods.budget import Budget
 from foveate.methods.policies.lists import top_lists
-from foveate.methods.policies.places import ascending, positions_of, slots_of
+from foveate.methods.policies.places import ascending, on_device, positions_of, slots_of
 from foveate.methods.policies.rows import group_reduce, row_probs
 from foveate.models.shape import ModelShape
 
@@ -83,6 +83,9 @@ class RecycledAttention(Method):
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         if ctx.role.name != "recycle":
             return ALL
+        read = self._by_kernels(q, view, ctx) if q.shape[2] == 1 else None
+        if read is not None:
+            return read
         state, keys, reads = dict(ctx.mine), view.k(), []
         for i in range(q.shape[2]):  # several tokens in one step read what single steps would have read
             read, whole = self._step(q[:, :, i], i, keys, state, view, ctx)
@@ -99,6 +102,26 @@ class RecycledAttention(Method):
             ctx.mine.clear()  # the list knows nothing of these tokens
         else:
             ctx.mine.update(ctx.forward.pop("next", {}))
+
+    def _by_kernels(self, q: Tensor, view: View, ctx: Context) -> Partial | None:
+        """What `_step` gives where kernels attend and keep the list at once, all rows being due or none; else None."""
+        held, room, listed = view.held, ctx.role.extra["keep"], ctx.mine.get("list")
+        batch, heads = view.lengths.shape if held is not None else (0, 0)
+        if held is None or listed is None or view.capacity <= room + 1 or listed.shape != (batch, heads, room):
+            return None
+        due, mean = ctx.clock % self.period == 0, self.reduce == "mean"
+        if (due.any() and (self.similarity is not None or not due.all())) or not listed.is_contiguous():
+            return None
+        if due.any():
+            read = held.scored(q, view.capacity, ctx.scale, ctx.softcap)
+            every = on_device(tuple(range(heads)), q.device, torch.int32)
+            ctx.forward["next"] = {"list": top_lists(held.token_weights(read, every, 0, mean=mean), room)}
+        else:
+            counts, windows = (on_device((n,) * heads, q.device, torch.int32) for n in (room, 1))
+            counts = counts.expand(batch, heads)
+            read = held.listed(q, listed, counts, windows, room + 1, ctx.scale, ctx.softcap, scored=True)
+            held.replace_least(listed, read, mean=mean)  # in its place: nothing has to be brought back to it
+        return Partial(read.out, read.lse)
 
     def _step(
         self, q: Tensor, i: int, keys: Tensor, state: dict[str, Tensor], view: View, ctx: Context

@@ -34,16 +34,20 @@ PAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @jit
 def _tokens(
-    number, valid, lengths, counts, sink, window, stride_c, stride_ch, HEADS: tl.constexpr, STORES: tl.constexpr,
-    LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    number, valid, lengths, counts, windows, sink, window, stride_c, stride_ch, HEADS: tl.constexpr,
+    STORES: tl.constexpr, LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """What units `number` hold and read: their length, first tokens, newest tokens, and listed tokens.
 
     A unit is one row and one of HEADS heads, the finer ones of the store heads and of those that have lists.
     """
     row, head = number // HEADS, number % HEADS
-    length = tl.load(lengths + row * STORES + head // (HEADS // STORES), mask=valid, other=0)
+    store = head // (HEADS // STORES)
+    length = tl.load(lengths + row * STORES + store, mask=valid, other=0)
     count = tl.load(counts + row * stride_c + head // (HEADS // LISTS) * stride_ch, mask=valid, other=0)
+    if WINDOWS:
+        window = tl.load(windows + store, mask=valid, other=0)
+        count = tl.where(window < length, count, 0)  # of a head that reads everything
     first = tl.minimum(length, sink)
     # A window that reaches back to the first tokens begins behind them.
     last = length - tl.maximum(length - window, first)
@@ -52,38 +56,42 @@ def _tokens(
 
 @jit
 def _blocks(
-    lengths, counts, units, sink, window, stride_c, stride_ch, HEADS: tl.constexpr, STORES: tl.constexpr,
-    LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+    lengths, counts, windows, units, sink, window, stride_c, stride_ch, HEADS: tl.constexpr, STORES: tl.constexpr,
+    LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Blocks of every unit [UNITS]."""
     number = tl.arange(0, UNITS)
     _, first, last, listed = _tokens(
-        number, number < units, lengths, counts, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE
-    )
+        number, number < units, lengths, counts, windows, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS,
+        WIDTH, PAGE, WINDOWS,
+    )  # fmt: skip
     return (first + last + listed + BLOCK - 1) // BLOCK
 
 
 @jit(do_not_specialize=["units", "workers", "sink", "window"])
 def _decode(
-    q, k, v, lists, counts, lengths, part, weight, factor, softcap, units, workers, sink, window,
-    stride_k, stride_kt, stride_v, stride_vt, stride_l, stride_lh, stride_c, stride_ch,
+    q, k, v, lists, counts, lengths, windows, part, weight, scores, factor, softcap, units, workers, sink, window,
+    stride_k, stride_kt, stride_v, stride_vt, stride_l, stride_lh, stride_c, stride_ch, stride_s,
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, HEADS: tl.constexpr,
-    STORES: tl.constexpr, LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    STORES: tl.constexpr, LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    NEAR: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    NEAR: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     worker = tl.program_id(0)
     row = tl.arange(0, M)
     valid = row < R
     every = _blocks(
-        lengths, counts, units, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE, UNITS, BLOCK
-    )
+        lengths, counts, windows, units, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE, WINDOWS,
+        UNITS, BLOCK,
+    )  # fmt: skip
     at, end, unit, before = share_of(worker, workers, every)
     n = tl.arange(0, BLOCK)
     while at < end:
         length, first, last, listed = _tokens(
-            unit, unit >= 0, lengths, counts, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE
-        )
+            unit, unit >= 0, lengths, counts, windows, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH,
+            PAGE, WINDOWS,
+        )  # fmt: skip
         near = first + last
         blocks = (near + listed + BLOCK - 1) // BLOCK
         stop = tl.minimum(end, before + blocks)
@@ -117,6 +125,10 @@ def _decode(
                     k1 = tile_of(kp, far * stride_kt, keep, K0, K1, DK, True)
                 s = logits(q0, q1, k0, k1, factor, softcap, K1, CAPPED, PRECISION)
                 s = tl.where(keep[None, :], s, float("-inf"))
+                if SCORES:
+                    # By the place among the tokens: 64 bits, as there may be many of them for each of many rows.
+                    to = scores + (unit.to(tl.int64) * R + row)[:, None] * stride_s + (j * BLOCK + n)[None, :]
+                    tl.store(to, s, mask=valid[:, None] & (j * BLOCK + n < near + listed)[None, :])
                 v0 = tile_of(vp, far * stride_vt, keep, 0, V0, DV, True)
                 v1 = v0
                 if V1:
@@ -130,15 +142,16 @@ def _decode(
 
 @jit(do_not_specialize=["units", "workers", "sink", "window"])
 def _merge(
-    part, weight, counts, lengths, out, lse, units, workers, sink, window, stride_c, stride_ch,
+    part, weight, counts, lengths, windows, out, lse, units, workers, sink, window, stride_c, stride_ch,
     R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, HEADS: tl.constexpr, STORES: tl.constexpr,
-    LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, DV: tl.constexpr, D: tl.constexpr,
-    WIDE: tl.constexpr,
+    LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr, DV: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     blocks = _blocks(
-        lengths, counts, units, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE, UNITS, BLOCK
-    )
+        lengths, counts, windows, units, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE, WINDOWS,
+        UNITS, BLOCK,
+    )  # fmt: skip
     unit = (place // R).to(tl.int32)
     value, total = gather_parts(
         part, weight, unit, place % R, blocks, workers, float("-inf"), 0.0, R, DV, D, UNITS, WIDE
@@ -166,8 +179,17 @@ def run(
     scale: float,
     softcap: float | None,
     layout: Tuning | None = None,
+    windows: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`decode_lists` in a layout of one's own (for measurements)."""
+    """`decode_lists` in a layout of one's own (for measurements).
+
+    Args:
+        windows: int32 [Hs], how many of the newest slots each store head reads besides its list, in place of `near`'s;
+            from the length on it reads everything, and no list.
+        scores: float32 [B, H, 1, S], S from the slots that any head reads on, to be filled with the logits in base 2
+            by place: first slots, newest ones, then the list's in its order; -inf where an entry is not read.
+    """
     batch, heads, _, k_dim = q.shape
     v_dim, stores, listed = v.shape[2], k.shape[0] // batch, lists.shape[1]
     finer = max(stores, listed)
@@ -177,23 +199,26 @@ def run(
     part, weight = partials(workers + units, rows, v_dim, q.device)
     out, lse = _empty(q, v_dim)
     sink, window = near or (0, 0)
+    ends = lengths if windows is None else windows  # the former stands where a pointer is not read
     same: dict[str, Any] = {
         "R": rows, "BLOCK": layout.block, "UNITS": power_of_two(units), "HEADS": finer, "STORES": stores,
-        "LISTS": listed, "WIDTH": lists.shape[2], "PAGE": page,
+        "LISTS": listed, "WIDTH": lists.shape[2], "PAGE": page, "WINDOWS": windows is not None,
     }  # fmt: skip
     _decode[(workers,)](
-        q, k, v, lists, counts, lengths, part, weight,
+        q, k, v, lists, counts, lengths, ends, part, weight, weight if scores is None else scores,
         scale / softcap if softcap is not None else scale * LOG2E.value,
         softcap * LOG2E.value if softcap is not None else 0.0,
         units, workers, sink, window, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         lists.stride(0), lists.stride(1), counts.stride(0), counts.stride(1),
-        M=max(16, power_of_two(rows)), NEAR=near is not None, CAPPED=softcap is not None,
-        PRECISION=precision_of(q.dtype), **same, **shapes(k_dim, v_dim),
+        0 if scores is None else scores.stride(1), M=max(16, power_of_two(rows)),
+        NEAR=near is not None or windows is not None, CAPPED=softcap is not None, PRECISION=precision_of(q.dtype),
+        SCORES=scores is not None, **same, **shapes(k_dim, v_dim),
         num_warps=layout.warps, num_stages=layout.stages,
     )  # fmt: skip
     _merge[(units * rows,)](
-        part, weight, counts, lengths, out, lse, units, workers, sink, window, counts.stride(0), counts.stride(1),
-        DV=v_dim, D=power_of_two(v_dim), WIDE=16 if v_dim <= 128 else 8, **same,
+        part, weight, counts, lengths, ends, out, lse, units, workers, sink, window, counts.stride(0),
+        counts.stride(1), DV=v_dim, D=power_of_two(v_dim), WIDE=(16 if windows is None else 32) if v_dim <= 128 else 8,
+        **same,
     )  # fmt: skip
     return out, lse
 

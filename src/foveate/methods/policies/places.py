@@ -18,10 +18,9 @@ def ascending(lists: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """A few whole numbers, int64. They are brought to the device once: a step that is recorded takes nothing from the
-    host."""
-    return torch.tensor(numbers, device=device)
+def on_device(numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A few whole numbers. They are brought to the device once: a step that is recorded takes nothing from the host."""
+    return torch.tensor(numbers, device=device, dtype=dtype)
 
 
 def slots_of(positions: Tensor, view: View) -> Tensor:
