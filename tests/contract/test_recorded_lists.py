@@ -66,6 +66,10 @@ def test_a_served_step_only_cuts_its_list(seed: int, monkeypatch: pytest.MonkeyP
     assert len(found) <= 10, found
 
 
+def test_steps_that_complete_a_chunk_are_another_kind(seed: int) -> None:
+    assert recordings("longheads", seed) == 2
+
+
 @pytest.mark.parametrize("name", ["s2-attention", "hip"])
 def test_kernels_make_the_same_steps(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but in Triton's interpreter."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from foveate.attention import ALL, Parts
 from foveate.cache import Store, View
 from foveate.cache.cache import State
+from foveate.cache.fixed_store import FixedStore
 from foveate.engine.read import Reading, head_columns, read
 from foveate.engine.samples import NEVER
 from foveate.methods.base import Result, Role
@@ -47,6 +48,12 @@ class LayerContext:
     def sure(self, flags: Tensor) -> bool:
         """Whether all flags are known to be set."""
         return self.looks and bool(flags.all())
+
+    @property
+    def seen(self) -> np.ndarray:
+        if isinstance(self.store, FixedStore):
+            return self.store.origin.seen
+        return self.store.seen - self.how.fresh
 
     @property
     def scale(self) -> float:

@@ -183,11 +183,12 @@ class StepCall:
 
     def kind(self) -> Hashable:
         """What kind of step comes next, of all layers; None if it is made in the ordinary way."""
-        methods = [m for m in self.binding.composition.methods if type(m).kind is not Method.kind]
-        if not methods:
-            return ()
-        kinds = tuple(m.kind(layer.clock) for m in methods for layer in self.layers.values())
-        return None if None in kinds else kinds
+        methods = self.binding.composition.methods
+        clocked = [m for m in methods if type(m).kind is not Method.kind]
+        counted = [m for m in methods if type(m).completes is not Method.completes]
+        kinds = tuple(m.kind(layer.clock) for m in clocked for layer in self.layers.values())
+        ends = tuple(m.completes(layer.store.seen) for m in counted for layer in self.layers.values())
+        return None if None in kinds else (kinds, ends)
 
     def catch_up(self) -> bool:
         """Take over what came by another way since the last replay. False if a step can no longer be this one."""

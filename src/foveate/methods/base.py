@@ -139,6 +139,11 @@ class Method:
         of one kind are recorded once. None: it is made in the ordinary way."""
         return ()
 
+    def completes(self, seen: np.ndarray) -> bool:
+        """Whether the next decode step completes something (a block of tokens) of any row, where rows have had so many
+        tokens (see `Context`) before it: such steps are a kind of their own."""
+        return False
+
     # -- what is held -------------------------------------------------------------------------------------------------
 
     @property

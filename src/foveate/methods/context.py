@@ -35,6 +35,7 @@ class Context(Protocol):
         prepared: what `prepare` made of this layer's prompt; empty before.
         scale: the softmax scale of the logits.
         clock: tokens of each row decoded since its last prompt, before this forward; int64 [B] on the host.
+        seen: tokens of each row before this forward, evicted ones counted; int64 [B] on the host.
         limit: tokens per head this layer may hold, [B] on the host (keep methods with a budget).
         mine, shared: tensors of this method per layer / per cache, rows first; cleared by crop.
         forward: this method's scratch of one forward, shared by its layers.
@@ -66,6 +67,8 @@ class Context(Protocol):
     def limit(self) -> Tensor | None: ...
     @property
     def clock(self) -> np.ndarray: ...
+    @property
+    def seen(self) -> np.ndarray: ...
     @property
     def rope(self) -> Rope: ...
     @property

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import ALL, Frame, Parts, Selection
@@ -20,6 +20,9 @@ from foveate.models.shape import ModelShape
 
 SCORES = 1 << 24
 """Scores of chunks that are alive at once."""
+
+SPARE = 8
+"""Fewest chunks that there is room for when features have to be brought elsewhere."""
 
 
 @register
@@ -48,6 +51,7 @@ class LongHeads(Method):
     slots = frozenset({"prefill", "decode"})
     aligned = True
     croppable = False
+    graph = True
 
     chunk: int = 256
     tokens: int = 4096
@@ -75,25 +79,33 @@ class LongHeads(Method):
             return ALL
         features = self._features(q, view, ctx)
         ctx.forward[f"features {ctx.layer}"] = features
-        if view.longest <= most * size:
+        if not view.exceeds(most * size):
             return ALL
-        own = (view.lengths[:, 0].long() - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device)
-        chunks = -(-view.capacity // size)
-        features = F.pad(features, (0, 0, 0, chunks - features.shape[2])).transpose(-1, -2)
-        number = torch.arange(chunks, device=q.device)
-        lists = []
-        step = max(1, SCORES // (q.shape[0] * q.shape[1] * chunks))
+        single = q.shape[2] == 1
+        common = ctx.forward.get("common") if single else None
+        if common is None:
+            own = (view.lengths[:, 0].long() - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device)
+            place = torch.where(own < most * size, own, (most - 1) * size + own % size)
+            ranks = torch.arange(min(most, features.shape[2]), device=q.device).mul(size)
+            common = own, place, ranks, self._limits(own, features) if single else None
+            if single:  # all layers hold the same tokens
+                ctx.forward["common"] = common
+        own, place, ranks, limits = common
+        wanted, lists = features.transpose(-1, -2), []
+        step = max(1, SCORES // (q.shape[0] * q.shape[1] * features.shape[2]))
         for first in range(0, q.shape[2], step):
-            place = own[:, first : first + step]
-            scores = ctx.rope.move(q[:, :, first : first + step], -place).float() @ features
-            current = (place // size)[:, None, :, None]
-            forced = (number == 0) | (number >= current - 1)
-            scores = scores.masked_fill(forced, torch.inf).masked_fill(number > current, -torch.inf)
-            lists.append(top_lists(scores, most))
-        listed = torch.cat(lists, dim=2)
-        ranks = torch.arange(listed.shape[-1], device=q.device).mul(size).expand_as(listed)
-        place = torch.where(own < most * size, own, (most - 1) * size + own % size)
-        return Selection(lists=listed, q_block=1, k_block=size, frame=Frame(place, ranks))
+            now = own[:, first : first + step]
+            scores = ctx.rope.move(q[:, :, first : first + step], -now).float() @ wanted
+            forced, hidden = limits or self._limits(now, features)
+            lists.append(top_lists(scores.masked_fill(forced, torch.inf).masked_fill(hidden, -torch.inf), most))
+        listed = lists[0] if len(lists) == 1 else torch.cat(lists, dim=2)
+        return Selection(lists=listed, q_block=1, k_block=size, frame=Frame(place, ranks.expand_as(listed)))
+
+    def _limits(self, own: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Chunks that queries at `own` [B, n] read in any case, and those that they cannot, bool [B, 1, n, chunks]."""
+        number = torch.arange(features.shape[2], device=own.device)
+        current = (own // self.chunk)[:, None, :, None]
+        return (number == 0) | (number >= current - 1), number > current
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         """Keep the features, and the queries of incomplete chunks: the query of position p in place p mod chunk."""
@@ -102,6 +114,10 @@ class LongHeads(Method):
             return
         ctx.mine["features"] = features
         held = ctx.mine.setdefault("queries", q.new_zeros(*q.shape[:2], self.chunk, q.shape[3]))
+        if q.shape[2] == 1 and view.host_fresh.all():
+            place = (view.lengths[:, :1].long() - 1) % self.chunk
+            held.scatter_(2, place[:, None, :, None].expand_as(q), q)
+            return
         count = min(q.shape[2], self.chunk)
         column = view.fresh[:, None].long() - count + torch.arange(count, device=q.device)
         place = ((view.lengths[:, :1].long() - view.fresh[:, None] + column) % self.chunk)[:, None, :, None]
@@ -109,16 +125,27 @@ class LongHeads(Method):
         new = q.gather(2, column.clamp_min(0)[:, None, :, None].expand_as(index))
         held.scatter_(2, index, torch.where((column >= 0)[:, None, :, None], new, held.gather(2, index)))
 
+    def completes(self, seen: np.ndarray) -> bool:
+        """A complete chunk gets its feature."""
+        return bool(((seen + 1) % self.chunk == 0).any())
+
     def _features(self, q: Tensor, view: View, ctx: Context) -> Tensor:
-        """Features of all complete chunks, float32 [B, H, chunks, D]; zeros where a row has fewer."""
+        """Features of all complete chunks, float32 [B, H, chunks, D]; zeros where a row has fewer, and behind them, so
+        that a step finds room for more."""
         size, (batch, heads, _, dim) = self.chunk, q.shape
-        known = ctx.mine.get("features", q.new_zeros(batch, heads, 0, dim, dtype=torch.float32))
+        known = ctx.mine.get("features")
+        if known is not None and q.shape[2] == 1 and not view.exceeds(known.shape[2] * size):
+            return self._completed(q, known, view, ctx) if self.completes(ctx.seen) else known
         first = view.host_lengths[:, 0] - view.host_fresh
         total = int((view.host_lengths[:, 0] // size).max())
         begun = int((first // size).min())
+        held = 0 if known is None else known.shape[2]
+        room = held if total < held else total + max(SPARE, total // 8)
+        features = q.new_zeros(batch, heads, room, dim, dtype=torch.float32)
+        if known is not None:
+            features[:, :, :held] = known
         if (view.host_lengths[:, 0] // size <= first // size).all():
-            return known
-        features = torch.cat([known, known.new_zeros(batch, heads, max(0, total - known.shape[2]), dim)], dim=2)
+            return features
         keys, values = view.k(), view.v()
         start = torch.from_numpy(first).to(q.device)
         end = torch.from_numpy(view.host_lengths[:, 0]).to(q.device)
@@ -134,10 +161,26 @@ class LongHeads(Method):
             features[:, :, number] = torch.where(now[:, None, None], made, features[:, :, number])
         return features
 
-    def _feature(self, q: Tensor, k: Tensor, v: Tensor, start: int, ctx: Context) -> Tensor:
-        """Feature [B, H, D] of the chunk q [B, H, w, D], k and v [B, Hs, w, D] that begins at position `start`."""
+    def _completed(self, q: Tensor, known: Tensor, view: View, ctx: Context) -> Tensor:
+        """The same with those of chunks that single queries q [B, H, 1, D] complete."""
+        size, keys, values = self.chunk, view.k(), view.v()
+        length = view.lengths[:, 0].long()
+        number = (length // size - 1).clamp_min(0)
+        slots = number[:, None] * size + torch.arange(size, device=q.device)
+        index = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        rows = torch.cat([ctx.mine["queries"][:, :, :-1], q], dim=2)
+        made = self._feature(rows, keys.gather(2, index), values.gather(2, index), number * size, ctx)
+        now = (length > 0) & (length % size == 0) & (view.fresh > 0)
+        place = number.view(-1, 1, 1, 1).expand(-1, q.shape[1], 1, q.shape[3])
+        new = torch.where(now.view(-1, 1, 1, 1), made.unsqueeze(2), known.gather(2, place))
+        return known.scatter(2, place, new)
+
+    def _feature(self, q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, ctx: Context) -> Tensor:
+        """Feature [B, H, D] of the chunk q [B, H, w, D], k and v [B, Hs, w, D] that begins at position `start`, one for
+        all rows or [B]."""
         group = q.shape[1] // k.shape[1]
-        near = ctx.rope.move(k, torch.full(k.shape[:1] + k.shape[2:3], -start, device=k.device))
+        back = -start[:, None] if isinstance(start, Tensor) else torch.full((len(k), 1), -start, device=k.device)
+        near = ctx.rope.move(k, back.expand(-1, k.shape[2]))
         k, v, near = (x.float().repeat_interleave(group, dim=1) for x in (k, v, near))
         mean = (_weights(q.float() @ k.transpose(-1, -2), ctx) @ v).mean(2, keepdim=True)
         return (_weights(mean @ near.transpose(-1, -2), ctx) @ near).squeeze(2)
