@@ -15,8 +15,8 @@ from foveate.attention.triton.workers import (
     LOG2E,
     Tuning,
     absorb,
-    begin_of,
     check_heads,
+    gather_channels,
     jit,
     leave,
     logits,
@@ -175,18 +175,6 @@ def _decode(
         unit += 1
 
 
-@jit
-def _joined(part, weight, place, busy, d, acc, top, mass, DV: tl.constexpr):
-    """Partial results at `place` [n], channels d [D], into what is merged."""
-    e = tl.load(weight + place, mask=busy, other=float("-inf"))
-    x = tl.load(part + place[:, None] * DV + d[None, :], mask=busy[:, None] & (d < DV)[None, :], other=0.0)
-    new = tl.maximum(top, tl.max(e, 0))
-    anchor = tl.where(new == float("-inf"), 0.0, new)
-    shrink = tl.exp2(top - anchor)
-    p = tl.exp2(e - anchor)
-    return acc * shrink + tl.sum(x * p[:, None], 0), new, mass * shrink + tl.sum(p, 0)
-
-
 @jit(do_not_specialize=["units", "workers"])
 def _merge(
     part, weight, lengths, out, lse, units, workers,
@@ -197,28 +185,10 @@ def _merge(
     row = tl.program_id(0) % R
     d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     blocks = pair_blocks(lengths, units, UNITS, BLOCK)
-    number = tl.arange(0, UNITS)
-    total = tl.sum(blocks, 0)
-    before = tl.sum(tl.where(number < unit, blocks, 0), 0)
-    mine = tl.sum(tl.where(number == unit, blocks, 0), 0)
-    some = tl.maximum(total, 1)
-    # Worker w begins at or before block b as long as w T < (b + 1) W.
-    first = (((before + 1).to(tl.int64) * workers - 1) // some).to(tl.int32)
-    last = (((before + mine).to(tl.int64) * workers - 1) // some).to(tl.int32)
-    last = tl.where(mine > 0, last, first - 1)
-    acc = tl.zeros([PIECE], tl.float32)
-    top = tl.cast(float("-inf"), tl.float32)
-    mass = tl.cast(0.0, tl.float32)
-    for w0 in tl.range(first, last + 1, WIDE):
-        w = w0 + tl.arange(0, WIDE)
-        # With fewer blocks than workers some of them had nothing to read, and left nothing.
-        busy = (w <= last) & (begin_of(w, workers, total) < begin_of(w + 1, workers, total))
-        acc, top, mass = _joined(part, weight, (w + unit).to(tl.int64) * R + row, busy, d, acc, top, mass, DV)
-    seen = mass > 0
-    by = tl.where(seen, mass, 1.0)
+    value, mass = gather_channels(part, weight, unit, row, blocks, workers, float("-inf"), 0.0, d, R, DV, UNITS, WIDE)
     at = unit.to(tl.int64) * R + row
-    tl.store(out + at * DV + d, (acc / by).to(out.dtype.element_ty), mask=d < DV)
-    tl.store(lse + at, tl.where(seen, top + tl.log2(by), float("-inf")) * LN2, mask=tl.program_id(1) == 0)
+    tl.store(out + at * DV + d, value.to(out.dtype.element_ty), mask=d < DV)
+    tl.store(lse + at, mass * LN2, mask=tl.program_id(1) == 0)
 
 
 def run(

@@ -181,13 +181,14 @@ def leave(
 
 
 @jit
-def gather_parts(
-    part, weight, unit, row, blocks, workers, top, mass, R: tl.constexpr, DV: tl.constexpr, D: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr,
+def gather_channels(
+    part, weight, unit, row, blocks, workers, top, mass, d, R: tl.constexpr, DV: tl.constexpr, UNITS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Merge all that the workers found of one row of a unit, beside a part of value 0 and the mass given.
+    """Merge all that the workers found of the channels d of one row of a unit, beside a part of value 0 and the mass
+    given.
 
-    Returns the output [D] and its log-mass in base 2.
+    Returns the output, as many numbers as d, and its log-mass in base 2.
     """
     number = tl.arange(0, UNITS)
     total = tl.sum(blocks, 0)
@@ -198,8 +199,7 @@ def gather_parts(
     first = (((before + 1).to(tl.int64) * workers - 1) // some).to(tl.int32)
     last = (((before + mine).to(tl.int64) * workers - 1) // some).to(tl.int32)
     last = tl.where(mine > 0, last, first - 1)
-    d = tl.arange(0, D)
-    acc = tl.zeros([D], dtype=tl.float32)
+    acc = tl.zeros_like(d).to(tl.float32)
     top, mass = tl.cast(top, tl.float32), tl.cast(mass, tl.float32)
     for w0 in tl.range(first, last + 1, WIDE):
         w = w0 + tl.arange(0, WIDE)
@@ -219,6 +219,15 @@ def gather_parts(
     seen = mass > 0
     out = acc / tl.where(seen, mass, 1.0)
     return out, tl.where(seen, top + tl.log2(tl.where(seen, mass, 1.0)), float("-inf"))
+
+
+@jit
+def gather_parts(
+    part, weight, unit, row, blocks, workers, top, mass, R: tl.constexpr, DV: tl.constexpr, D: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`gather_channels` of all channels."""
+    return gather_channels(part, weight, unit, row, blocks, workers, top, mass, tl.arange(0, D), R, DV, UNITS, WIDE)
 
 
 @jit
