@@ -65,6 +65,9 @@ def test_against_the_definition(seed: int, q_block, k_block, shared, softcap, ga
     limit = 1e-6  # the embedding turns in float32
     assert_close(got.out, weights @ v, limit)
     assert_close(got.lse, lse, limit)
+    got = framed.read(q, k, v, selection, geometry, visible, scale=0.3, softcap=softcap, move=move)
+    assert_close(got.out, weights @ v, limit)
+    assert_close(got.lse, lse, limit)
     assert_close(framed.probabilities(q, 23, lse, parts()), weights, limit)
     count = torch.tensor([7, 5])
     weights[1, :, 5:] = 0
@@ -82,5 +85,39 @@ def test_what_is_not_read_is_not_touched(seed: int) -> None:
             k[:, :, slot] = v[:, :, slot] = poison
         parts = framed.pieces(q, k, selection, Geometry(1, 1, 9), (), scale=1.0, softcap=None, move=ROTARY.move)
         runs.append(framed.attend(q, v, parts))
-    assert torch.equal(runs[0].out, runs[1].out)
-    assert runs[1].out.isfinite().all()
+        runs.append(framed.read(q, k, v, selection, Geometry(1, 1, 9), (), scale=1.0, softcap=None, move=ROTARY.move))
+    assert torch.equal(runs[0].out, runs[2].out)
+    assert torch.equal(runs[1].out, runs[3].out)
+    assert runs[2].out.isfinite().all()
+    assert runs[3].out.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_that_need_no_mask(seed: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists that end with the queries' own keys, lists of past keys, and others, as with kernels that know who is
+    last."""
+    torch.manual_seed(seed)
+    q, k, v = tensors(2, 3, 1, 20, 50, 8, 6)
+    blocks = [[0, 5, 9, 30, 31, 32, 33, 34], [1, 2, 3, 4, 5, 6, 7, 8], [0, 2, 4, 6, 8, 10, 12, -1]]
+    blocks.append([3, 4, 35, 45, 46, 47, 48, 49])
+    lists = torch.tensor(blocks, dtype=torch.int32).view(1, 1, 4, 8).expand(2, -1, -1, -1)
+    selection = Selection(lists, 5, frame=Frame(keys=torch.arange(8).expand_as(lists)))
+    geometry, plain = Geometry(2, 20, 50), framed.softmax_attention
+    seen: list[tuple[bool, bool]] = []
+
+    def attention(q, k, v, *, scale, mask, causal):
+        seen.append((mask is not None, causal))
+        if causal:  # bottom right
+            n, m = q.shape[2], k.shape[2]
+            mask = (torch.arange(m) <= torch.arange(n)[:, None] + m - n)[None, None]
+        return plain(q, k, v, scale=scale, mask=mask)
+
+    monkeypatch.setattr(framed, "softmax_attention", attention)
+    monkeypatch.setattr(framed, "ends_with_keys", lambda q, v: causal)
+    got = framed.read(q, k, v, selection, geometry, (), scale=0.4, softcap=None, move=ROTARY.move)
+    parts = framed.pieces(q, k, selection, geometry, (), scale=0.4, softcap=None, move=ROTARY.move)
+    want = framed.attend(q, v, parts)
+    assert_close(got.out, want.out, 1e-6)
+    assert_close(got.lse, want.lse, 1e-6)
+    masked, past, own = (True, False), (False, False), (False, True)
+    assert seen == ([own, past, masked, own] if causal else [masked, past, masked])

@@ -45,7 +45,8 @@ class Trace:
         mine = self.pairs.setdefault(self._layer, torch.zeros(batch, heads, self.length, self.length, dtype=torch.bool))
         group = heads // store.spec.heads
         selections = [parts] if isinstance(parts, Selection | Partial) else list(parts)
-        self.framed |= any(isinstance(part, Selection) and part.frame.query is not None for part in selections)
+        frames = [part.frame for part in selections if isinstance(part, Selection)]
+        self.framed |= any(frame.query is not None or frame.keys is not None for frame in frames)
         for band in store.bands:
             for i, pair in enumerate(band.pairs):
                 row, store_head = divmod(int(pair), store.spec.heads)

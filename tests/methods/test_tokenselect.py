@@ -12,8 +12,10 @@ from tests.contract.runs import prompt as announced
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
 
 import foveate
+from foveate.attention import decoding
 from foveate.compat import rotary
 from foveate.methods import TokenSelect
+from foveate.methods.policies.ballot import Ballot, head_votes
 from foveate.models import tiny
 
 SMALL = {"budget": 24, "init": 3, "local": 6, "chunk": 16}
@@ -76,9 +78,11 @@ class Truth:
         return chosen or [], torch.cat(outs, dim=1)
 
 
-def chosen_of(read: dict[str, Any], init: int, block: int = 0, row: int = 0) -> list[int]:
-    listed = read["parts"][0].lists[row, 0, block, init:]
-    return listed[listed >= 0].tolist()
+def chosen_of(read: dict[str, Any], init: int, local: int = 5, block: int = 0, row: int = 0) -> list[int]:
+    """What won the vote of a block of a prompt from slot 0 on, or of a step."""
+    listed = read["parts"].lists[row, 0, block]
+    start = block * read["parts"].q_block if read["q"].shape[2] > 1 else int(listed.max())
+    return listed[(listed >= init) & (listed < max(init, start - local + 1))].tolist()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 1)])
@@ -94,7 +98,7 @@ def test_layer_equals_the_algorithm_on_raw_keys(heads: int, kv_heads: int, optio
     for number, begin in enumerate(range(0, 41, 16)):
         end = min(41, begin + 16)
         tokens, out = truth.block(begin, end)
-        assert chosen_of(whole, 3, number) == tokens
+        assert chosen_of(whole, 3, block=number) == tokens
         assert_close(whole["result"].out[0, :, begin:end], out, TOLERANCE)
     tokens, out = Truth(model, step, method, 7, 42).block(41, 42)
     assert chosen_of(step, 3) == tokens
@@ -114,25 +118,29 @@ def test_kv_heads_by_division_not_by_remainder() -> None:
     assert chosen_of(seen[-1], 3) != truth.block(61, 62)[0]
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_votes_add_up_to_the_heads(scaled: bool) -> None:
-    class Scale:
-        scale = 0.25
-
-    method = TokenSelect(scaled=scaled)
-    voter, raw = torch.randn(2, 6, 16), torch.randn(2, 2, 33, 16)
-    between = torch.zeros(2, 33, dtype=torch.bool)
-    between[0, 4:20] = True
-    votes = method._votes(voter, raw, between, Scale())
-    assert_close(votes.sum(-1), torch.tensor([6.0, 0.0]), 1e-6)
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_votes_add_up_to_the_heads(scale: float) -> None:
+    voters, keys = torch.randn(2, 3, 6, 16), torch.randn(2, 2, 33, 16)
+    between = torch.zeros(2, 3, 33, dtype=torch.bool)
+    between[0, :2, 4:20] = True
+    votes = head_votes(voters, keys, between, scale)
+    assert_close(votes.sum(-1), torch.tensor([[6.0, 6.0, 0.0], [0.0, 0.0, 0.0]]), 1e-6)
     assert not votes[~between].any()
-    pooled = TokenSelect(scaled=scaled, kernel=3)._votes(voter, raw, between, Scale())
-    near = torch.nn.functional.pad(votes, (1, 1)).unfold(1, 3, 1).amax(-1)
-    assert torch.equal(pooled, near)
     # the order of heads within and of groups among each other does not matter
     order = torch.tensor([5, 3, 4, 1, 0, 2])
-    permuted = method._votes(voter[:, order], raw[:, [1, 0]], between, Scale())
-    assert_close(permuted, votes, 1e-6)
+    assert_close(head_votes(voters[:, :, order], keys[:, [1, 0]], between, scale), votes, 1e-6)
+
+
+def test_pooled_votes_are_the_largest_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[torch.Tensor] = []
+    original = Ballot._pooled
+    monkeypatch.setattr(Ballot, "_pooled", lambda self, votes: found.append(votes) or original(self, votes))
+    applied(llama(layers=1), TokenSelect(k=7, init=3, local=5, chunk=16, kernel=3), *distinct(1, 42).split([41, 1], 1))
+    for votes in found:
+        there = votes > -torch.inf
+        near = torch.nn.functional.pad(votes, (1, 1), value=-torch.inf).unfold(-1, 3, 1).amax(-1)
+        ballot = Ballot(None, None, 3, 1.0, 3)  # type: ignore[arg-type]
+        assert torch.equal(original(ballot, votes), near.masked_fill(~there, -torch.inf))
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
@@ -152,7 +160,7 @@ def test_positions_without_gaps_are_those_of_the_text() -> None:
     want, _ = logits(model, rows[0][None])
     with foveate.apply(model, TokenSelect(k=7, init=3, local=5, chunk=16)) as handle, watching() as seen:
         got = announced(model, handle.cache(), ids, mask)
-    assert all(read["parts"][0].frame.keys is not None for read in seen)
+    assert all(read["parts"].frame.keys is not None for read in seen)
     assert_close(got[:1, -1:], want, TOLERANCE)
 
 
@@ -160,25 +168,25 @@ def test_no_distance_exceeds_what_is_read() -> None:
     with watching() as seen:
         applied(llama(), TokenSelect(k=7, init=3, local=5, chunk=16), prompt(1, 121), prompt(1, 3, seed=1))
     for read in seen[-9:]:
-        far = read["parts"][0]
-        assert far.frame.query.tolist() == [[3 + 7 + 5 - 1]]
-        assert far.frame.keys[0, 0, 0].tolist() == list(range(10))
+        own, frame = int(read["parts"].lists.max()), read["parts"].frame
+        assert frame.query is None
+        assert frame.keys[0, 0, 0].tolist() == list(range(own + 1 - (3 + 7 + 5), own + 1))
 
 
 @pytest.mark.parametrize(("theta", "votes"), [(-1.0, 1), (1.5, 6)])
 def test_a_vote_stands_while_the_query_does(theta: float, votes: int, monkeypatch) -> None:
     made: list[int] = []
-    original = TokenSelect._votes
+    original = Ballot.__call__
 
-    def counted(self: TokenSelect, voter: torch.Tensor, *args: Any) -> torch.Tensor:
-        made.append(len(voter))
-        return original(self, voter, *args)
+    def counted(self: Ballot, voters: torch.Tensor, *args: Any) -> torch.Tensor:
+        made.append(len(voters))
+        return original(self, voters, *args)
 
     model = llama(layers=1)
     with foveate.apply(model, TokenSelect(k=7, init=3, local=5, theta=theta)) as handle, torch.no_grad():
         cache = handle.cache()
         model(prompt(1, 61), past_key_values=cache)
-        monkeypatch.setattr(TokenSelect, "_votes", counted)
+        monkeypatch.setattr(Ballot, "__call__", counted)
         with watching() as seen:
             for i in range(6):
                 model(prompt(1, 1, seed=i), past_key_values=cache)
@@ -211,6 +219,25 @@ def test_the_vote_that_stands_is_the_last_one_made() -> None:
                 stood += 1
             assert chosen_of(read, 3, row=row) == tokens
     assert 0 < stood < 33
+
+
+@pytest.mark.parametrize(("theta", "kernel"), [(0.05, 1), (1.5, 3)])
+def test_kernels_read_the_same(theta: float, kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but in Triton's interpreter: votes, what they leave behind, and keys that are turned when read."""
+    pytest.importorskip("triton")
+    if not decoding._interpreted():
+        pytest.skip("kernels run here in Triton's interpreter")
+    model, method = llama(layers=1), TokenSelect(k=7, init=3, local=5, chunk=16, theta=theta, kernel=kernel)
+    ids, runs = distinct(2, 69).split([63, 6], dim=1), []
+    for able in (False, True):
+        monkeypatch.setattr(decoding, "serves", lambda q, forced=False, able=able: (able, ""))
+        with watching() as seen:
+            got, _ = applied(model, method, *ids)
+        runs.append((got, [read["parts"] for read in seen]))
+    assert_close(runs[1][0], runs[0][0], TOLERANCE)
+    for one, other in zip(runs[0][1], runs[1][1], strict=True):
+        assert torch.equal(one.lists, other.lists)
+        assert torch.equal(one.frame.keys, other.frame.keys)
 
 
 def test_below_the_floor_is_refused_with_it() -> None:

@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.attention import turned
+from foveate.attention.kernel import any_of, ends_with_keys, softmax_attention
 from foveate.attention.selection import Geometry, Partial, Selection, Span
+from foveate.attention.turned import Angles
 
 GATHERED = 1 << 24
 """Numbers of gathered keys that are alive at once."""
@@ -112,6 +115,140 @@ def _turn_queries(rows: Tensor, k: Tensor, back: Tensor, size: int, move: Move) 
     turned = move(turned, delta.reshape(batch, heads, -1)).view(batch, heads, blocks, width, per, dim)
     keys = k.view(batch, -1, blocks, width, size, dim)
     return (turned @ keys.transpose(-1, -2)).transpose(3, 4).flatten(-2)
+
+
+def read(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    geometry: Geometry,
+    visible: Sequence[Span],
+    *,
+    scale: float,
+    softcap: float | None,
+    move: Move,
+    angles: Angles | None = None,
+) -> Partial:
+    """Softmax attention of q over the listed pairs under `selection.frame.keys`, as in `pieces`, with v [B, 1, M, Dv].
+
+    Args:
+        angles: by how much `move` turns, where that is known.
+    """
+    lists, places, size = selection.lists, selection.frame.keys, selection.k_block
+    assert lists is not None and places is not None and selection.span is None, "a frame of keys needs lists alone"
+    bounded = any(not span.unbounded for span in visible)
+    single = q.shape[2] == 1 and lists.shape[1:3] == (1, 1) and geometry.k_positions is None and not bounded
+    if single and angles is not None and turned.serves(q, angles) and size & (size - 1) == 0:
+        rows = lists[:, 0, 0].int(), places[:, 0, 0].int(), _lengths(geometry)
+        return turned.read(q, k[:, 0], v[:, 0], *rows, angles, page=size, scale=scale, softcap=softcap)
+    per = q.shape[2] if selection.q_block is None else selection.q_block
+    if softcap is None and per >= size and lists.shape[-1]:
+        return _fused(q, k, v, selection, geometry, visible, scale=scale, move=move)
+    return attend(q, v, pieces(q, k, selection, geometry, visible, scale=scale, softcap=softcap, move=move))
+
+
+def _lengths(geometry: Geometry) -> Tensor:
+    """Slots that the one query of each row may read, int32 [B]."""
+    g = geometry
+    if g.first is None and g.lengths is None:
+        return torch.full((g.batch,), g.keys, dtype=torch.int32, device=g.device)
+    ends = g.lengths if g.first is None else g.ends()[..., 0]
+    assert ends is not None
+    return ends.int().expand(g.batch, 1).flatten()
+
+
+_MASKED, _ALL, _OWN = range(3)
+"""Which pairs of a block of queries are read: some; all; all but those in the future, where the queries' own keys are
+the last ones that are listed."""
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    geometry: Geometry,
+    visible: Sequence[Span],
+    *,
+    scale: float,
+    move: Move,
+) -> Partial:
+    """`read` by the kernels for attention, over copies of the listed keys and values."""
+    lists, places, size = selection.lists, selection.frame.keys, selection.k_block
+    assert lists is not None and places is not None
+    (batch, heads, queries, dim), keys, own = q.shape, k.shape[2], lists.shape[1]
+    blocks = lists.shape[2]
+    per = queries if selection.q_block is None else selection.q_block
+    pad = blocks * per - queries
+    rows = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, per)).transpose(1, 2)
+    ends = F.pad(geometry.ends(), (0, pad)).unflatten(-1, (blocks, per))
+    q_positions, k_positions = geometry.positions()
+    q_positions = F.pad(q_positions.expand(-1, 1, queries), (0, pad)).unflatten(-1, (blocks, per))
+    k_positions = k_positions.expand(batch, 1, keys).squeeze(1).long()
+    inside = torch.arange(size, device=q.device)
+    listed = lists.long().unsqueeze(-1)
+    slots_of_all = (listed * size + inside).flatten(-2)
+    real = (listed >= 0).expand(*listed.shape[:-1], size).flatten(-2) & (slots_of_all < keys)
+    places_of_all = (places.long().unsqueeze(-1) + inside).flatten(-2)
+    spans = [span for span in visible if not span.unbounded]
+    kinds = [_MASKED] * blocks
+    if queries > 1 and not spans:
+        kinds = _kinds(slots_of_all, real, ends, ends_with_keys(q, v))
+    outs, totals = [], []
+    step = max(1, GATHERED // max(1, batch * own * real.shape[-1] * dim))
+    first = 0
+    while first < blocks:
+        stop = first + 1
+        while stop < min(first + step, blocks) and kinds[stop] == kinds[first]:
+            stop += 1
+        some, kind = slice(first, stop), kinds[first]
+        slots, there, mask = slots_of_all[:, :, some], places_of_all[:, :, some], None
+        if kind == _MASKED:
+            seen = real[:, :, some].unsqueeze(-2) & (slots.unsqueeze(-2) < ends[:, :, some].unsqueeze(-1))
+            slots = torch.where(real[:, :, some], slots, 0)
+            here = k_positions.gather(1, slots.flatten(1)).view(slots.shape)
+            for span in spans:
+                seen = seen & span.sees(q_positions[:, :, some], here)
+            # Who is listed but not read may hold anything, which no mask stops: another one is read in its place.
+            used = any_of(seen, -2)
+            other = used.int().argmax(-1, keepdim=True)
+            slots = torch.where(used, slots, slots.gather(-1, other))
+            there = torch.where(used, there, there.gather(-1, other))
+            mask = seen.transpose(1, 2).flatten(0, 1)
+        here = k_positions.gather(1, slots.flatten(1)).view(slots.shape)
+        flat, shape = slots.flatten(1), (batch, own, -1, dim)
+        copied = move(_rows(k.reshape(batch * keys, dim), flat, keys).view(shape), (there - here).flatten(2))
+        copied = copied.view(*slots.shape, dim).transpose(1, 2).flatten(0, 1)
+        values = _rows(v.reshape(-1, v.shape[-1]), flat, keys).view(*slots.shape, -1).transpose(1, 2).flatten(0, 1)
+        part = rows[:, some].flatten(0, 1)
+        if per == 1 and own == 1:
+            part = part.transpose(1, 2)  # the heads of a single query: rows of one matrix
+        out, total = softmax_attention(part, copied, values, scale=scale, mask=mask, causal=kind == _OWN)
+        assert total is not None
+        outs.append(out.reshape(batch, stop - first, heads, per, -1))
+        totals.append(total.reshape(batch, stop - first, heads, per))
+        first = stop
+    out, total = (torch.cat(x, dim=1).transpose(1, 2).flatten(2, 3)[:, :, :queries] for x in (outs, totals))
+    return Partial(out, total)
+
+
+def _kinds(slots: Tensor, real: Tensor, ends: Tensor, causal: bool) -> list[int]:
+    """Which pairs are read of each block of queries; the host waits once for all of them.
+
+    Args:
+        slots, real: [B, h, t, n], ascending; ends: [B, 1, t, q], one past the last slot that a query may read.
+        causal: whether kernels can leave out the future.
+    """
+    per, width = ends.shape[-1], slots.shape[-1]
+    full = real.all(-1)
+    kinds = torch.where(full & (slots[..., -1] < ends[..., 0]), _ALL, _MASKED)
+    if causal and width > per > 1:
+        at_end = (slots[..., -per:] == ends - 1).all(-1) & (slots[..., -per - 1] < ends[..., 0])
+        kinds = torch.where(full & at_end, _OWN, kinds)
+    low, high = kinds.flatten(0, 1).aminmax(dim=0)
+    agreed: list[int] = torch.where(low == high, low, _MASKED).tolist()
+    return agreed
 
 
 def attend(q: Tensor, v: Tensor, parts: Iterator[Piece]) -> Partial:

@@ -90,6 +90,11 @@ class View:
         return None
 
     @property
+    def in_place(self) -> bool:
+        """Every token stands in the slot of its position: none was evicted in front of another."""
+        return all(band.positions is None for band in self._store.bands)
+
+    @property
     def seen(self) -> Tensor:
         """Tokens of each row so far, evicted ones counted, int64 [B]: position of the next token."""
         return torch.from_numpy(self._store.seen).to(self._store.bands[0].device)

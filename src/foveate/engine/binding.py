@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from foveate import compat
+from foveate.attention.turned import Angles
 from foveate.cache import FoveateCache, Store, StoreSpec
 from foveate.cache.cache import CourierLayer
 from foveate.engine import samples
@@ -108,9 +109,17 @@ class Binding:
 
     def move(self, x: Tensor, delta: Tensor) -> Tensor:
         """Turn rotated queries by delta positions."""
+        return self._rope.move(x, delta)
+
+    def angles(self) -> Angles:
+        """By how much `move` turns."""
+        return Angles(self._rope.inv_freq, self._rope.last)
+
+    @property
+    def _rope(self) -> compat.Rotary:
         if self._rotary is None:
             self._rotary = compat.rotary(self.model)
-        return self._rotary.move(x, delta)
+        return self._rotary
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -224,7 +233,9 @@ class Binding:
             shape=plan.shape,
             role=plan.roles[method.id],
             store=layer.store,
-            how=Reading(Rows(np.zeros(layer.store.rows, dtype=np.int64)), None, scale, move=self.move),
+            how=Reading(
+                Rows(np.zeros(layer.store.rows, dtype=np.int64)), None, scale, move=self.move, angles=self.angles
+            ),
             rope=self,
             own=layer.mine,
             common={},

@@ -217,7 +217,7 @@ def _reading(
     trace = None
     if call.cache is not None and call.cache.trace is not None:
         trace = partial(call.cache.trace, plan.shape.index, call.phase)
-    return Reading(rows, spans, scale, softcap, sinks, call.binding.move, meter, trace)
+    return Reading(rows, spans, scale, softcap, sinks, call.binding.move, meter, trace, call.binding.angles)
 
 
 def _append(layer: CourierLayer, plan: LayerPlan, module: Any, rows: Rows) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate.attention import ALL, Geometry, Partial, Parts, Selection, Span, attend, framed, merge, sdpa
 from foveate.attention.columns import columns
+from foveate.attention.turned import Angles
 from foveate.cache import Band, Store
 from foveate.cache.fixed import FixedBand
 from foveate.engine.apart import attend_apart, is_apart
@@ -30,6 +31,7 @@ class Reading:
         move: turns rotated queries by delta positions.
         meter: called with the pairs read when somebody counts; of other costs with their amount and name.
         trace: called with (band, selection, geometry, visible spans, query heads of a pair) when somebody looks.
+        angles: says by how much `move` turns.
     """
 
     rows: Rows
@@ -40,6 +42,7 @@ class Reading:
     move: Callable[[Tensor, Tensor], Tensor] | None = None
     meter: Callable[..., None] | None = None
     trace: Callable[[Band, Selection, Geometry, Sequence[Span], int], None] | None = None
+    angles: Callable[[], Angles] | None = None
 
     @property
     def fresh(self) -> np.ndarray:
@@ -109,7 +112,21 @@ def read(
                 held, values = _held(band)
                 keys = held if keys is None else keys
             if selection.frame.keys is not None:
-                got.append(framed.attend(rows, values, _pieces(rows, keys, selection, geometry, visible, how)))
+                assert how.move is not None, "a frame needs the model's rotary embedding"
+                got.append(
+                    framed.read(
+                        rows,
+                        keys,
+                        values,
+                        selection,
+                        geometry,
+                        visible,
+                        scale=how.scale,
+                        softcap=how.softcap,
+                        move=how.move,
+                        angles=None if how.angles is None else how.angles(),
+                    )
+                )
             else:
                 got.append(
                     attend(

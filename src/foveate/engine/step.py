@@ -88,7 +88,7 @@ class StepCall:
             k, v, query = torch.cat([k, v], dim=-1), None, projection.absorb(query)
         store.append(k, v)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        how = Reading(self.rows, (), scale, softcap, s_aux, self.binding.move)
+        how = Reading(self.rows, (), scale, softcap, s_aux, self.binding.move, angles=self.binding.angles)
         out = self._attend(plan, store, query, how)
         if index in self.recent:
             self._evict(plan, store, how)

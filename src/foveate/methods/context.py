@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from foveate.attention import Parts
+from foveate.attention.turned import Angles
 from foveate.cache import View
 from foveate.models.shape import LayerShape
 
@@ -21,6 +22,10 @@ class Rope(Protocol):
 
     def move(self, x: Tensor, delta: Tensor) -> Tensor:
         """Turn rotated x [B, H, N, D] by delta [B, N] or [B, H, N] positions; by minus its position, x is unrotated."""
+        ...
+
+    def angles(self) -> Angles:
+        """By how much `move` turns."""
         ...
 
 

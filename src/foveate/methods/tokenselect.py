@@ -9,14 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.attention import ALL, Frame, Parts, Selection
+from foveate.attention import ALL, Frame, Parts, Selection, decoding, turned
+from foveate.attention.turned import Rule, Vote
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register
 from foveate.methods.budget import Budget
-from foveate.methods.policies.lists import top_lists
-from foveate.methods.policies.positions import at_position, refuse_fixed_positions
+from foveate.methods.policies.ballot import Ballot
+from foveate.methods.policies.positions import refuse_fixed_positions
 from foveate.models.shape import ModelShape
+
+State = dict[str, Tensor]
+"""The vote of each row that stands: who made it (query), who won (list), and whether there was one (voted)."""
 
 
 @register
@@ -88,84 +92,87 @@ class TokenSelect(Method):
         k = ctx.role.extra["k"]
         if not view.exceeds(self.init + self.local + k):
             return ALL
-        raw: list[Tensor] = []  # keys at position 0, made when the first vote needs them
-        block = self.chunk if ctx.phase == "prompt" else 1
-        first = view.lengths[:, 0].long() - view.fresh
-        far, near, place = [], [], []
-        state = dict(ctx.mine) if ctx.phase == "decode" else {}
-        for begin in range(0, q.shape[2], block):
-            rows = q[:, :, begin : begin + block]
-            start = first + begin
-            own = start[:, None] + torch.arange(rows.shape[2], device=q.device)
-            real = own < view.lengths[:, :1]
-            edge = (start - self.local + 1).clamp_min(self.init)  # where the local part begins
-            voter = _mean(at_position(rows, start[:, None].expand_as(own), self.local, ctx.rope), real)
-            chosen, state = self._choose(voter, edge, k, real[:, 0], state, raw, view, ctx)
-            sinks = torch.arange(self.init, dtype=torch.int32, device=q.device).expand(len(own), -1)
-            far.append(torch.cat([sinks.masked_fill(sinks >= view.lengths[:, :1], -1), chosen], dim=1))
-            local = edge[:, None] + torch.arange(self.local - 1 + rows.shape[2], device=q.device)
-            there = local < torch.minimum(start[:, None] + rows.shape[2], view.lengths[:, :1])
-            local = F.pad(torch.where(there, local, -1), (0, block - rows.shape[2]), value=-1)
-            near.append(local.to(torch.int32))
-            place.append(own - edge[:, None] + self.init + (chosen >= 0).sum(1, keepdim=True))
-        ctx.forward[f"votes {ctx.layer}"] = state
-        lists = torch.stack(far, dim=1).unsqueeze(1)
-        frame = Frame()
-        if self.reposition:
-            frame = Frame(torch.cat(place, dim=1), torch.arange(lists.shape[-1], device=q.device).expand_as(lists))
-        local = Selection(lists=torch.stack(near, dim=1).unsqueeze(1), q_block=block)
-        return [Selection(lists=lists, q_block=block, frame=frame), local]
+        ballot = Ballot(view, ctx.rope, self.init, ctx.scale if self.scaled else 1.0, self.kernel)
+        if ctx.phase == "decode" and q.shape[2] == 1 and ballot.served(q) and (view.host_fresh == 1).all():
+            lists, places = self._step(q, k, ballot, view, ctx)
+            block = 1
+        else:
+            block = self.chunk if ctx.phase == "prompt" else 1
+            lists, places = self._blocks(q, k, block, ballot, view, ctx)
+        lists, places = lists.unsqueeze(1), places.unsqueeze(1)
+        return Selection(lists, q_block=block, frame=Frame(keys=places) if self.reposition else Frame())
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         """The last vote of a decode step stands for the next one; a prompt begins anew."""
         ctx.mine.clear()
-        ctx.mine.update(ctx.forward.pop(f"votes {ctx.layer}", {}) if ctx.phase == "decode" else {})
+        ctx.mine.update(ctx.forward.pop(f"vote {ctx.layer}", {}) if ctx.phase == "decode" else {})
 
-    def _choose(
-        self,
-        voter: Tensor,
-        edge: Tensor,
-        k: int,
-        real: Tensor,
-        state: dict[str, Tensor],
-        raw: list[Tensor],
-        view: View,
-        ctx: Context,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """k slots per row, ascending, int32 [B, k], and the state in which this leaves the vote."""
+    def _step(self, q: Tensor, k: int, ballot: Ballot, view: View, ctx: Context) -> tuple[Tensor, Tensor]:
+        """`_blocks` of one query per row in a few launches, in which no keys are read where a vote stands."""
+        rule, lengths = Rule(self.init, self.local, k, self.theta), view.lengths[:, 0]
+        last = Vote(ctx.mine["query"], ctx.mine["list"], ctx.mine["voted"]) if ctx.mine else None
+        voter, edges, stands = turned.newest_voter(q, lengths, ctx.rope.angles(), rule, last)
+        if last is not None and ctx.sure(stands):
+            chosen, counts = last.winners, torch.full_like(lengths, k)
+        else:
+            chosen, counts = decoding.best(ballot(voter, edges, None if last is None else stands)[:, 0], k)
+        lists, places, now = turned.tally(voter, edges, lengths, stands, chosen, counts, rule, last)
+        ctx.forward[f"vote {ctx.layer}"] = {"query": now.query, "list": now.winners, "voted": now.held}
+        return lists.unsqueeze(1), places.unsqueeze(1)
+
+    def _blocks(self, q: Tensor, k: int, block: int, ballot: Ballot, view: View, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Slots to read for each block of queries, int32 [B, T, n], ascending, -1 behind the end; and where they stand
+        when the gaps between them are closed and the queries stay where they are."""
+        length, count = view.lengths[:, :1].long(), -(-q.shape[2] // block)
+        begin = torch.arange(count, device=q.device) * block
+        start = length - view.fresh[:, None] + begin
+        edges = (start - self.local + 1).clamp_min(self.init)  # where the local part begins
+        means = _means(q, block, view.fresh, whole=bool((view.host_fresh == q.shape[2]).all()))
+        voters = ctx.rope.move(means, self.local - start).transpose(1, 2)
+        if ctx.phase == "decode":
+            state, chosen = dict(ctx.mine), []
+            for i in range(count):
+                some, state = self._decide(voters[:, i], edges[:, i], k, start[:, i] < length[:, 0], state, ballot, ctx)
+                chosen.append(some)
+            ctx.forward[f"vote {ctx.layer}"] = state
+            winners = torch.stack(chosen, dim=1)
+        else:
+            winners = ballot.winners(voters, edges, k)
+        won = (winners >= 0).sum(-1, keepdim=True)
+        i = torch.arange(self.init + k + self.local - 1 + block, device=q.device)
+        gap = edges.unsqueeze(-1) - self.init - won
+        among = winners.gather(-1, (i - self.init).clamp(0, k - 1).expand(*edges.shape, -1))
+        slots = torch.where(i < self.init, i, torch.where(i - self.init < won, among, gap + i))
+        end = torch.minimum(start + block, length).unsqueeze(-1)
+        return torch.where(slots < end, slots, -1).int(), (gap + i).int()
+
+    def _decide(
+        self, voter: Tensor, edge: Tensor, k: int, real: Tensor, state: State, ballot: Ballot, ctx: Context
+    ) -> tuple[Tensor, State]:
+        """k slots per row, ascending, int32 [B, k], and the state in which this leaves the vote of voter [B, H, D]."""
         crowded = edge - self.init > k  # otherwise all between is read, and there is nothing to decide
         flat = voter.flatten(1)
-        stands = torch.zeros_like(crowded)
-        if state:
-            stands = state["voted"] & crowded & (F.cosine_similarity(flat, state["query"], dim=1) >= self.theta)
-            if ctx.sure(stands):
-                return state["list"], state
-        if not raw:
-            raw.append(at_position(view.k(), view.positions, 0, ctx.rope).float())
-        slot = torch.arange(raw[0].shape[2], device=flat.device)
-        between = (slot >= self.init) & (slot < edge[:, None]) & view.valid()[:, 0]
-        votes = self._votes(voter, raw[0], between, ctx).bfloat16()
-        chosen = top_lists(votes.masked_fill(~between, -torch.inf), k)
-        chosen = F.pad(chosen, (0, k - chosen.shape[1]), value=-1)
-        if state:
-            chosen = torch.where(stands[:, None], state["list"], chosen)
-            flat = torch.where((stands | ~real)[:, None], state["query"], flat)
-            crowded = torch.where(real, crowded, state["voted"])
-            kept = torch.where(real[:, None], chosen, state["list"])
-            return chosen, {"query": flat, "list": kept, "voted": crowded}
-        return chosen, {"query": flat, "list": chosen, "voted": crowded & real} if ctx.phase == "decode" else {}
-
-    def _votes(self, voter: Tensor, raw: Tensor, between: Tensor, ctx: Context) -> Tensor:
-        """The votes of all heads [B, C] of voter [B, H, D] for keys [B, Hs, C, D] at position 0: they add up to H."""
-        grouped = voter.view(voter.shape[0], raw.shape[1], -1, voter.shape[-1])
-        logits = grouped @ raw.transpose(-1, -2) * (ctx.scale if self.scaled else 1.0)
-        mass = logits.masked_fill(~between[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0).sum((1, 2))
-        if self.kernel > 1:
-            mass = F.max_pool1d(mass.unsqueeze(1), self.kernel, stride=1, padding=self.kernel // 2).squeeze(1)
-        return mass
+        if not state:
+            chosen = ballot.winners(voter.unsqueeze(1), edge[:, None], k)[:, 0]
+            return chosen, {"query": flat, "list": chosen, "voted": crowded & real}
+        stands = state["voted"] & crowded & (F.cosine_similarity(flat, state["query"], dim=1) >= self.theta)
+        if ctx.sure(stands):
+            return state["list"], state
+        chosen = ballot.winners(voter.unsqueeze(1), edge[:, None], k)[:, 0]
+        chosen = torch.where(stands[:, None], state["list"], chosen)
+        flat = torch.where((stands | ~real)[:, None], state["query"], flat)
+        kept = torch.where(real[:, None], chosen, state["list"])
+        return chosen, {"query": flat, "list": kept, "voted": torch.where(real, crowded, state["voted"])}
 
 
-def _mean(rows: Tensor, real: Tensor) -> Tensor:
-    """Mean of the real ones of rows [B, H, n, D], float32 [B, H, D]."""
-    weights = real.float() / real.sum(1, keepdim=True).clamp_min(1)
-    return torch.einsum("bhnd,bn->bhd", rows.float().masked_fill(~real[:, None, :, None], 0.0), weights)
+def _means(q: Tensor, block: int, fresh: Tensor, *, whole: bool) -> Tensor:
+    """Mean of the real queries, the first `fresh` [B] of q [B, H, N, D], of each block: float32 [B, H, T, D]."""
+    n = q.shape[2]
+    if not whole:
+        q = q.masked_fill((torch.arange(n, device=q.device) >= fresh[:, None])[:, None, :, None], 0.0)
+    full, begin = n // block * block, torch.arange(0, n, block, device=q.device)
+    sums = q[:, :, :full].unflatten(2, (-1, block)).sum(3, dtype=torch.float32)
+    if full < n:
+        sums = torch.cat([sums, q[:, :, full:].sum(2, keepdim=True, dtype=torch.float32)], dim=2)
+    real = (fresh[:, None] - begin).clamp(1, block)
+    return sums / real[:, None, :, None]

@@ -1,0 +1,181 @@
+"""Decode over listed keys that stand elsewhere for this read: each is turned to its place as it is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from foveate.attention.triton.turning import channels, halves, others, product, turned
+from foveate.attention.triton.workers import LOG2E, check_heads, deliver, jit, power_of_two, precision_of
+from foveate.attention.turned import Angles
+from foveate.errors import BadArgument
+
+BLOCK = 64
+"""Listed tokens of a program."""
+
+
+@jit(do_not_specialize=["width", "splits"])
+def _read(
+    q, k, v, lists, places, lengths, frequencies, part, weight, factor, softcap, width, splits, stride_k, stride_kt,
+    stride_v, stride_vt, stride_l, stride_p, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    DV: tl.constexpr, VP: tl.constexpr, DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FIRST: tl.constexpr,
+    REST: tl.constexpr, RP: tl.constexpr, OTHERS: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, n, d = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, FP)
+    valid = row < R
+    entry, inside = (split * BLOCK + n) // PAGE, (split * BLOCK + n) % PAGE
+    listed = tl.load(lists + pair * stride_l + entry, mask=entry < width, other=-1)
+    place = tl.load(places + pair * stride_p + entry, mask=entry < width, other=0) + inside
+    slot = listed * PAGE + inside
+    keep = (listed >= 0) & (slot < tl.load(lengths + pair))
+    slot = tl.where(keep, slot, 0)
+    far = slot.to(tl.int64)
+    speed = tl.load(frequencies + d, mask=d < F, other=0.0)
+    angle = (place - slot).to(tl.float32)[:, None] * speed[None, :]
+    k1, k2 = halves(k, pair * stride_k + far * stride_kt, keep, FIRST, F, FP)
+    k1, k2 = turned(k1, k2, tl.cos(angle), tl.sin(angle))
+    kind = k.dtype.element_ty
+    q1, q2 = halves(q, (pair * R + row) * DK, valid, FIRST, F, FP)
+    s = product(q1, k1.to(kind), tl.zeros([M, BLOCK], tl.float32), False, PRECISION)
+    s = product(q2, k2.to(kind), s, False, PRECISION)
+    if REST:
+        q3 = others(q, (pair * R + row) * DK, valid, OTHERS, REST, RP)
+        s = product(q3, others(k, pair * stride_k + far * stride_kt, keep, OTHERS, REST, RP), s, False, PRECISION)
+    s *= factor
+    if CAPPED:
+        s = softcap * (1 - 2 / (1 + tl.exp2(s * (2 * LOG2E))))
+    s = tl.where(keep[None, :], s, float("-inf"))
+    top = tl.max(s, 1)
+    anchor = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp2(s - anchor[:, None])
+    mass = tl.sum(p, 1)
+    c = tl.arange(0, VP)
+    x = v + pair * stride_v + far[:, None] * stride_vt + c[None, :]
+    values = tl.load(x, mask=keep[:, None] & (c < DV)[None, :], other=0.0)
+    out = tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+    seen = mass > 0
+    mass = tl.where(seen, mass, 1.0)
+    to = (pair * R + row) * splits + split
+    tl.store(weight + to, tl.where(seen, top + tl.log2(mass), float("-inf")), mask=valid)
+    tl.store(part + to[:, None] * DV + c[None, :], out / mass[:, None], mask=valid[:, None] & (c < DV)[None, :])
+
+
+@jit(do_not_specialize=["splits"])
+def _merge(part, weight, out, lse, splits, DV: tl.constexpr, VP: tl.constexpr, WIDE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, VP)
+    acc = tl.zeros([VP], tl.float32)
+    top = tl.full([1], float("-inf"), tl.float32)
+    mass = tl.zeros([1], tl.float32)
+    for first in range(0, splits, WIDE):
+        n = first + tl.arange(0, WIDE)
+        e = tl.load(weight + row * splits + n, mask=n < splits, other=float("-inf"))
+        x = part + (row * splits + n)[:, None] * DV + d[None, :]
+        x = tl.load(x, mask=(n < splits)[:, None] & (d < DV)[None, :], other=0.0)
+        new = tl.maximum(top, tl.max(e, 0))
+        anchor = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(e - anchor)
+        shrink = tl.exp2(top - anchor)
+        acc = acc * shrink + tl.sum(x * p[:, None], 0)
+        mass = mass * shrink + tl.sum(p, 0)
+        top = new
+    total = tl.max(mass, 0)
+    seen = total > 0
+    some = tl.where(seen, total, 1.0)
+    deliver(out, lse, row, acc / some, tl.where(seen, tl.max(top, 0) + tl.log2(some), float("-inf")), DV, VP)
+
+
+def decode_framed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    places: Tensor,
+    lengths: Tensor,
+    frequencies: Tensor,
+    *,
+    last: bool = False,
+    page: int = 1,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one query per row over listed pages, the first key of each at the place given for it.
+
+    Slots that are not read are never touched and may hold anything.
+
+    Args:
+        q: [P, R, 1, Dk], the query heads of each pair.
+        k, v: [P, C, Dk] and [P, C, Dv]; the key in slot p was turned by p.
+        lists, places: int32 [P, K], neighbours side by side; a page of -1 is none.
+        lengths: int32 [P], slots that may be read.
+        frequencies: float32 [F], angle per position of each pair of channels, which lie F apart.
+        last: the 2 F rotated channels are the last ones, not the first.
+        page: slots per page, a power of two.
+
+    Returns:
+        out [P, R, 1, Dv] in the dtype of q, lse [P, R, 1] float32; 0 and -inf where nothing is read.
+    """
+    _, _, queries, rows = check_heads(q, k.shape[2], 1)
+    if queries != 1 or k.stride(2) != 1 or v.stride(2) != 1 or k.dtype != v.dtype or q.shape[0] != k.shape[0]:
+        given = f"{tuple(q.shape)}, keys {tuple(k.shape)} {k.dtype}, values {v.dtype}"
+        raise BadArgument("q", given, "give one query per row, keys and values of one dtype with adjacent channels")
+    if lists.shape != places.shape or lists.dtype != torch.int32 or places.dtype != torch.int32 or page & (page - 1):
+        given = f"{tuple(lists.shape)} {lists.dtype}, places {tuple(places.shape)} {places.dtype}, pages of {page}"
+        raise BadArgument("lists", given, "give int32 lists and places of one shape, pages of a power of two")
+    if not Angles(frequencies, last).fit(k.shape[2]) or frequencies.dtype != torch.float32 or rows < 1:
+        raise BadArgument("frequencies", f"{frequencies.numel()} {frequencies.dtype}", "give float32, one per pair")
+    lists, places = (x if x.stride(1) == 1 else x.contiguous() for x in (lists, places))
+    return _op(
+        q.contiguous(), k, v, lists, places, lengths.contiguous(), frequencies.contiguous(), last, page, scale, softcap
+    )
+
+
+@torch.library.custom_op(
+    "foveate::decode_framed",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor lists, Tensor places, Tensor lengths, Tensor frequencies, bool last, "
+    "SymInt page, float scale, float? softcap) -> (Tensor, Tensor)",
+)
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    places: Tensor,
+    lengths: Tensor,
+    frequencies: Tensor,
+    last: bool,
+    page: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    (pairs, rows, _, dim), width, v_dim = q.shape, lists.shape[1], v.shape[2]
+    splits, wide = max(1, -(-width * page // BLOCK)), power_of_two(v_dim)
+    out, lse = _empty(q, v)
+    part = torch.empty(pairs, rows, splits, v_dim, dtype=torch.float32, device=q.device)
+    weight = torch.empty(pairs, rows, splits, dtype=torch.float32, device=q.device)
+    _read[(pairs, splits)](
+        q, k, v, lists, places, lengths, frequencies, part, weight,
+        scale / softcap if softcap is not None else scale * LOG2E.value,
+        softcap * LOG2E.value if softcap is not None else 0.0,
+        width, splits, k.stride(0), k.stride(1), v.stride(0), v.stride(1), lists.stride(0), places.stride(0), R=rows,
+        M=max(16, power_of_two(rows)), BLOCK=BLOCK, PAGE=page, DV=v_dim, VP=max(16, wide),
+        **channels(dim, frequencies.numel(), last), CAPPED=softcap is not None, PRECISION=precision_of(k.dtype),
+        num_warps=4,
+    )  # fmt: skip
+    _merge[(pairs * rows,)](part, weight, out, lse, splits, DV=v_dim, VP=max(16, wide), WIDE=32, num_warps=4)
+    return out, lse
+
+
+def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty(*q.shape[:3], v.shape[2], dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _empty(q, v)

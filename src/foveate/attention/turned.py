@@ -1,0 +1,142 @@
+"""Kernels that turn keys as they read them, for keys that were rotated by their slots (Triton)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from foveate.attention import decoding
+from foveate.attention.selection import Partial
+
+WIDEST = 256
+"""Most pairs of rotated channels, and most channels that are not rotated."""
+
+
+class Angles(NamedTuple):
+    """How a model turns its keys.
+
+    Args:
+        frequencies: float32 [F], angle per position of each pair of channels, which lie F apart.
+        last: the 2 F rotated channels are the last ones, not the first.
+    """
+
+    frequencies: Tensor
+    last: bool
+
+    def fit(self, dim: int) -> bool:
+        """Whether kernels can turn keys of `dim` channels by these."""
+        pairs = self.frequencies.numel()
+        return 0 < 2 * pairs <= dim and max(pairs, dim - 2 * pairs) <= WIDEST
+
+
+class Rule(NamedTuple):
+    """Who is read besides those that win votes, and how long a vote stands.
+
+    Args:
+        first: tokens that are always read; local: newest tokens that are; k: tokens that win.
+        theta: cosine of query and voter from which on a vote stands.
+    """
+
+    first: int
+    local: int
+    k: int
+    theta: float
+
+
+class Vote(NamedTuple):
+    """The last vote of each row: who made it, float32 [B, H * D], who won, int32 [B, k], and whether there was any."""
+
+    query: Tensor
+    winners: Tensor
+    held: Tensor
+
+
+def serves(x: Tensor, angles: Angles | None) -> bool:
+    """Whether the kernels can be used for queries x [..., D] on their device."""
+    return angles is not None and angles.fit(x.shape[-1]) and not x.requires_grad and decoding.serves(x)[0]
+
+
+def read(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    places: Tensor,
+    lengths: Tensor,
+    angles: Angles,
+    *,
+    page: int,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    """Attention of q [P, G, 1, Dk] over the pages `lists` (int32 [P, K]) of k [P, C, Dk] and v [P, C, Dv], whose first
+    keys stand at `places`; of slots below `lengths` (int32 [P])."""
+    kernel = _kernels("decode_framed").decode_framed
+    given = (lists, places, lengths, angles.frequencies.to(q.device).float())
+    return Partial(*kernel(q, k, v, *given, last=angles.last, page=page, scale=scale, softcap=softcap))
+
+
+def votes(
+    voters: Tensor,
+    k: Tensor,
+    begin: int,
+    edges: Tensor,
+    angles: Angles,
+    scale: float,
+    stands: Tensor | None = None,
+    *,
+    rounded: bool,
+) -> Tensor:
+    """Votes of voters [B, T, H, D], float32, for the keys k [B * Hs, C, D], at position 0, from slot `begin` on and in
+    front of `edges` [B, T]: float32 [B, T, C], -inf elsewhere, and in rows that `stands` (int32 [B]).
+
+    Args:
+        rounded: to the nearest bfloat16.
+    """
+    out: Tensor = _kernels("decode_votes").turned_votes(
+        voters,
+        k,
+        begin,
+        edges.int(),
+        angles.frequencies.to(k.device).float(),
+        scale,
+        last=angles.last,
+        stands=stands,
+        rounded=rounded,
+    )
+    return out
+
+
+def newest_voter(
+    q: Tensor, lengths: Tensor, angles: Angles, rule: Rule, vote: Vote | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The newest query of each row at position `local`, float32 [B, 1, H, D]; the slot where its local part begins,
+    int32 [B, 1]; whether the vote stands, int32 [B]."""
+    kernel = _kernels("standing_vote").newest_voter
+    found: tuple[Tensor, Tensor, Tensor] = kernel(
+        q, lengths, angles.frequencies.to(q.device).float(), rule, vote, last=angles.last
+    )
+    return found
+
+
+def tally(
+    voter: Tensor,
+    edges: Tensor,
+    lengths: Tensor,
+    stands: Tensor,
+    chosen: Tensor,
+    counts: Tensor,
+    rule: Rule,
+    vote: Vote | None,
+) -> tuple[Tensor, Tensor, Vote]:
+    """What is read after a vote: slots and places int32 [B, first + k + local]; and the vote that stands now."""
+    now: tuple[Tensor, Tensor, Vote] = _kernels("standing_vote").tally(
+        voter, edges, lengths, stands, chosen, counts, rule, vote
+    )
+    return now
+
+
+def _kernels(module: str) -> Any:
+    return import_module(f"foveate.attention.triton.{module}")
