@@ -24,7 +24,9 @@ class Side(Protocol):
 
     A side whose form depends on the tokens it will hold has a method `fit` besides (see `FittedSide`); what that
     returns is handed to `pack` and `unpack` behind their arguments. A side that differs from kv head to kv head states
-    `per_head` = True: the number of each pair's head, int16 [P], is then handed over before that.
+    `per_head` = True: the number of each pair's head, int16 [P], is then handed over before that. A side whose packed
+    tensor holds some channels of the tokens as they came has a method `channels`: (what it was fitted to) -> which
+    these are, int16 [P, kept]; those that are missing unpack to 0.
     """
 
     @property

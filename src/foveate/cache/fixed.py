@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention import Geometry, Partial, Span, decoding
+from foveate.attention import Geometry, Partial, Span, decoding, thinned
 from foveate.cache.band import Band
 from foveate.cache.column import Column, PackedColumn
 from foveate.cache.fixed_column import AnyFixed, FixedColumn, FixedPacked
@@ -248,6 +248,9 @@ class FixedBand:
 
     def attend(self, q: Tensor, scale: float, softcap: float | None) -> Partial | None:
         """q [P, G, 1, Dk] over all that is held, unpacked where it is read; None where no kernel can."""
+        thin = self.k.thin() if isinstance(self.k, FixedPacked) and isinstance(self.v, FixedColumn) else None
+        if thin is not None and self.v is not None:
+            return thinned.attend(q, thin, self.v.read(self.used), self.lengths, scale, softcap)
         sides = []
         for column, per_channel in ((self.k, True), (self.v, False)):
             side = column.low_bit(per_channel) if isinstance(column, FixedPacked) else None
@@ -276,6 +279,19 @@ class FixedBand:
         keys = self.keys()
         k, v = (x[:, slice(*run)] for x in (keys, self.values(keys)))
         return decoding.ragged(q, k, v, self._runs[run], scale, softcap)
+
+    def attend_turned(
+        self, q: Tensor, sink: int, place: Tensor, frequencies: Tensor, last: bool, scale: float, softcap: float | None
+    ) -> Partial | None:
+        """q [B, H, 1, D] over all slots of a full window of every pair, whose first `sink` it meets from position
+        `place` [B]; None where no kernel can."""
+        if not self.exact or q.shape[2] != 1 or not decoding.serves(q)[0]:
+            return None
+        keys, place, speeds = self.keys(), place.long(), frequencies.to(q.device).float()
+        values = self.values(keys)
+        return decoding.window(
+            q, keys, values, sink, place, self.seen, speeds, last=last, scale=scale, softcap=softcap
+        )
 
     def device_lengths(self) -> Tensor:
         """int32 [P]."""

@@ -88,6 +88,14 @@ class FixedPacked:
         group = self.column.rates[1] if per_channel else self.tail.shape[2] // self.body[1].shape[2]
         return (*self.body, self.tail, self.start, form.bits, group)
 
+    def thin(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Body, its channels, tail and packed tokens, as the kernel for keys that lost channels reads them; None where
+        the side holds something else."""
+        channels = getattr(self.column.side, "channels", None)
+        if channels is None or not self.column.closed or not self.body:
+            return None
+        return self.body[0], channels(*self.column.fitted), self.tail, self.start
+
     def arrival(self) -> tuple[Any, ...] | None:
         """See `FixedColumn.arrival`: where whole groups are packed between steps, the tail alone."""
         if not self.single:

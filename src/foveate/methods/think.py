@@ -132,6 +132,10 @@ class Thinned:
         order = energy.argsort(dim=-1, descending=True, stable=True)[:, : self.kept]
         return (order.sort(dim=-1).values.to(INDEX),)
 
+    def channels(self, *fitted: Tensor) -> Tensor:
+        """Which channels the packed tensor holds, [P, kept]."""
+        return fitted[0]
+
     def pack(self, x: Tensor, *fitted: Tensor) -> tuple[Tensor, ...]:
         """[P, n, D] -> ([P, n, kept],)."""
         return (x.gather(2, self._index(fitted, x.shape[1])),)
