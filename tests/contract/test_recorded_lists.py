@@ -66,8 +66,9 @@ def test_a_served_step_only_cuts_its_list(seed: int, monkeypatch: pytest.MonkeyP
     assert len(found) <= 10, found
 
 
-def test_steps_that_complete_a_chunk_are_another_kind(seed: int) -> None:
-    assert recordings("longheads", seed) == 2
+@pytest.mark.parametrize("name", ["longheads", "landmark-means"])
+def test_steps_that_complete_a_block_are_another_kind(name: str, seed: int) -> None:
+    assert recordings(name, seed) == 2
 
 
 @pytest.mark.parametrize("name", ["s2-attention", "hip"])

@@ -14,6 +14,7 @@ from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores
 import foveate
 from foveate.compat import rotary
 from foveate.methods import LandmarkMeans
+from foveate.methods.policies.complete import SPARE
 from foveate.models import tiny
 
 SMALL = {"budget": 24, "block": 4, "recent": 2}
@@ -135,7 +136,7 @@ def test_means_are_made_once_held_and_counted() -> None:
         cache = handle.cache()
         model(ids, past_key_values=cache)
         held = [layer.mine["landmark-means"]["means"] for layer in cache.couriers()]
-        assert [tuple(x.shape) for x in held] == [(1, 2, 15, 16)] * 3
+        assert [tuple(x.shape) for x in held] == [(1, 2, 15 + SPARE // 4, 16)] * 3
         model(prompt(1, 1), past_key_values=cache)
         cache.crop(-1)
         assert not any(layer.mine for layer in cache.couriers())

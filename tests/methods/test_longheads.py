@@ -14,7 +14,7 @@ from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores
 import foveate
 from foveate.compat import rotary
 from foveate.methods import LongHeads
-from foveate.methods.longheads import SPARE
+from foveate.methods.policies.complete import SPARE
 from foveate.models import tiny
 
 SMALL = {"budget": 40, "chunk": 8}
@@ -153,7 +153,7 @@ def test_queries_of_one_chunk_are_held() -> None:
     _, cache = applied(llama(layers=1), LongHeads(chunk=4, tokens=16), prompt(1, 61))
     (layer,) = cache.couriers()
     assert {name: tuple(x.shape) for name, x in layer.mine["longheads"].items()} == {
-        "features": (1, 6, 15 + SPARE, 16),
+        "features": (1, 6, 15 + SPARE // 4, 16),
         "queries": (1, 6, 4, 16),
     }
 

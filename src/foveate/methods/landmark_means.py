@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,12 +16,31 @@ from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Role, register
 from foveate.methods.budget import Budget
 from foveate.methods.policies.checks import at_least
-from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.complete import completes, newest, room
+from foveate.methods.policies.lists import counted_lists
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
 from foveate.models.shape import ModelShape
 
 SCORES = 1 << 24
 """Scores of blocks that are alive at once."""
+
+
+class Layout(NamedTuple):
+    """Where queries and blocks stand.
+
+    Args:
+        own: positions of the queries, int64 [B, N].
+        edge: first local block of each; blocks before it can be retrieved.
+        far: bool [B, N, 1], whether anything may be left out.
+        place: where queries stand when they read retrieved blocks.
+        local: the newest blocks.
+    """
+
+    own: Tensor
+    edge: Tensor
+    far: Tensor
+    place: Tensor
+    local: Selection
 
 
 @register
@@ -51,6 +71,7 @@ class LandmarkMeans(Method):
     paper = "2305.16300"
     slots = frozenset({"prefill", "decode"})
     aligned = True
+    graph = True
 
     block: int = 50
     k: int = 5
@@ -75,24 +96,26 @@ class LandmarkMeans(Method):
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         size, k = self.block, ctx.role.extra["k"]
         # A grouped softmax differs from a plain one as soon as there is a past block.
-        if k == UNBOUNDED or view.longest <= (self.recent + (k if self.softmax == "plain" else 0)) * size:
+        enough = self.recent + (k if self.softmax == "plain" else 0)
+        if k == UNBOUNDED or not view.exceeds(enough * size):
+            ctx.mine.pop("means", None)  # nobody makes those of blocks that become complete now
             return ALL
-        own = (view.lengths[:, :1].long() - view.fresh[:, None]) + torch.arange(q.shape[2], device=q.device)
-        edge = own // size - self.recent + 1  # first local block; blocks before it can be retrieved
-        near = edge.clamp_min(0)[..., None] + torch.arange(self.recent, device=q.device)
-        near = near.masked_fill(near > (own // size)[..., None], -1).masked_fill(near * size >= view.capacity, -1)
-        local = Selection(lists=near.to(torch.int32).unsqueeze(1), q_block=1, k_block=size)
-        far = edge[..., None] > k
-        # Positions count from the oldest block that may be laid out, unless nothing is left out yet.
-        place = torch.where(far[..., 0], own - (edge - k - 1) * size, own)
-        listed, score = self._retrieve(q, view, own, edge, k, ctx)
-        rank = torch.arange(listed.shape[-1], device=q.device) - (listed >= 0).sum(-1, keepdim=True)  # -1 is the newest
-        start = (k + 1 + rank - (listed < (edge - k)[:, None, :, None]).long()) * size
-        target = torch.where(far.unsqueeze(1), start, listed.long() * size)
-        frame = Frame(place, target) if self.reposition else Frame()
-        if self.softmax == "plain":
-            return [Selection(lists=listed, q_block=1, k_block=size, frame=frame), local]
-        parts: list[Selection | Partial] = [local]
+        single = q.shape[2] == 1
+        layout = ctx.forward.get("layout") if single else None
+        if layout is None:
+            layout = self._layout(q, k, view)
+            if single:  # all layers hold the same tokens
+                ctx.forward["layout"] = layout
+        listed, counts, score = self._retrieve(q, view, layout, k, ctx)
+        counts = (listed >= 0).sum(-1) if counts is None else counts
+        rank = torch.arange(listed.shape[-1], device=q.device) - counts.unsqueeze(-1)  # -1 is the newest
+        edge = layout.edge[:, None, :, None]
+        start = (k + 1 + rank - (listed < edge - k).long()) * size
+        target = torch.where(layout.far.unsqueeze(1), start, listed.long() * size)
+        frame = Frame(layout.place, target) if self.reposition else Frame()
+        if score is None:
+            return [Selection(lists=listed, q_block=1, k_block=size, frame=frame), layout.local]
+        parts: list[Selection | Partial] = [layout.local]
         for n in range(listed.shape[-1]):
             one = slice(n, n + 1)
             keys = None if frame.keys is None else frame.keys[..., one]
@@ -100,40 +123,84 @@ class LandmarkMeans(Method):
             parts.append(Partial(ctx.attend(q, view, block).out, score[..., n]))
         return parts
 
+    def completes(self, seen: np.ndarray) -> bool:
+        """A complete block gets its mean."""
+        return completes(seen, self.block)
+
+    def _layout(self, q: Tensor, k: int, view: View) -> Layout:
+        """Where queries and blocks stand."""
+        size = self.block
+        own = (view.lengths[:, :1].long() - view.fresh[:, None]) + torch.arange(q.shape[2], device=q.device)
+        edge = own // size - self.recent + 1
+        if q.shape[2] == 1:  # token by token, in which kernels read blocks of any size
+            near = edge.clamp_min(0)[..., None] * size + torch.arange(self.recent * size, device=q.device)
+            near = near.masked_fill(near > own[..., None], -1)
+            local = Selection(lists=near.to(torch.int32).unsqueeze(1), q_block=1)
+        else:
+            near = edge.clamp_min(0)[..., None] + torch.arange(self.recent, device=q.device)
+            near = near.masked_fill(near > (own // size)[..., None], -1).masked_fill(near * size >= view.capacity, -1)
+            local = Selection(lists=near.to(torch.int32).unsqueeze(1), q_block=1, k_block=size)
+        far = edge[..., None] > k
+        # Positions count from the oldest block that may be laid out, unless nothing is left out yet.
+        place = torch.where(far[..., 0], own - (edge - k - 1) * size, own)
+        return Layout(own, edge, far, place, local)
+
     def _retrieve(
-        self, q: Tensor, view: View, own: Tensor, edge: Tensor, k: int, ctx: Context
-    ) -> tuple[Tensor, Tensor]:
-        """The best past blocks of each query and head, int32 [B, H, N, k], and their landmarks' scores."""
-        means = self._means(view, ctx).transpose(-1, -2)
+        self, q: Tensor, view: View, layout: Layout, k: int, ctx: Context
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The best past blocks of each query and head, int32 [B, H, N, k], how many they are where that is known, and
+        for a grouped softmax their landmarks' scores."""
+        means = self._means(view, ctx, q.shape[2] == 1).transpose(-1, -2)
         number = torch.arange(means.shape[-1], device=q.device)
         batch, heads, queries, _ = q.shape
-        lists, won = [], []
+        lists, counts, won = [], [], []
         step = max(1, SCORES // (batch * heads * max(1, len(number))))
         for first in range(0, queries, step):
             some = slice(first, first + step)
-            rows = at_position(q[:, :, some], own[:, some], self.recent * self.block, ctx.rope).float()
+            rows = at_position(q[:, :, some], layout.own[:, some], self.recent * self.block, ctx.rope).float()
             rows = rows.reshape(batch, means.shape[1], -1, rows.shape[-1])
             scores = (rows @ means).view(batch, heads, -1, len(number)) * ctx.scale
             if ctx.softcap is not None:
                 scores = torch.tanh(scores / ctx.softcap) * ctx.softcap
-            scores = scores.masked_fill(number >= edge[:, None, some, None], -torch.inf)
-            lists.append(top_lists(scores, k))
-            won.append(scores.gather(-1, lists[-1].long().clamp_min(0)).masked_fill(lists[-1] < 0, -torch.inf))
-        return torch.cat(lists, dim=2), torch.cat(won, dim=2)
+            scores = scores.masked_fill(number >= layout.edge[:, None, some, None], -torch.inf)
+            best, count = counted_lists(scores, k)
+            lists.append(best)
+            counts.append(count)
+            if self.softmax == "grouped":
+                won.append(scores.gather(-1, best.long().clamp_min(0)).masked_fill(best < 0, -torch.inf))
+        if len(lists) == 1:
+            return lists[0], counts[0], won[0] if won else None
+        known = [count for count in counts if count is not None]
+        return (
+            torch.cat(lists, dim=2),
+            torch.cat(known, dim=2) if len(known) == len(counts) else None,
+            torch.cat(won, dim=2) if won else None,
+        )
 
-    def _means(self, view: View, ctx: Context) -> Tensor:
-        """Mean keys of all complete blocks without positions, float32 [B, Hs, blocks, D]; made once and held."""
-        size, stores = self.block, view.host_lengths.shape[1]
+    def _means(self, view: View, ctx: Context, single: bool) -> Tensor:
+        """Mean keys of all complete blocks without positions, float32 [B, Hs, blocks, D]; made once and held. Behind
+        those that are complete there is room for more. A `single` token came with this forward, or several."""
+        size, keys = self.block, view.k()
+        known = ctx.mine.get("means")
+        if known is not None and (known.shape[1], known.shape[3]) != (keys.shape[1], keys.shape[3]):
+            known = None  # latent attention: heads in the prompt, then latents
+        if known is not None and single and not view.exceeds((known.shape[2] + 1) * size - 1):
+            if self.completes(ctx.seen):
+                last = newest(view, size)
+                raw = at_position(last.of(keys, size), last.slots(size), 0, ctx.rope)
+                known = ctx.mine["means"] = last.put(known, raw.float().mean(2))
+            return known
         total = view.capacity // size
-        begin = int((view.host_lengths[:, 0] - view.host_fresh).min()) // size
-        keys = view.k()
-        known = ctx.mine.get("means", keys.new_zeros(0, 0, 0, 0))
-        if known.shape[1] != stores or known.shape[3] != keys.shape[3] or known.shape[2] < begin:
-            begin, known = 0, keys.new_zeros(len(keys), stores, 0, keys.shape[3], dtype=torch.float32)
+        begin = 0 if known is None else int((view.host_lengths[:, 0] - view.host_fresh).min()) // size
+        if known is None or known.shape[2] < total:
+            means = keys.new_zeros(len(keys), keys.shape[1], room(total, size), keys.shape[3], dtype=torch.float32)
+            if known is not None:
+                means[:, :, : known.shape[2]] = known
+            known = means
         if begin < total:
             slots = slice(begin * size, total * size)
             raw = at_position(keys[:, :, slots], view.positions[:, :, slots], 0, ctx.rope)
-            new = raw.float().unflatten(2, (total - begin, size)).mean(3)
-            known = torch.cat([known[:, :, :begin], new], dim=2)
+            known = known.clone()
+            known[:, :, begin:total] = raw.float().unflatten(2, (total - begin, size)).mean(3)
         ctx.mine["means"] = known
         return known

@@ -14,15 +14,13 @@ from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Context, Method, Profile, Result, Role, register
 from foveate.methods.budget import Budget
+from foveate.methods.policies.complete import completes, newest, room
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.positions import refuse_fixed_positions
 from foveate.models.shape import ModelShape
 
 SCORES = 1 << 24
 """Scores of chunks that are alive at once."""
-
-SPARE = 8
-"""Fewest chunks that there is room for when features have to be brought elsewhere."""
 
 
 @register
@@ -127,7 +125,7 @@ class LongHeads(Method):
 
     def completes(self, seen: np.ndarray) -> bool:
         """A complete chunk gets its feature."""
-        return bool(((seen + 1) % self.chunk == 0).any())
+        return completes(seen, self.chunk)
 
     def _features(self, q: Tensor, view: View, ctx: Context) -> Tensor:
         """Features of all complete chunks, float32 [B, H, chunks, D]; zeros where a row has fewer, and behind them, so
@@ -140,8 +138,8 @@ class LongHeads(Method):
         total = int((view.host_lengths[:, 0] // size).max())
         begun = int((first // size).min())
         held = 0 if known is None else known.shape[2]
-        room = held if total < held else total + max(SPARE, total // 8)
-        features = q.new_zeros(batch, heads, room, dim, dtype=torch.float32)
+        chunks = held if total < held else room(total, size)
+        features = q.new_zeros(batch, heads, chunks, dim, dtype=torch.float32)
         if known is not None:
             features[:, :, :held] = known
         if (view.host_lengths[:, 0] // size <= first // size).all():
@@ -163,17 +161,10 @@ class LongHeads(Method):
 
     def _completed(self, q: Tensor, known: Tensor, view: View, ctx: Context) -> Tensor:
         """The same with those of chunks that single queries q [B, H, 1, D] complete."""
-        size, keys, values = self.chunk, view.k(), view.v()
-        length = view.lengths[:, 0].long()
-        number = (length // size - 1).clamp_min(0)
-        slots = number[:, None] * size + torch.arange(size, device=q.device)
-        index = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        size, last = self.chunk, newest(view, self.chunk)
         rows = torch.cat([ctx.mine["queries"][:, :, :-1], q], dim=2)
-        made = self._feature(rows, keys.gather(2, index), values.gather(2, index), number * size, ctx)
-        now = (length > 0) & (length % size == 0) & (view.fresh > 0)
-        place = number.view(-1, 1, 1, 1).expand(-1, q.shape[1], 1, q.shape[3])
-        new = torch.where(now.view(-1, 1, 1, 1), made.unsqueeze(2), known.gather(2, place))
-        return known.scatter(2, place, new)
+        keys, values = last.of(view.k(), size), last.of(view.v(), size)
+        return last.put(known, self._feature(rows, keys, values, last.number * size, ctx))
 
     def _feature(self, q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, ctx: Context) -> Tensor:
         """Feature [B, H, D] of the chunk q [B, H, w, D], k and v [B, Hs, w, D] that begins at position `start`, one for
