@@ -217,6 +217,16 @@ def ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, softc
     return Partial(*kernels.decode_ragged(q, kernels.Stores(k, v, lengths), scale, softcap))
 
 
+def window(
+    q: Tensor, k: Tensor, v: Tensor, sink: int, place: Tensor, seen: Tensor, frequencies: Tensor, *, last: bool,
+    scale: float, softcap: float | None,
+) -> Partial:  # fmt: skip
+    """Attention of q [B, H, 1, Dk] over slots that are all in use, the first `sink` of them met from position `place`
+    (int64 [B]); see `triton.decode_window.decode_window`."""
+    read = _kernels("decode_window").decode_window
+    return Partial(*read(q, k, v, sink, place, seen, frequencies, last=last, scale=scale, softcap=softcap))
+
+
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row of scores [..., n], exactly, the first of equal ones: int32 [..., min(k, n)], ascending,
     -1 behind the end, and how many they are [...]; -inf is never chosen."""

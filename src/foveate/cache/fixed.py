@@ -285,13 +285,11 @@ class FixedBand:
     ) -> Partial | None:
         """q [B, H, 1, D] over all slots of a full window of every pair, whose first `sink` it meets from position
         `place` [B]; None where no kernel can."""
-        if not self.exact or q.shape[2] != 1 or not decoding.serves(q)[0]:
+        if not self.exact or not decoding.serves(q)[0]:
             return None
         keys, place, speeds = self.keys(), place.long(), frequencies.to(q.device).float()
         values = self.values(keys)
-        return decoding.window(
-            q, keys, values, sink, place, self.seen, speeds, last=last, scale=scale, softcap=softcap
-        )
+        return decoding.window(q, keys, values, sink, place, self.seen, speeds, last=last, scale=scale, softcap=softcap)
 
     def device_lengths(self) -> Tensor:
         """int32 [P]."""

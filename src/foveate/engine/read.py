@@ -16,6 +16,7 @@ from foveate.cache import Band, Store
 from foveate.cache.fixed import FixedBand
 from foveate.engine.apart import attend_apart, is_apart
 from foveate.engine.rows import Rows
+from foveate.engine.runs import at_once, turned_window
 from foveate.methods.base import Result
 
 
@@ -77,6 +78,8 @@ def read(
         by_band = [(band, _everything(band, q, group, store, how)) for band in store.bands]
         return Result(_assemble(by_band, store, heads), None, None)
     listed: list[Selection | Partial] = [parts] if isinstance(parts, Selection | Partial) else list(parts)
+    window = None if probs or keys_instead is not None else turned_window(store, q, listed, how)
+    listed = listed if window is None else [window]
     lse = lse or len(listed) > 1 or how.sinks is not None or probs
     moved = [_moved(q, part, store, how) for part in listed]
     placed = bool(how.spans) or any(_placed(part) for part in listed)
@@ -98,7 +101,7 @@ def read(
             selection = _local(part, band, group, store)
             rows = _rows(turned, band, group, store)
             if isinstance(band, FixedBand) and other is None and how.spans is not None and not how.spans:
-                whole = _at_once(band, rows, part, how)
+                whole = at_once(band, rows, part, how)
                 if whole is not None:
                     got.append(whole)
                     chosen.append((rows, selection))
@@ -154,16 +157,6 @@ def read(
     total = _assemble([(b, p.lse) for b, p in outs], store, heads) if lse else None
     rows = _assemble_probs(weights, store, heads) if probs else None
     return Result(out, total, rows)
-
-
-def _at_once(band: FixedBand, rows: Tensor, part: Selection, how: Reading) -> Partial | None:
-    """A part that kernels read by slots alone: everything, or a run of a full window; None if it is none."""
-    if part is ALL:
-        return band.attend(rows, how.scale, how.softcap)
-    if part.lists is not None or part.span is None:
-        return None
-    run = band.run(part.span)
-    return None if run is None else band.attend_run(rows, run, how.scale, how.softcap)
 
 
 def _held(band: Band) -> tuple[Tensor, Tensor]:

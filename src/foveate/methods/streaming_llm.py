@@ -79,6 +79,10 @@ class StreamingLLM(Method):
         near = Selection(span=Span(window=recent))
         if self.sink == 0:
             return near
-        own = (view.seen - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device)
-        place = own.clamp_max(self.sink + recent - 1)
+        place = ctx.forward.get("place")
+        if place is None:
+            own = (view.seen - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device)
+            place = own.clamp_max(self.sink + recent - 1)
+            if ctx.phase == "decode" and q.shape[2] == 1:  # of a single query, it is the same in all layers
+                ctx.forward["place"] = place
         return [near, Selection(span=Span(self.sink, window=0, beyond=recent), frame=Frame(query=place))]
