@@ -66,7 +66,7 @@ def test_a_served_step_only_cuts_its_list(seed: int, monkeypatch: pytest.MonkeyP
     assert len(found) <= 10, found
 
 
-@pytest.mark.parametrize("name", ["longheads", "landmark-means"])
+@pytest.mark.parametrize("name", ["longheads", "landmark-means", "actqkv"])
 def test_steps_that_complete_a_block_are_another_kind(name: str, seed: int) -> None:
     assert recordings(name, seed) == 2
 

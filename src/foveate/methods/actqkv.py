@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,9 +16,10 @@ from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register, tries
 from foveate.methods.budget import Budget
-from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.complete import completes, newest, room
 from foveate.methods.policies.mass import listed_mass
 from foveate.methods.policies.outliers import Moments, moments, outlier_weights, running_weights
+from foveate.methods.policies.places import ascending
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
 from foveate.methods.policies.recall import cosines, normalised_entropy, representative_means, taken
 from foveate.models.shape import ModelShape
@@ -62,6 +64,7 @@ class ActQKV(Method):
     causality = "prompt"
     chunked = "approximate"
     aligned = True
+    graph = True
     croppable = False
     search = tries(block=(16, 32, 64), local=(128, 256, 512))
 
@@ -101,30 +104,48 @@ class ActQKV(Method):
         if ctx.role.extra["topk"] == UNBOUNDED:
             return ALL
         per = self.chunk if ctx.phase == "prompt" else 1
-        first = view.lengths[:, :1].long() - view.fresh[:, None]
-        starts = first + torch.arange(0, q.shape[2], per, device=q.device)  # [B, pieces]
-        near = self._near(starts, per, view)
+        single = q.shape[2] == per == 1
+        places = ctx.forward.get("places") if single else None
+        if places is None:
+            first = view.lengths[:, :1].long() - view.fresh[:, None]
+            starts = first + torch.arange(0, q.shape[2], per, device=q.device)  # [B, pieces]
+            places = first, starts, self._near(starts, per, view), self._sinks(starts)
+            if single:  # all layers hold the same tokens
+                ctx.forward["places"] = places
+        first, starts, near, sinks = places
         held = ctx.attend(q, view, near)
         assert held.lse is not None
         local = Partial(held.out, held.lse, near)
-        mass = listed_mass(q, view, near, held.lse, ctx)
-        before = ctx.mine.get("mass", mass[:, :0])[:, : mass.shape[1]]  # longer rows may have left the batch
-        mass[:, : before.shape[1]] += before
-        state = {"mass": mass, "blocks": self._blocks(view, mass, ctx)}
-        if view.longest <= self.local or not self.init + state["blocks"].shape[2]:
+        before = ctx.mine.get("mass")
+        if before is not None and not view.exceeds(before.shape[1]):
+            mass = before + listed_mass(q, view, near, held.lse, ctx, before.shape[1])
+        else:
+            mass = listed_mass(q, view, near, held.lse, ctx, room(view.capacity, 1))
+            if before is not None:
+                mass[:, : before.shape[1]] += before
+        state = {"mass": mass, "blocks": self._blocks(view, mass, ctx, single)}
+        # Without first tokens there is nothing to read behind the newest until a block is ready.
+        if not view.exceeds(self.local + (0 if self.init else max(0, self.block - 2))):
             ctx.forward[f"step {ctx.layer}"] = state, None, None
             return local
         raw = at_position(q, first + torch.arange(q.shape[2], device=q.device), self.local, ctx.rope)
         probes, seen = self._probes(raw, per, view, ctx)
         chosen, entropy, left = self._recall(probes, state["blocks"], starts, view, ctx)
         ctx.forward[f"step {ctx.layer}"] = state | seen, entropy, left
-        sinks = torch.arange(self.init, dtype=torch.int32, device=q.device)
-        sinks = torch.where(sinks <= (starts - self.local).unsqueeze(-1), sinks, -1)
         tokens = self.init + chosen.unsqueeze(-1) * self.block + torch.arange(self.block, device=q.device)
         tokens = torch.where(chosen.unsqueeze(-1) >= 0, tokens, -1).flatten(2).to(torch.int32)
         lists = torch.cat([sinks, tokens], dim=-1).unsqueeze(1)
         frame = Frame(torch.full_like(first, self.local).expand(-1, q.shape[2]), torch.zeros_like(lists))
         return [Selection(lists=lists, q_block=per, frame=frame), local]
+
+    def completes(self, seen: np.ndarray) -> bool:
+        """The next block stands behind the newest tokens."""
+        return completes(seen, self.block, self._ahead)
+
+    @property
+    def _ahead(self) -> int:
+        """Tokens of a text that belong to no block that is ready."""
+        return self.init + self.local - 1
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         nothing: Any = ({}, None, None)
@@ -153,30 +174,52 @@ class ActQKV(Method):
         ends = torch.minimum(starts + per, view.lengths[:, :1]).unsqueeze(-1)
         return Selection(lists=torch.where(slots < ends, slots, -1).to(torch.int32).unsqueeze(1), q_block=per)
 
-    def _blocks(self, view: View, mass: Tensor, ctx: Context) -> Tensor:
-        """What each block that the next token finds ready is known by, float32 [B, Hs, blocks, D]."""
-        lengths, size, keys = view.host_lengths[:, 0], self.block, view.k()
+    def _sinks(self, starts: Tensor) -> Tensor:
+        """The first tokens, as far as they are not among the newest of a piece, int32 [B, pieces, init]."""
+        sinks = torch.arange(self.init, dtype=torch.int32, device=starts.device)
+        return torch.where(sinks <= (starts - self.local).unsqueeze(-1), sinks, -1)
+
+    def _blocks(self, view: View, mass: Tensor, ctx: Context, single: bool) -> Tensor:
+        """What each block that the next token finds ready is known by, float32 [B, Hs, blocks, D], and room for more.
+        A `single` token came with this forward, or several."""
+        size, keys, known = self.block, view.k(), ctx.mine.get("blocks")
+        if known is not None and (known.shape[1], known.shape[3]) != (keys.shape[1], keys.shape[3]):
+            known = None  # MLA: heads in the prompt, then latents
+        if known is not None and single and not view.exceeds(self._ahead + (known.shape[2] + 1) * size - 1):
+            if not self.completes(ctx.seen):
+                return known
+            last = newest(view, size, self._ahead)
+            slots = last.slots(size, self.init)
+            raw = at_position(last.of(keys, size, self.init), slots, 0, ctx.rope).float().unsqueeze(2)
+            return last.put(
+                known, representative_means(raw, mass.gather(1, slots).unsqueeze(1), self.representatives)[:, :, 0]
+            )
+        lengths = view.host_lengths[:, 0]
         total = int(self._ready(lengths.max()))
-        begin = int(self._ready((lengths - view.host_fresh).min()))
-        known = ctx.mine.get("blocks", keys[:, :, :0].float())
-        if known.shape[1] != keys.shape[1] or known.shape[3] != keys.shape[3]:  # MLA: heads in the prompt, then latents
-            begin, known = 0, keys[:, :, :0].float()
-        if begin >= total:
-            return known
-        slots = slice(self.init + begin * size, self.init + total * size)
-        raw = at_position(keys[:, :, slots], view.positions[:, :, slots], 0, ctx.rope).float().unflatten(2, (-1, size))
-        new = representative_means(raw, mass[:, slots].unflatten(1, (-1, size)), self.representatives)
-        return torch.cat([known[:, :, :begin], new], dim=2)
+        begin = 0 if known is None else int(self._ready((lengths - view.host_fresh).min()))
+        held = 0 if known is None else known.shape[2]
+        chunks = held if known is not None and total <= held else room(total, size)
+        blocks = keys.new_zeros(len(keys), keys.shape[1], chunks, keys.shape[3], dtype=torch.float32)
+        if known is not None:
+            blocks[:, :, :held] = known
+        if begin < total:
+            slots = slice(self.init + begin * size, self.init + total * size)
+            raw = at_position(keys[:, :, slots], view.positions[:, :, slots], 0, ctx.rope).float()
+            shares = mass[:, slots].unflatten(1, (-1, size))
+            blocks[:, :, begin:total] = representative_means(raw.unflatten(2, (-1, size)), shares, self.representatives)
+        return blocks
 
     def _probes(self, raw: Tensor, per: int, view: View, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """The probe of each piece, float32 [B, H, pieces, D], and the running moments behind the last one."""
+        if ctx.phase == "decode":  # a single query is its own probe
+            return raw.float(), {}
         rows = F.pad(raw.float(), (0, 0, 0, -raw.shape[2] % per)).unflatten(2, (-1, per))
         real = torch.arange(rows.shape[2] * per, device=raw.device) < view.fresh[:, None]
         real, flat = real.unflatten(1, (-1, per)), rows.permute(0, 2, 3, 1, 4).flatten(3)  # [B, pieces, per, H D]
         weights, after = real / real.sum(-1, keepdim=True).clamp_min(1), {}
         if self.probe == "window":
             weights = outlier_weights(flat, real, moments(flat, real))
-        elif self.probe == "running" and ctx.phase == "prompt":  # a single query is its own probe
+        elif self.probe == "running":
             past = Moments(*(ctx.mine[name] for name in Moments._fields)) if "mean" in ctx.mine else None
             weights, seen = running_weights(flat, real, past, self.cap)
             after = seen._asdict()
@@ -195,6 +238,7 @@ class ActQKV(Method):
         left = ctx.forward.get("left", torch.full_like(ready, topk * layers))
         means = ctx.shared.get("entropy") if ctx.phase == "decode" else None
         take = taken(left, means, number, layers, min(self.least, topk), 2 * topk)
-        rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        chosen = top_lists(scores.masked_fill(rank >= take.unsqueeze(-1), -torch.inf), 2 * topk)
-        return chosen, entropy, left - take
+        most = min(2 * topk, scores.shape[-1])
+        best = scores.argsort(dim=-1, descending=True, stable=True)[..., :most]
+        taking = torch.arange(most, device=blocks.device) < torch.minimum(take, ready).unsqueeze(-1)
+        return ascending(torch.where(taking, best, -1)), entropy, left - take

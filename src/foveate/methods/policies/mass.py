@@ -10,9 +10,9 @@ from foveate.cache import View
 from foveate.methods.base import Context
 
 
-def listed_mass(q: Tensor, view: View, part: Selection, lse: Tensor, ctx: Context) -> Tensor:
+def listed_mass(q: Tensor, view: View, part: Selection, lse: Tensor, ctx: Context, width: int) -> Tensor:
     """The probabilities that each slot gets from this forward's real queries, summed over queries and heads: float32
-    [B, C]. A second pass over the listed keys alone, one list at a time.
+    [B, width], at least a number for each slot. A second pass over the listed keys alone, one list at a time.
 
     Args:
         q: [B, H, N, D], the newest tokens of a view whose heads hold the same tokens.
@@ -23,7 +23,7 @@ def listed_mass(q: Tensor, view: View, part: Selection, lse: Tensor, ctx: Contex
     per, keys = part.q_block, view.k()
     group, dim = q.shape[1] // keys.shape[1], keys.shape[-1]
     first = view.lengths[:, :1].long() - view.fresh[:, None]
-    mass = torch.zeros(len(q), keys.shape[2], dtype=torch.float32, device=q.device)
+    mass = torch.zeros(len(q), width, dtype=torch.float32, device=q.device)
     for number in range(part.lists.shape[2]):
         listed = part.lists[:, 0, number].long()
         slots = listed.clamp_min(0)
