@@ -10,7 +10,7 @@ import torch
 from tests.attention.reads import random_lists, tensors
 from tests.closeness import assert_close
 
-from foveate.attention import Frame, Geometry, Selection, Span, framed
+from foveate.attention import Frame, Geometry, Selection, Span, framed, grouped
 from foveate.compat import Rotary
 
 ROTARY = Rotary(10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4))
@@ -121,3 +121,38 @@ def test_blocks_that_need_no_mask(seed: int, causal: bool, monkeypatch: pytest.M
     assert_close(got.lse, want.lse, 1e-6)
     masked, past, own = (True, False), (False, False), (False, True)
     assert seen == ([own, past, masked, own] if causal else [masked, past, masked])
+
+
+@pytest.mark.parametrize(
+    ("per", "shared", "softcap", "dtype"),
+    [
+        (1, False, None, torch.float64),
+        (1, True, 3.0, torch.float32),
+        (3, False, None, torch.float32),
+        (8, True, None, torch.bfloat16),
+    ],
+)
+def test_many_queries_with_blocks_of_their_own(seed: int, per, shared, softcap, dtype, monkeypatch) -> None:
+    """Seen from the blocks: as query by query, for rows of different length, over what may hold NaN where unread."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    monkeypatch.setattr(grouped, "ENTRIES", 3000)  # several runs of queries
+    q, k, v = (x.to(dtype) for x in tensors(2, 3, 1, 70, 93, 8, 6))
+    lengths, first = torch.tensor([[93], [80]]), torch.tensor([[23], [10]])
+    geometry = Geometry(2, 70, 93, lengths, first, first + torch.arange(70))
+    lists = random_lists(rng, (2, 1 if shared else 3, -(-70 // per)), 6, 4)
+    selection = Selection(lists, per, 16, frame=Frame(keys=torch.randint(0, 50, lists.shape)))
+    options = {"scale": 0.3, "softcap": softcap, "move": lambda x, delta: ROTARY.move(x, delta).to(x.dtype)}
+    want = framed.attend(q, v, framed.pieces(q, k, selection, geometry, (), **options))
+    calls: list[int] = []
+    plain = grouped.read
+    monkeypatch.setattr(grouped, "read", lambda *a, **o: calls.append(1) or plain(*a, **o))
+    unread = ~selection.mask(geometry, 3).any(1).any(1)
+    k, v = (x.masked_fill(unread.view(2, 1, 93, 1), torch.nan) for x in (k, v))
+    got = framed.read(q, k, v, selection, geometry, (), **options)
+    assert calls
+    assert got.out.dtype == dtype and got.lse.dtype == want.lse.dtype
+    limit = 1e-5 if dtype != torch.bfloat16 else 2e-2
+    assert_close(got.out, want.out, limit)
+    assert_close(got.lse, want.lse, limit)
+    assert (got.out[want.lse == -torch.inf] == 0).all()

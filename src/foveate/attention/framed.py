@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.attention import turned
+from foveate.attention import grouped, turned
 from foveate.attention.kernel import any_of, ends_with_keys, softmax_attention
 from foveate.attention.selection import Geometry, Partial, Selection, Span
 from foveate.attention.turned import Angles
@@ -145,6 +145,8 @@ def read(
     per = q.shape[2] if selection.q_block is None else selection.q_block
     if softcap is None and per >= size and lists.shape[-1]:
         return _fused(q, k, v, selection, geometry, visible, scale=scale, move=move)
+    if grouped.serves(selection, geometry, bounded):
+        return grouped.read(q, k, v, selection, geometry, scale=scale, softcap=softcap, move=move)
     return attend(q, v, pieces(q, k, selection, geometry, visible, scale=scale, softcap=softcap, move=move))
 
 
