@@ -6,6 +6,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,13 @@ class Codebook:
 
     def codes(self, keys: Tensor) -> Tensor:
         """The nearest centroid of each key [..., n, D] as queries see it, int64 [..., n]; ties go to the first."""
-        return nearest(keys @ self.lower, self.centroids @ self.lower)
+        seen, sizes = self._metric
+        return nearest(keys @ seen, self.centroids, sizes)
+
+    @cached_property
+    def _metric(self) -> tuple[Tensor, Tensor]:
+        """L L^T, and ||c L||^2 of each centroid."""
+        return self.lower @ self.lower.mT, (self.centroids @ self.lower).square().sum(-1)
 
     @classmethod
     def random(cls, heads: int, centroids: int, dim: int, seed: int) -> Codebook:
@@ -87,9 +94,13 @@ class Codebook:
         return cls(centroids, lower * scale)
 
 
-def nearest(points: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest of centroids [..., C, D] for points [..., n, D], int64 [..., n]."""
-    weight = centroids.square().sum(-1).unsqueeze(-2)
+def nearest(points: Tensor, centroids: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """Index of the nearest of centroids [..., C, D] for points [..., n, D], int64 [..., n].
+
+    Args:
+        sizes: squared lengths of the centroids [..., C], where the points carry a metric; None: their plain ones.
+    """
+    weight = (centroids.square().sum(-1) if sizes is None else sizes).unsqueeze(-2)
     step = max(1, AT_ONCE // max(1, centroids.shape[:-1].numel()))
     found = [
         (weight - 2 * points[..., i : i + step, :] @ centroids.mT).argmin(-1) for i in range(0, points.shape[-2], step)

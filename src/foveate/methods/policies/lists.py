@@ -43,6 +43,14 @@ def mask_lists(mask: Tensor) -> Tensor:
     return _packed(torch.where(mask, number, blocks).sort(dim=-1).values[..., :width], blocks)
 
 
+def set_lists(mask: Tensor, width: int) -> Tensor:
+    """`mask_lists` in lists [..., width] that no row exceeds: nothing is ordered, and nobody asks how long they are."""
+    number = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
+    place = torch.where(mask, mask.cumsum(-1) - 1, width)  # what is not set goes behind the end
+    lists = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
+    return lists.scatter_(-1, place, number)[..., :width]
+
+
 def _packed(order: Tensor, blocks: int) -> Tensor:
     return torch.where(order == blocks, -1, order).to(torch.int32)
 
