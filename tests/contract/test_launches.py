@@ -100,6 +100,10 @@ def launches(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]
         ("delta-attention", ["arrive", "decode_lists"]),
         ("lycheedecode", ["arrive", "listed"]),
         ("recycled-attention", ["arrive", "listed", "replace_least"]),
+        (
+            "tokenselect",
+            ["arrive", "newest_voter", "turned_votes", "select_best", "tally_votes", "sub", "decode_framed"],
+        ),
     ],
 )
 def test_a_layer_launches_no_more_than_it_must(

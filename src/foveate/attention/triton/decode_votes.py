@@ -49,34 +49,35 @@ def _logits(
     q1, q2 = halves(q, place * DK, valid, FIRST, F, FP)
     if REST:
         q3 = others(q, place * DK, valid, OTHERS, REST, RP)
+    to = scores + place[:, None] * capacity + n[None, :]
     top = tl.full([M], float("-inf"), tl.float32)
     mass = tl.zeros([M], tl.float32)
-    # Angles of far tiles are whole turns and a part, of which float32 would keep too little.
-    turns = speed.to(tl.float64) * 0.15915494309189535
     first = from_tile + (tiles.to(tl.int64) * split // splits).to(tl.int32)
     end = from_tile + (tiles.to(tl.int64) * (split + 1) // splits).to(tl.int32)
+    # Angles of far tiles are whole turns and a part, of which float32 would keep too little.
+    far = speed.to(tl.float64) * 0.15915494309189535 * (first * TILE)
+    part = ((far - tl.floor(far)) * 6.283185307179586).to(tl.float32)
+    a, b = turned(q1, q2, tl.cos(part)[None, :], tl.sin(part)[None, :])
+    onward_cos, onward_sin = tl.cos(speed * TILE)[None, :], tl.sin(speed * TILE)[None, :]
     for tile in tl.range(first, end, num_stages=STAGES):
         slot = tile * TILE + n
         keep = slot < last
         offsets = pair * stride + slot.to(tl.int64) * stride_token
         k1, k2 = halves(k, offsets, keep, FIRST, F, FP)
-        far = turns * (tile * TILE)
-        angle = ((far - tl.floor(far)) * 6.283185307179586).to(tl.float32)
-        a, b = turned(q1, q2, tl.cos(angle)[None, :], tl.sin(angle)[None, :])
         x1, x2 = turned(k1, k2, cos, sin)
         s = tl.zeros([M, TILE], tl.float32)
         s = product(a, x1.to(k.dtype.element_ty), s, SPLIT, PRECISION)
         s = product(b, x2.to(k.dtype.element_ty), s, SPLIT, PRECISION)
         if REST:
             s = product(q3, others(k, offsets, keep, OTHERS, REST, RP), s, SPLIT, PRECISION)
-        seen = (slot >= begin)[None, :] & (slot[None, :] < edge[:, None])
+        seen = (slot >= begin)[None, :] & (slot[None, :] < edge[:, None])  # rows that are none have no edge
         s = tl.where(seen, s * factor, float("-inf"))
-        to = place[:, None] * capacity + slot[None, :]
-        tl.store(scores + to, s, mask=valid[:, None] & (slot < capacity)[None, :])
+        tl.store(to + tile * TILE, s, mask=seen)
         new = tl.maximum(top, tl.max(s, 1))
         anchor = tl.where(new == float("-inf"), 0.0, new)
         mass = mass * tl.exp2(top - anchor) + tl.sum(tl.exp2(s - anchor[:, None]), 1)
         top = new
+        a, b = turned(a, b, onward_cos, onward_sin)
     total = tl.where(mass > 0, top + tl.log2(tl.where(mass > 0, mass, 1.0)), float("-inf"))
     tl.store(masses + place * splits + split, total, mask=valid)
 
@@ -170,7 +171,7 @@ def _votes_op(
     (batch, count, heads, dim), (pairs, capacity, _), device = voters.shape, k.shape, voters.device
     group = heads * batch // pairs
     rows = max(16, power_of_two(count * group))
-    splits = max(1, min(4 * multiprocessors(device) // pairs, -(-capacity // (4 * TILE))))
+    splits = max(1, min(2 * multiprocessors(device) // pairs, -(-capacity // (4 * TILE))))  # what runs side by side
     scores = torch.empty(batch, count, heads, capacity, dtype=torch.float32, device=device)
     masses = torch.empty(batch, count, heads, splits, dtype=torch.float32, device=device)
     out = torch.empty(batch, count, capacity, dtype=torch.float32, device=device)
@@ -178,7 +179,7 @@ def _votes_op(
     _logits[(pairs, splits)](
         voters, k, edges, wait, frequencies, scores, masses, scale * LOG2E.value, count, splits, capacity, begin,
         k.stride(0), k.stride(1), G=group, STORES=pairs // batch, M=rows, TILE=TILE, STANDS=stands is not None,
-        SPLIT=k.dtype != torch.float32, PRECISION=precision_of(k.dtype), STAGES=2 if rows <= 32 else 1,
+        SPLIT=k.dtype != torch.float32, PRECISION=precision_of(k.dtype), STAGES={16: 3, 32: 2}.get(rows, 1),
         **channels(dim, frequencies.numel(), last), num_warps=4 if rows <= 32 else 8,
     )  # fmt: skip
     wide = power_of_two(heads)

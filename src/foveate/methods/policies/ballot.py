@@ -58,7 +58,7 @@ class Ballot:
     def winners(self, voters: Tensor, edges: Tensor, k: int) -> Tensor:
         """The k tokens with the most votes, of equal ones the first: slots, ascending, int32 [B, T, k], -1 behind the
         end."""
-        made = []
+        made, edges = [], torch.minimum(edges, self.view.lengths[:, :1])  # of padding, nothing behind its row
         for some, edge in zip(voters.split(AT_ONCE, dim=1), edges.split(AT_ONCE, dim=1), strict=True):
             made.append(top_lists(self(some, edge), k))
         lists = torch.cat(made, dim=1)
