@@ -1,11 +1,11 @@
-"""Bases in which keys and values of a head take few bits, found from second moments over text."""
+"""Bases in which keys and values of a head take few bits, and bytes that layers are worth, from moments over text."""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ from foveate import compat
 from foveate.cache.transform import MOST, SCALE, Transform, losses
 from foveate.heads.codebooks import random_texts
 from foveate.heads.passkeys import passkey_examples, running_examples, shortest
-from foveate.heads.tap import Tap, Tapped
+from foveate.heads.tap import Tap, Tapped, frozen
 
 FLOOR = 0.01
-"""Share of the mean energy of queries that is added in every direction: what queries of other texts may look at."""
+"""Share of the mean sensitivity that is added in every direction: what queries of other texts may look at."""
+
+
+SIDES = ("keys", "values")
 
 
 @dataclass
@@ -27,22 +30,20 @@ class Moments:
 
     Attributes:
         k, v: [H, D], sums.
-        kk, vv, qq: [H, D, D], sums of outer products; queries are those of all query heads of the group.
+        kk, vv: [H, D, D], sums of outer products.
     """
 
     k: Tensor
     v: Tensor
     kk: Tensor
     vv: Tensor
-    qq: Tensor
     count: int
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Moments:
-        """Of q [Hq, n, D], k [H, n, D] and v [H, n, Dv]."""
-        grouped = q.unflatten(0, (len(k), -1)).flatten(1, 2)
-        q, k, v = grouped.double(), k.double(), v.double()
-        return cls(k.sum(1), v.sum(1), k.mT @ k, v.mT @ v, q.mT @ q, k.shape[1])
+    def of(cls, k: Tensor, v: Tensor) -> Moments:
+        """Of k [H, n, D] and v [H, n, Dv]."""
+        k, v = k.double(), v.double()
+        return cls(k.sum(1), v.sum(1), k.mT @ k, v.mT @ v, k.shape[1])
 
     def add(self, other: Moments) -> None:
         for name, x in vars(other).items():
@@ -76,7 +77,7 @@ def collect(
 
     def serve(layer: Tapped) -> Tensor:
         if layer.shape.kind == "full":
-            new = Moments.of(layer.q[0], layer.k[0, :, first:], layer.v[0, :, first:])
+            new = Moments.of(layer.k[0, :, first:], layer.v[0, :, first:])
             held = found.setdefault(layer.shape.index, new)
             if held is not new:
                 held.add(new)
@@ -88,6 +89,50 @@ def collect(
             compat.base_model(compat.unwrap(model))(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
             report(1, "")
     return found
+
+
+def sensitivity(
+    model: nn.Module,
+    texts: Iterable[tuple[Sequence[int], int]],
+    first: int,
+    seed: int,
+    report: Callable[[int, str], None],
+) -> dict[tuple[int, str], Tensor]:
+    """What errors of keys and values cost a model in likelihood: second moments of the gradients of its loss by those
+    of a layer, float64 [H, D, D] by layer and side. All of them together have a trace of 1.
+
+    The loss is that of tokens drawn from the model's own predictions, so that the moments are Fisher's information: to
+    second order they say how far predictions move.
+
+    Args:
+        texts: token ids, and the first token whose prediction counts.
+        first: tokens of each text whose keys and values are left out.
+        seed: of the tokens that are drawn.
+    """
+    found: dict[tuple[int, str], Tensor] = {}
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for ids, judged in texts:
+        added: dict[tuple[int, str], Tensor] = {}
+
+        def serve(layer: Tapped, added: dict[tuple[int, str], Tensor] = added) -> Tensor:
+            if layer.shape.kind != "full":
+                return layer.attend()
+            k, v = (torch.zeros_like(x, requires_grad=True) for x in (layer.k, layer.v))
+            added[layer.shape.index, "keys"], added[layer.shape.index, "values"] = k, v
+            return replace(layer, k=layer.k + k, v=layer.v + v).attend()
+
+        with frozen(model), Tap(model, serve), torch.enable_grad():
+            rows = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0, judged - 1 :]
+            likely = rows.float().log_softmax(-1)
+            drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
+            gradients = torch.autograd.grad(likely.gather(1, drawn).sum(), list(added.values()))
+        for name, gradient in zip(added, gradients, strict=True):
+            g = gradient[0, :, first:].double()
+            found[name] = found.get(name, 0) + g.mT @ g
+        report(1, "")
+    total = sum(float(x.diagonal(dim1=1, dim2=2).sum()) for x in found.values())
+    return {name: x / total for name, x in found.items()}
 
 
 def basis(covariance: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,19 +169,44 @@ def water_filling(energy: Tensor, total: int) -> Tensor:
 
     Source: 2511.01815, section 3; the greedy order is optimal because each further bit gains less than the one before.
     """
-    gains = [a - b for a, b in zip(losses(), losses()[1:], strict=False)]
-    out = torch.zeros(energy.shape, dtype=torch.int64)
-    for head, row in enumerate(energy.double().tolist()):
-        heap = [(-e * gains[0], c) for c, e in enumerate(row)]
-        heapq.heapify(heap)
-        bits = [0] * len(row)
-        for _ in range(min(total, MOST * len(row))):
-            _, c = heapq.heappop(heap)
-            bits[c] += 1
-            if bits[c] < MOST:
-                heapq.heappush(heap, (-row[c] * gains[bits[c]], c))
-        out[head] = torch.tensor(bits)
-    return out
+    taken = _gains(energy).flatten(1).argsort(dim=1, descending=True, stable=True)[:, :total] // MOST
+    return torch.zeros(energy.shape, dtype=torch.int64).scatter_add_(1, taken, torch.ones_like(taken))
+
+
+def _gains(energy: Tensor) -> Tensor:
+    """What each bit of a component saves after those before it, [H, C, MOST]."""
+    lost = torch.tensor(losses(), dtype=torch.float64)
+    return energy.double().cpu().unsqueeze(2) * (lost[:-1] - lost[1:])
+
+
+def longest(dim: int) -> int:
+    """Bytes of a row in which every component has all the bits that it can have."""
+    return -(-(SCALE + MOST * dim) // 8)
+
+
+@lru_cache(maxsize=64)
+def share_out(sides: tuple[tuple[Tensor, tuple[float, ...]], ...], total: int) -> tuple[int, ...]:
+    """Bytes of a packed token of one head on each side (the keys or the values of a layer), at least 1: each next byte
+    goes where it lowers the loss most.
+
+    Args:
+        sides: the numbers of each as `held` gives them, and what an error costs in each of its heads.
+        total: bytes of a token in all heads of all sides, at most.
+
+    Source: reverse water-filling as in 2511.01815, section 3, here over layers, too.
+    """
+    gains, costs = [], []
+    for numbers, weights in sides:
+        saved = _gains(numbers[:, 2].double().square()).flatten(1).sort(dim=1, descending=True).values.cumsum(1)
+        rows = torch.arange(1, longest(numbers.shape[2]) + 1)
+        reached = (8 * rows - SCALE).clamp_max(saved.shape[1]) - 1
+        gains.append((saved[:, reached] * torch.tensor(weights, dtype=torch.float64).unsqueeze(1)).sum(0).diff())
+        costs.append(len(numbers))
+    which = torch.repeat_interleave(torch.arange(len(sides)), torch.tensor([len(x) for x in gains]))
+    cost = torch.tensor(costs)[which]
+    order = (torch.cat(gains) / cost).argsort(descending=True, stable=True)
+    taken = order[cost[order].cumsum(0) <= total - sum(costs)]
+    return tuple((1 + torch.bincount(which[taken], minlength=len(sides))).tolist())
 
 
 def mixed_texts(tokenizer: Any, length: int, seed: int) -> Iterator[Sequence[int]]:
@@ -152,6 +222,51 @@ def mixed_texts(tokenizer: Any, length: int, seed: int) -> Iterator[Sequence[int
             make = passkey_examples if number % 5 == 1 and size >= least else running_examples
             yield next(make(tokenizer, (size,), own)).ids
         number += 1
+
+
+def asked_texts(tokenizer: Any, sizes: Sequence[int], each: int, seed: int) -> list[tuple[Sequence[int], int]]:
+    """Texts of these lengths in tokens, and the first token at which each is judged. Of a length there are `each` plain
+    ones, as many with passkeys, where there is room for one, and one of random identifiers, all judged throughout;
+    those with passkeys are judged once more at questions and answers alone."""
+    found: list[tuple[Sequence[int], int]] = []
+    for size in sizes:
+        found += [(x.ids, 1) for x in islice(running_examples(tokenizer, (size,), seed), each)]
+        found += [(ids, 1) for ids in islice(random_texts(tokenizer, size, seed), 1)]
+        if size >= shortest(tokenizer):
+            for x in islice(passkey_examples(tokenizer, (size,), seed), each):
+                found += [(x.ids, 1), (x.ids, x.labels)]
+    return found
+
+
+def fit(
+    model: nn.Module,
+    read: Iterable[Sequence[int]],
+    asked: Iterable[tuple[Sequence[int], int]],
+    first: int,
+    seed: int,
+    report: Callable[[int, str], None],
+) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """Bases of every layer's keys and values as `held` gives them, and by the same names what an error of 1 costs in
+    each head.
+
+    Args:
+        read: texts that the bases are fitted to.
+        asked: texts that say what errors cost, as in `sensitivity`; those that are judged throughout weigh as much in
+            all as the others.
+    """
+    kinds: list[list[tuple[Sequence[int], int]]] = [[], []]
+    for ids, judged in asked:
+        kinds[judged > 1].append((ids, judged))
+    costs = [sensitivity(model, kind, first, seed, report) for kind in kinds if kind]
+    tensors: dict[str, Tensor] = {}
+    weights: dict[str, list[float]] = {}
+    for index, moments in collect(model, read, first, report).items():
+        for name, found in zip(SIDES, (moments.keys, moments.values), strict=True):
+            metric = torch.stack([cost[index, name] for cost in costs]).mean(0)
+            tensors |= held(index, name, *found, metric)
+            mean = metric.diagonal(dim1=1, dim2=2).mean(1)
+            weights[f"{index}.{name}"] = [float(f"{x:.4g}") for x in mean.tolist()]
+    return tensors, weights
 
 
 def held(index: int, name: str, mean: Tensor, covariance: Tensor, metric: Tensor | None = None) -> dict[str, Tensor]:
