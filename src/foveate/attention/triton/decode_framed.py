@@ -8,13 +8,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.triton.turning import channels, halves, others, product, turned
+from foveate.attention.triton.turning import channels, halves, others, product, tokens_at_once, turned
 from foveate.attention.triton.workers import LOG2E, check_heads, deliver, jit, power_of_two, precision_of
 from foveate.attention.turned import Angles
 from foveate.errors import BadArgument
-
-BLOCK = 64
-"""Listed tokens of a program."""
 
 
 @jit(do_not_specialize=["width", "splits"])
@@ -154,7 +151,8 @@ def _op(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     (pairs, rows, _, dim), width, v_dim = q.shape, lists.shape[1], v.shape[2]
-    splits, wide = max(1, -(-width * page // BLOCK)), power_of_two(v_dim)
+    block, wide = tokens_at_once(max(dim, v_dim), k.element_size()), power_of_two(v_dim)
+    splits = max(1, -(-width * page // block))
     out, lse = _empty(q, v)
     part = torch.empty(pairs, rows, splits, v_dim, dtype=torch.float32, device=q.device)
     weight = torch.empty(pairs, rows, splits, dtype=torch.float32, device=q.device)
@@ -163,7 +161,7 @@ def _op(
         scale / softcap if softcap is not None else scale * LOG2E.value,
         softcap * LOG2E.value if softcap is not None else 0.0,
         width, splits, k.stride(0), k.stride(1), v.stride(0), v.stride(1), lists.stride(0), places.stride(0), R=rows,
-        M=max(16, power_of_two(rows)), BLOCK=BLOCK, PAGE=page, DV=v_dim, VP=max(16, wide),
+        M=max(16, power_of_two(rows)), BLOCK=block, PAGE=page, DV=v_dim, VP=max(16, wide),
         **channels(dim, frequencies.numel(), last), CAPPED=softcap is not None, PRECISION=precision_of(k.dtype),
         num_warps=4,
     )  # fmt: skip

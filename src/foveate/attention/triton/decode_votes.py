@@ -14,13 +14,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.triton.turning import channels, halves, others, product, turned
+from foveate.attention.triton.turning import channels, halves, others, product, tokens_at_once, turned
 from foveate.attention.triton.workers import LOG2E, jit, multiprocessors, power_of_two, precision_of
 from foveate.attention.turned import Angles
 from foveate.errors import BadArgument
-
-TILE = 64
-"""Slots of a tile."""
 
 
 @jit(do_not_specialize=["voters", "splits", "capacity", "begin"])
@@ -171,14 +168,15 @@ def _votes_op(
     (batch, count, heads, dim), (pairs, capacity, _), device = voters.shape, k.shape, voters.device
     group = heads * batch // pairs
     rows = max(16, power_of_two(count * group))
-    splits = max(1, min(2 * multiprocessors(device) // pairs, -(-capacity // (4 * TILE))))  # what runs side by side
+    tile = tokens_at_once(dim, k.element_size())
+    splits = max(1, min(2 * multiprocessors(device) // pairs, -(-capacity // (4 * tile))))  # what runs side by side
     scores = torch.empty(batch, count, heads, capacity, dtype=torch.float32, device=device)
     masses = torch.empty(batch, count, heads, splits, dtype=torch.float32, device=device)
     out = torch.empty(batch, count, capacity, dtype=torch.float32, device=device)
     wait = edges if stands is None else stands
     _logits[(pairs, splits)](
         voters, k, edges, wait, frequencies, scores, masses, scale * LOG2E.value, count, splits, capacity, begin,
-        k.stride(0), k.stride(1), G=group, STORES=pairs // batch, M=rows, TILE=TILE, STANDS=stands is not None,
+        k.stride(0), k.stride(1), G=group, STORES=pairs // batch, M=rows, TILE=tile, STANDS=stands is not None,
         SPLIT=k.dtype != torch.float32, PRECISION=precision_of(k.dtype), STAGES={16: 3, 32: 2}.get(rows, 1),
         **channels(dim, frequencies.numel(), last), num_warps=4 if rows <= 32 else 8,
     )  # fmt: skip

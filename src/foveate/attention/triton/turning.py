@@ -21,6 +21,11 @@ def channels(dim: int, pairs: int, last: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def tokens_at_once(dim: int, width: int) -> int:
+    """Keys of `dim` channels, of `width` bytes each, that a program turns in its registers."""
+    return max(16, min(64, 16384 // (power_of_two(dim) * width)))
+
+
 @jit
 def halves(x, offsets, keep, FIRST: tl.constexpr, F: tl.constexpr, FP: tl.constexpr):
     """Both halves [n, FP] of the rotated channels of rows at offsets [n] behind x, float32; 0 where not kept."""
