@@ -105,13 +105,14 @@ class ActQKV(Method):
             return ALL
         per = self.chunk if ctx.phase == "prompt" else 1
         single = q.shape[2] == per == 1
-        places = ctx.forward.get("places") if single else None
+        key = f"places {q.device}"
+        places = ctx.forward.get(key) if single else None
         if places is None:
             first = view.lengths[:, :1].long() - view.fresh[:, None]
             starts = first + torch.arange(0, q.shape[2], per, device=q.device)  # [B, pieces]
             places = first, starts, self._near(starts, per, view), self._sinks(starts)
             if single:  # all layers hold the same tokens
-                ctx.forward["places"] = places
+                ctx.forward[key] = places
         first, starts, near, sinks = places
         held = ctx.attend(q, view, near)
         assert held.lse is not None

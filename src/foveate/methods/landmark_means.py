@@ -101,11 +101,12 @@ class LandmarkMeans(Method):
             ctx.mine.pop("means", None)  # nobody makes those of blocks that become complete now
             return ALL
         single = q.shape[2] == 1
-        layout = ctx.forward.get("layout") if single else None
+        key = f"layout {q.device}"
+        layout = ctx.forward.get(key) if single else None
         if layout is None:
             layout = self._layout(q, k, view)
             if single:  # all layers hold the same tokens
-                ctx.forward["layout"] = layout
+                ctx.forward[key] = layout
         listed, counts, score = self._retrieve(q, view, layout, k, ctx)
         counts = (listed >= 0).sum(-1) if counts is None else counts
         rank = torch.arange(listed.shape[-1], device=q.device) - counts.unsqueeze(-1)  # -1 is the newest

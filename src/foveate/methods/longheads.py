@@ -80,14 +80,15 @@ class LongHeads(Method):
         if not view.exceeds(most * size):
             return ALL
         single = q.shape[2] == 1
-        common = ctx.forward.get("common") if single else None
+        key = f"common {q.device}"
+        common = ctx.forward.get(key) if single else None
         if common is None:
             own = (view.lengths[:, 0].long() - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device)
             place = torch.where(own < most * size, own, (most - 1) * size + own % size)
             ranks = torch.arange(min(most, features.shape[2]), device=q.device).mul(size)
             common = own, place, ranks, self._limits(own, features) if single else None
             if single:  # all layers hold the same tokens
-                ctx.forward["common"] = common
+                ctx.forward[key] = common
         own, place, ranks, limits = common
         wanted, lists = features.transpose(-1, -2), []
         step = max(1, SCORES // (q.shape[0] * q.shape[1] * features.shape[2]))
