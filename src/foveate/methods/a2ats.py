@@ -22,6 +22,7 @@ from foveate.methods.budget import Budget
 from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.lists import set_lists, top_lists
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
+from foveate.methods.policies.ranks import best_ranks, codes_of, places
 from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import LayerShape, ModelShape
 
@@ -115,23 +116,16 @@ class A2ATS(Method):
         most = ctx.role.extra["most"]
         if most == UNBOUNDED or not view.exceeds(self.sink + self.window):
             return ALL
-        codes, (own, counts, seen, forced) = self._codes(q, view, ctx), self._places(q, view, ctx)
+        codes, (own, last, seen, forced) = codes_of(self.id, q, view, ctx), places(q, view, ctx, self.sink, self.window)
         stores, capacity = codes.shape[1:]
         turned = at_position(q, own, self.distance, ctx.rope).float().unflatten(1, (stores, -1))
         table = turned @ ctx.role.extra["book"].on(q.device).centroids.mT.unsqueeze(1)
         scores = table.gather(-1, codes.long().clamp_min(0)[:, :, None, None].expand(*table.shape[:-1], -1))
         scores = scores.masked_fill(~(seen & ~forced).unsqueeze(2), -torch.inf)  # [B, Hs, G, N, C]
         each = int(capacity * self.ratio + 1e-9) if most is None else min(most, capacity)
-        best = top_lists(scores, each)
-        there = best.long().clamp_min(0)
-        order = scores.gather(-1, there).masked_fill(best < 0, -torch.inf)
-        order = order.argsort(dim=-1, descending=True, stable=True)
-        number = torch.arange(each, device=q.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(-1, order, number).masked_fill(best < 0, capacity)
-        # What the query heads of a group want together: each token at the best of its ranks.
-        there, rank = (x.transpose(2, 3).flatten(3) for x in (there, rank))
-        least = torch.full_like(seen, capacity, dtype=torch.int64).scatter_reduce_(-1, there, rank, "amin")
+        least = best_ranks(scores, each)
         if most is None:
+            counts = ((last + 1).double() * self.ratio + 1e-9).long()
             width = self.sink + self.window + q.shape[1] // stores * each
             return Selection(lists=set_lists(seen & (forced | (least < counts)), width), q_block=1)
         value = torch.where(least < capacity, -least.float(), -torch.inf).masked_fill(forced & seen, torch.inf)
@@ -142,46 +136,6 @@ class A2ATS(Method):
             ctx.mine.clear()  # these tokens have no codes yet
         else:
             ctx.mine.update(ctx.forward.pop(f"coded {ctx.layer}", {}))
-
-    def _places(self, q: Tensor, view: View, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Positions of the queries, int64 [B, N]; how many tokens each of them chooses under a ratio, [B, Hs, N, 1];
-        what it may see, and what is read in any case, bool [B, Hs, N, C]. Where all layers hold the same tokens it is
-        worked out once."""
-        key = f"places {q.device} {view.capacity}"
-        found = ctx.forward.get(key) if view.aligned else None
-        if found is None:
-            steps = torch.arange(q.shape[2], device=q.device)
-            own = (view.seen - view.fresh)[:, None] + steps
-            last = (view.lengths.long() - view.fresh[:, None])[..., None, None] + steps[:, None]
-            slot = torch.arange(view.capacity, device=q.device)
-            positions = view.positions.unsqueeze(2)
-            forced = (positions < self.sink) | (positions > own[:, None, :, None] - self.window)
-            counts = ((last + 1).double() * self.ratio + 1e-9).long()
-            found = own, counts, (slot <= last) & view.valid().unsqueeze(2), forced
-            if view.aligned:
-                ctx.forward[key] = found
-        return found
-
-    def _codes(self, q: Tensor, view: View, ctx: Context) -> Tensor:
-        """Codes of all slots [B, Hs, C]; tokens that came since the last look get theirs. Once all have been looked at,
-        it is known which these are."""
-        codes, keys, book = view.tag(self.id)[..., 0], view.k(), ctx.role.extra["book"].on(q.device)
-        if q.shape[2] == 1 and "coded" in ctx.mine:
-            slot = (view.lengths.long() - 1).clamp_min(0).unsqueeze(-1)
-            newest = keys.gather(2, slot.unsqueeze(-1).expand(-1, -1, -1, keys.shape[3]))
-            raw = at_position(newest, view.positions.gather(2, slot), 0, ctx.rope).float()
-            codes = codes.scatter(2, slot, book.codes(raw).to(codes.dtype))
-            view.write(self.id, codes.unsqueeze(-1))
-            return codes
-        missing = ((codes < 0) & view.valid()).any(0).any(0)
-        if missing.any():
-            slots = slice(int(missing.nonzero()[0]), view.capacity)
-            raw = at_position(keys[:, :, slots], view.positions[:, :, slots], 0, ctx.rope).float()
-            new = book.codes(raw).to(codes.dtype)
-            codes = torch.cat([codes[:, :, : slots.start], new], dim=-1).masked_fill(~view.valid(), -1)
-            view.write(self.id, codes.unsqueeze(-1))
-        ctx.forward[f"coded {ctx.layer}"] = {"coded": torch.ones(len(q), dtype=torch.bool, device=q.device)}
-        return codes
 
     def calibrate(
         self,

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import ALL, Frame, Partial, Parts, Selection
@@ -16,12 +15,12 @@ from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register, tries
 from foveate.methods.budget import Budget
-from foveate.methods.policies.complete import completes, newest, room
+from foveate.methods.policies.complete import completes, room
 from foveate.methods.policies.mass import listed_mass
-from foveate.methods.policies.outliers import Moments, moments, outlier_weights, running_weights
+from foveate.methods.policies.outliers import piece_probes
 from foveate.methods.policies.places import ascending
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
-from foveate.methods.policies.recall import cosines, normalised_entropy, representative_means, taken
+from foveate.methods.policies.recall import BlocksAt, cosines, first_tokens, known_blocks, normalised_entropy, taken
 from foveate.models.shape import ModelShape
 
 
@@ -110,7 +109,7 @@ class ActQKV(Method):
         if places is None:
             first = view.lengths[:, :1].long() - view.fresh[:, None]
             starts = first + torch.arange(0, q.shape[2], per, device=q.device)  # [B, pieces]
-            places = first, starts, self._near(starts, per, view), self._sinks(starts)
+            places = first, starts, self._near(starts, per, view), first_tokens(starts, self.init, self.local)
             if single:  # all layers hold the same tokens
                 ctx.forward[key] = places
         first, starts, near, sinks = places
@@ -130,7 +129,7 @@ class ActQKV(Method):
             ctx.forward[f"step {ctx.layer}"] = state, None, None
             return local
         raw = at_position(q, first + torch.arange(q.shape[2], device=q.device), self.local, ctx.rope)
-        probes, seen = self._probes(raw, per, view, ctx)
+        probes, seen = piece_probes(raw, per, view, ctx, self.probe, self.cap)
         chosen, entropy, left = self._recall(probes, state["blocks"], starts, view, ctx)
         ctx.forward[f"step {ctx.layer}"] = state | seen, entropy, left
         tokens = self.init + chosen.unsqueeze(-1) * self.block + torch.arange(self.block, device=q.device)
@@ -175,56 +174,9 @@ class ActQKV(Method):
         ends = torch.minimum(starts + per, view.lengths[:, :1]).unsqueeze(-1)
         return Selection(lists=torch.where(slots < ends, slots, -1).to(torch.int32).unsqueeze(1), q_block=per)
 
-    def _sinks(self, starts: Tensor) -> Tensor:
-        """The first tokens, as far as they are not among the newest of a piece, int32 [B, pieces, init]."""
-        sinks = torch.arange(self.init, dtype=torch.int32, device=starts.device)
-        return torch.where(sinks <= (starts - self.local).unsqueeze(-1), sinks, -1)
-
     def _blocks(self, view: View, mass: Tensor, ctx: Context, single: bool) -> Tensor:
-        """What each block that the next token finds ready is known by, float32 [B, Hs, blocks, D], and room for more.
-        A `single` token came with this forward, or several."""
-        size, keys, known = self.block, view.k(), ctx.mine.get("blocks")
-        if known is not None and (known.shape[1], known.shape[3]) != (keys.shape[1], keys.shape[3]):
-            known = None  # MLA: heads in the prompt, then latents
-        if known is not None and single and not view.exceeds(self._ahead + (known.shape[2] + 1) * size - 1):
-            if not self.completes(ctx.seen):
-                return known
-            last = newest(view, size, self._ahead)
-            slots = last.slots(size, self.init)
-            raw = at_position(last.of(keys, size, self.init), slots, 0, ctx.rope).float().unsqueeze(2)
-            return last.put(
-                known, representative_means(raw, mass.gather(1, slots).unsqueeze(1), self.representatives)[:, :, 0]
-            )
-        lengths = view.host_lengths[:, 0]
-        total = int(self._ready(lengths.max()))
-        begin = 0 if known is None else int(self._ready((lengths - view.host_fresh).min()))
-        held = 0 if known is None else known.shape[2]
-        chunks = held if known is not None and total <= held else room(total, size)
-        blocks = keys.new_zeros(len(keys), keys.shape[1], chunks, keys.shape[3], dtype=torch.float32)
-        if known is not None:
-            blocks[:, :, :held] = known
-        if begin < total:
-            slots = slice(self.init + begin * size, self.init + total * size)
-            raw = at_position(keys[:, :, slots], view.positions[:, :, slots], 0, ctx.rope).float()
-            shares = mass[:, slots].unflatten(1, (-1, size))
-            blocks[:, :, begin:total] = representative_means(raw.unflatten(2, (-1, size)), shares, self.representatives)
-        return blocks
-
-    def _probes(self, raw: Tensor, per: int, view: View, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """The probe of each piece, float32 [B, H, pieces, D], and the running moments behind the last one."""
-        if ctx.phase == "decode":  # a single query is its own probe
-            return raw.float(), {}
-        rows = F.pad(raw.float(), (0, 0, 0, -raw.shape[2] % per)).unflatten(2, (-1, per))
-        real = torch.arange(rows.shape[2] * per, device=raw.device) < view.fresh[:, None]
-        real, flat = real.unflatten(1, (-1, per)), rows.permute(0, 2, 3, 1, 4).flatten(3)  # [B, pieces, per, H D]
-        weights, after = real / real.sum(-1, keepdim=True).clamp_min(1), {}
-        if self.probe == "window":
-            weights = outlier_weights(flat, real, moments(flat, real))
-        elif self.probe == "running":
-            past = Moments(*(ctx.mine[name] for name in Moments._fields)) if "mean" in ctx.mine else None
-            weights, seen = running_weights(flat, real, past, self.cap)
-            after = seen._asdict()
-        return torch.einsum("bhpnd,bpn->bhpd", rows, weights), after
+        where = BlocksAt(self.block, self.init, self._ahead)
+        return known_blocks(ctx.mine.get("blocks"), view, mass, self.representatives, where, ctx, single=single)
 
     def _recall(
         self, probes: Tensor, blocks: Tensor, starts: Tensor, view: View, ctx: Context

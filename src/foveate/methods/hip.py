@@ -127,9 +127,6 @@ class HiP(Method):
 
     def kind(self, clock: np.ndarray) -> Hashable:
         """Steps that search, and those that a search serves."""
-        return self._due(clock)
-
-    def _due(self, clock: np.ndarray) -> bool:
         return bool((clock % self.refresh == 0).any())
 
     def _begin(self, first: Tensor) -> Tensor:
@@ -144,7 +141,7 @@ class HiP(Method):
         read = []
         for i in range(q.shape[2]):
             here = own + i if i else own
-            if self._due(ctx.clock + i) or not state or not self._serves(state, here, i, view, ctx):
+            if self.kind(ctx.clock + i) or not state or not self._serves(state, here, i, view, ctx):
                 begin = self._begin(here.long().unsqueeze(-1))
                 found = self._search(q[:, :, i, None, None], keys, begin, slots)
                 last = torch.full_like(begin, torch.iinfo(torch.int32).max)
@@ -173,8 +170,7 @@ class HiP(Method):
         most = max(0, -(-held // self.k_block) - self._sinks)
         if count == 1 and asking.shape[3] == 1:
             high = begin[..., 0].repeat_interleave(group, dim=1)
-            low = torch.full_like(high, self._sinks)
-            best = descend_keys(asking[:, :, :, 0], keys, low, high, slots, most, self.k_block)
+            best = descend_keys(asking[:, :, :, 0], keys, self._sinks, high, slots, most, self.k_block)
             if best is not None:
                 return best.unsqueeze(2)
         step = max(1, AT_ONCE // (batch * heads * 2 * slots * self.k_block * dim))

@@ -17,7 +17,7 @@ from foveate.methods.base import Context, Method, Profile, Role, register
 from foveate.methods.budget import Budget
 from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.complete import completes, newest, room
-from foveate.methods.policies.lists import counted_lists
+from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
 from foveate.models.shape import ModelShape
 
@@ -107,9 +107,8 @@ class LandmarkMeans(Method):
             layout = self._layout(q, k, view)
             if single:  # all layers hold the same tokens
                 ctx.forward[key] = layout
-        listed, counts, score = self._retrieve(q, view, layout, k, ctx)
-        counts = (listed >= 0).sum(-1) if counts is None else counts
-        rank = torch.arange(listed.shape[-1], device=q.device) - counts.unsqueeze(-1)  # -1 is the newest
+        listed, score = self._retrieve(q, view, layout, k, ctx)
+        rank = torch.arange(listed.shape[-1], device=q.device) - (listed >= 0).sum(-1, keepdim=True)  # -1 is the newest
         edge = layout.edge[:, None, :, None]
         start = (k + 1 + rank - (listed < edge - k).long()) * size
         target = torch.where(layout.far.unsqueeze(1), start, listed.long() * size)
@@ -146,15 +145,13 @@ class LandmarkMeans(Method):
         place = torch.where(far[..., 0], own - (edge - k - 1) * size, own)
         return Layout(own, edge, far, place, local)
 
-    def _retrieve(
-        self, q: Tensor, view: View, layout: Layout, k: int, ctx: Context
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The best past blocks of each query and head, int32 [B, H, N, k], how many they are where that is known, and
-        for a grouped softmax their landmarks' scores."""
+    def _retrieve(self, q: Tensor, view: View, layout: Layout, k: int, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """The best past blocks of each query and head, int32 [B, H, N, k]; for a grouped softmax the scores of their
+        landmarks."""
         means = self._means(view, ctx, q.shape[2] == 1).transpose(-1, -2)
         number = torch.arange(means.shape[-1], device=q.device)
         batch, heads, queries, _ = q.shape
-        lists, counts, won = [], [], []
+        lists, won = [], []
         step = max(1, SCORES // (batch * heads * max(1, len(number))))
         for first in range(0, queries, step):
             some = slice(first, first + step)
@@ -164,19 +161,10 @@ class LandmarkMeans(Method):
             if ctx.softcap is not None:
                 scores = torch.tanh(scores / ctx.softcap) * ctx.softcap
             scores = scores.masked_fill(number >= layout.edge[:, None, some, None], -torch.inf)
-            best, count = counted_lists(scores, k)
-            lists.append(best)
-            counts.append(count)
+            lists.append(top_lists(scores, k))
             if self.softmax == "grouped":
-                won.append(scores.gather(-1, best.long().clamp_min(0)).masked_fill(best < 0, -torch.inf))
-        if len(lists) == 1:
-            return lists[0], counts[0], won[0] if won else None
-        known = [count for count in counts if count is not None]
-        return (
-            torch.cat(lists, dim=2),
-            torch.cat(known, dim=2) if len(known) == len(counts) else None,
-            torch.cat(won, dim=2) if won else None,
-        )
+                won.append(scores.gather(-1, lists[-1].long().clamp_min(0)).masked_fill(lists[-1] < 0, -torch.inf))
+        return torch.cat(lists, dim=2), torch.cat(won, dim=2) if won else None
 
     def _means(self, view: View, ctx: Context, single: bool) -> Tensor:
         """Mean keys of all complete blocks without positions, float32 [B, Hs, blocks, D]; made once and held. Behind

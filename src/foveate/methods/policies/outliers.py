@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from foveate.cache import View
+from foveate.methods.base import Context
 
 
 class Moments(NamedTuple):
@@ -58,3 +62,22 @@ def running_weights(x: Tensor, real: Tensor, past: Moments | None, cap: int) -> 
         weights[:, n] = torch.where(past.count[:, None] > cap, some, weights[:, n])
         past = joined(past, moments(x[:, n], real[:, n]), cap)
     return weights, past
+
+
+def piece_probes(
+    raw: Tensor, per: int, view: View, ctx: Context, probe: str, cap: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The probe of each piece, float32 [B, H, pieces, D], and the running moments behind the last one."""
+    if ctx.phase == "decode":  # a single query is its own probe
+        return raw.float(), {}
+    rows = F.pad(raw.float(), (0, 0, 0, -raw.shape[2] % per)).unflatten(2, (-1, per))
+    real = torch.arange(rows.shape[2] * per, device=raw.device) < view.fresh[:, None]
+    real, flat = real.unflatten(1, (-1, per)), rows.permute(0, 2, 3, 1, 4).flatten(3)  # [B, pieces, per, H D]
+    weights, after = real / real.sum(-1, keepdim=True).clamp_min(1), {}
+    if probe == "window":
+        weights = outlier_weights(flat, real, moments(flat, real))
+    elif probe == "running":
+        past = Moments(*(ctx.mine[name] for name in Moments._fields)) if "mean" in ctx.mine else None
+        weights, seen = running_weights(flat, real, past, cap)
+        after = seen._asdict()
+    return torch.einsum("bhpnd,bpn->bhpd", rows, weights), after

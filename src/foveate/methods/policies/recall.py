@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from foveate.cache import View
+from foveate.methods.base import Context
+from foveate.methods.policies.complete import completes, newest, room
+from foveate.methods.policies.positions import at_position
 
 
 def representative_means(keys: Tensor, mass: Tensor, count: int) -> Tensor:
@@ -44,3 +51,53 @@ def taken(left: Tensor, means: Tensor | None, number: int, layers: int, least: i
         share = torch.where(own.isfinite() & (means >= 0).all(1, keepdim=True), own, share)
     take = (share * left).round().long().clamp(least, most)
     return torch.minimum(take, left - least * (layers - 1 - number))
+
+
+class BlocksAt(NamedTuple):
+    """Where blocks of `size` tokens stand: the first in slot `first`; `ahead` tokens of a text belong to none."""
+
+    size: int
+    first: int
+    ahead: int
+
+
+def known_blocks(
+    known: Tensor | None, view: View, mass: Tensor, count: int, at: BlocksAt, ctx: Context, *, single: bool
+) -> Tensor:
+    """What each block that the next token finds ready is known by (`representative_means` of its keys without position,
+    by mass [B, slots]), float32 [B, Hs, blocks, D], and room for more.
+
+    Args:
+        known: the same of the last forward, if there was one.
+        single: whether one token came with this forward, or several.
+    """
+    (size, first, ahead), keys = at, view.k()
+    if known is not None and (known.shape[1], known.shape[3]) != (keys.shape[1], keys.shape[3]):
+        known = None  # MLA: heads in the prompt, then latents
+    if known is not None and single and not view.exceeds(ahead + (known.shape[2] + 1) * size - 1):
+        if not completes(ctx.seen, size, ahead):
+            return known
+        last = newest(view, size, ahead)
+        slots = last.slots(size, first)
+        raw = at_position(last.of(keys, size, first), slots, 0, ctx.rope).float().unsqueeze(2)
+        return last.put(known, representative_means(raw, mass.gather(1, slots).unsqueeze(1), count)[:, :, 0])
+    lengths = view.host_lengths[:, 0]
+    total = max(0, (int(lengths.max()) - ahead) // size)
+    begin = 0 if known is None else max(0, (int((lengths - view.host_fresh).min()) - ahead) // size)
+    held = 0 if known is None else known.shape[2]
+    chunks = held if known is not None and total <= held else room(total, size)
+    blocks = keys.new_zeros(len(keys), keys.shape[1], chunks, keys.shape[3], dtype=torch.float32)
+    if known is not None:
+        blocks[:, :, :held] = known
+    if begin < total:
+        some = slice(first + begin * size, first + total * size)
+        raw = at_position(keys[:, :, some], view.positions[:, :, some], 0, ctx.rope).float()
+        shares = mass[:, some].unflatten(1, (-1, size))
+        blocks[:, :, begin:total] = representative_means(raw.unflatten(2, (-1, size)), shares, count)
+    return blocks
+
+
+def first_tokens(starts: Tensor, init: int, local: int) -> Tensor:
+    """The first tokens, as far as they are not among the newest of a piece, int32 [B, pieces, init]."""
+    sinks = torch.arange(init, dtype=torch.int32, device=starts.device)
+    return torch.where(sinks <= (starts - local).unsqueeze(-1), sinks, -1)

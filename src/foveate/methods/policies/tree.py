@@ -44,11 +44,12 @@ def descend(
     return torch.where(size > 0, start, -1)
 
 
-def descend_keys(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, most: int, page: int) -> Tensor | None:
+def descend_keys(q: Tensor, k: Tensor, first: int, high: Tensor, slots: int, most: int, page: int) -> Tensor | None:
     """`descend` for one query q [B, H, 1, D], blocks of `page` keys k [B, Hs, C, D] and their largest logit, by
-    kernels: low and high [B, H] give [B, H, slots]. None where there are none."""
+    kernels: from block `first` to high [B, H] it gives [B, H, slots]. None where there are none."""
     if q.dtype != k.dtype or k.stride(3) != 1 or not decoding.serves(q)[0]:
         return None
+    low = torch.full_like(high, first)
     found: Tensor = import_module("foveate.attention.triton.tree").best_blocks(q, k, low, high, slots, most, page)
     return found
 

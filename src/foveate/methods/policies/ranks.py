@@ -1,0 +1,65 @@
+"""Tokens by the best rank that any query head of a group gives them, between the first and the newest tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.cache import View
+from foveate.methods.base import Context
+from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.positions import at_position
+
+
+def best_ranks(scores: Tensor, each: int) -> Tensor:
+    """The best rank of each token among the query heads of its group: scores [B, Hs, G, N, C], of which -inf is never
+    ranked, give int64 [B, Hs, N, C]; C for tokens that are no head's `each` best. Ties go to earlier tokens."""
+    capacity = scores.shape[-1]
+    best = top_lists(scores, each)
+    there = best.long().clamp_min(0)
+    order = scores.gather(-1, there).masked_fill(best < 0, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    number = torch.arange(order.shape[-1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, number).masked_fill(best < 0, capacity)
+    there, rank = (x.transpose(2, 3).flatten(3) for x in (there, rank))
+    least = torch.full_like(scores[:, :, 0], capacity, dtype=torch.int64)
+    return least.scatter_reduce_(-1, there, rank, "amin")
+
+
+def places(q: Tensor, view: View, ctx: Context, sink: int, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions of the queries, int64 [B, N]; their slots [B, Hs, N, 1]; what they may see, and what is among the first
+    and the newest tokens, bool [B, Hs, N, C]. Where all layers hold the same tokens it is worked out once."""
+    key = f"places {q.device} {view.capacity}"
+    found = ctx.forward.get(key) if view.aligned else None
+    if found is None:
+        steps = torch.arange(q.shape[2], device=q.device)
+        own = (view.seen - view.fresh)[:, None] + steps
+        last = (view.lengths.long() - view.fresh[:, None])[..., None, None] + steps[:, None]
+        slot = torch.arange(view.capacity, device=q.device)
+        positions = view.positions.unsqueeze(2)
+        forced = (positions < sink) | (positions > own[:, None, :, None] - window)
+        found = own, last, (slot <= last) & view.valid().unsqueeze(2), forced
+        if view.aligned:
+            ctx.forward[key] = found
+    return found
+
+
+def codes_of(name: str, q: Tensor, view: View, ctx: Context) -> Tensor:
+    """Codes of all slots [B, Hs, C]; tokens that came since the last look get theirs. Once all have been looked at,
+    it is known which these are."""
+    codes, keys, book = view.tag(name)[..., 0], view.k(), ctx.role.extra["book"].on(q.device)
+    if q.shape[2] == 1 and "coded" in ctx.mine:
+        slot = (view.lengths.long() - 1).clamp_min(0).unsqueeze(-1)
+        newest = keys.gather(2, slot.unsqueeze(-1).expand(-1, -1, -1, keys.shape[3]))
+        raw = at_position(newest, view.positions.gather(2, slot), 0, ctx.rope).float()
+        codes = codes.scatter(2, slot, book.codes(raw).to(codes.dtype))
+        view.write(name, codes.unsqueeze(-1))
+        return codes
+    missing = ((codes < 0) & view.valid()).any(0).any(0)
+    if missing.any():
+        slots = slice(int(missing.nonzero()[0]), view.capacity)
+        raw = at_position(keys[:, :, slots], view.positions[:, :, slots], 0, ctx.rope).float()
+        new = book.codes(raw).to(codes.dtype)
+        codes = torch.cat([codes[:, :, : slots.start], new], dim=-1).masked_fill(~view.valid(), -1)
+        view.write(name, codes.unsqueeze(-1))
+    ctx.forward[f"coded {ctx.layer}"] = {"coded": torch.ones(len(q), dtype=torch.bool, device=q.device)}
+    return codes
