@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.attention import ALL, Partial, Parts, Selection
+from foveate.attention import ALL, Parts, Selection
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.heads.gates import gated_layers, made_with
@@ -20,8 +20,9 @@ from foveate.heads.passkeys import Example, evenly, passkey_examples, shortest
 from foveate.methods.base import Context, Method, Probe, Profile, Result, Role, register
 from foveate.methods.budget import Budget
 from foveate.methods.policies.checks import at_least
+from foveate.methods.policies.listed import Listing, read_and_list
 from foveate.methods.policies.lists import top_lists
-from foveate.methods.policies.places import ascending, on_device, positions_of, slots_of
+from foveate.methods.policies.places import ascending, flagged, on_device, own_slots, positions_of, slots_of
 from foveate.methods.policies.rows import group_reduce, row_probs
 from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import ModelShape
@@ -113,29 +114,32 @@ class LycheeDecode(Method):
         role = ctx.role
         if role.name == "dense" or not view.exceeds(role.extra["keep"]):
             return ALL
-        read = self._by_kernels(q, view, ctx) if q.shape[2] == 1 else None
+        made = Listing(role.extra["publish"], role.extra["keep"], self.recent, self.reduce == "mean")
+        read = read_and_list(q, view, ctx, role.extra["looking"], ctx.forward.get("lists"), made)
         if read is not None:
-            return read
+            out, ctx.forward["lists"] = read
+            ctx.forward["listed"] = ctx.layer
+            return out
         if role.name == "retrieve":
             return ALL
         handed = ctx.forward["lists"]
         lists = ascending(slots_of(handed.flatten(2), view).unflatten(2, handed.shape[2:]))
         if role.name == "mixed":
             slot = torch.arange(view.capacity, dtype=lists.dtype, device=q.device)
-            every = torch.where(slot <= _own(q, view).unsqueeze(-1), slot, -1)
+            every = torch.where(slot <= own_slots(q, view).unsqueeze(-1), slot, -1)
             lists = F.pad(lists, (0, max(0, len(slot) - lists.shape[-1])), value=-1)
             every = F.pad(every, (0, lists.shape[-1] - len(slot)), value=-1)
-            lists = torch.where(_heads(role.extra["looking"], view), every, lists)
+            lists = torch.where(flagged(role.extra["looking"], view), every, lists)
         return Selection(lists=lists, q_block=1)
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         publish = ctx.role.extra.get("publish", ())
         if ctx.phase != "decode" or not publish or not view.exceeds(ctx.role.extra["keep"]):
             return
-        if ctx.forward.get("listed") == ctx.layer:  # by kernels
+        if ctx.forward.get("listed") == ctx.layer:  # while it was read
             return
         heads = on_device(publish, q.device)
-        keys, own = view.k().index_select(1, heads), _own(q, view)
+        keys, own = view.k().index_select(1, heads), own_slots(q, view)
         queries = q.unflatten(1, (view.lengths.shape[1], -1)).index_select(1, heads).flatten(1, 2)
         slot, positions = torch.arange(keys.shape[2], device=q.device), view.positions.index_select(1, heads)
         newest = (view.seen - view.fresh).view(-1, 1, 1)
@@ -150,34 +154,8 @@ class LycheeDecode(Method):
         if before is not None:
             width = max(best.shape[-1], before.shape[-1])
             best, before = (F.pad(x, (0, width - x.shape[-1]), value=-1) for x in (best, before))
-            best = torch.where(_heads(publish, view), best, before)
+            best = torch.where(flagged(publish, view), best, before)
         ctx.forward["lists"] = best
-
-    def _by_kernels(self, q: Tensor, view: View, ctx: Context) -> Partial | None:
-        """Read and list at once by kernels, all heads of a layer in one; None where there are none, or every head reads
-        everything and lists nothing."""
-        role, held, lists = ctx.role, view.held, ctx.forward.get("lists")
-        looking, publish, keep = (role.extra[name] for name in ("looking", "publish", "keep"))
-        if held is None or (role.name == "retrieve" and not publish):
-            return None
-        batch, heads = view.lengths.shape
-        if role.name == "retrieve" or lists is None:  # the first layer's heads all do
-            read = held.scored(q, view.capacity, ctx.scale, ctx.softcap)
-        else:
-            ends = tuple(UNBOUNDED if head in looking else 0 for head in range(heads))
-            counts = on_device((lists.shape[-1],), q.device, torch.int32).expand(batch, heads)
-            windows, width, scored = on_device(ends, q.device, torch.int32), view.capacity, bool(publish)
-            read = held.listed(q, lists[:, :, 0], counts, windows, width, ctx.scale, ctx.softcap, scored=scored)
-        if publish:
-            which, mean = on_device(publish, q.device, torch.int32), self.reduce == "mean"
-            best = top_lists(held.token_weights(read, which, self.recent, mean=mean), keep)
-            if len(publish) == heads:
-                lists = best.unsqueeze(2)
-            else:
-                lists = best.new_full((batch, heads, 1, best.shape[-1]), -1) if lists is None else lists
-                lists[:, :, 0].index_copy_(1, on_device(publish, q.device), best)
-            ctx.forward["lists"], ctx.forward["listed"] = lists, ctx.layer
-        return Partial(read.out, read.lse)
 
     def calibrate(
         self, probe: Probe, data: Iterable[Example] | None = None, *, longest: int | None = None,
@@ -218,16 +196,3 @@ class LycheeDecode(Method):
         made["distance"] = [round(sum(x) / len(x), 6) for x in (learned.losses[:tenth], learned.losses[-tenth:])]
         made["seconds"] = round(time.perf_counter() - started, 1)
         return Profile(self.id, fingerprint(shape), {"open": learned.gates}, made | made_with(probe.model))
-
-
-def _own(q: Tensor, view: View) -> Tensor:
-    """Slot of each query's own token, int32 [B, Hs, N]; behind the end for queries that are padding."""
-    first = view.lengths - view.fresh[:, None]
-    return torch.minimum(first.unsqueeze(-1) + torch.arange(q.shape[2], dtype=first.dtype, device=q.device),
-                         view.lengths.unsqueeze(-1) - 1)  # fmt: skip
-
-
-def _heads(chosen: Sequence[int], view: View) -> Tensor:
-    """Which store heads are among the chosen, bool [1, Hs, 1, 1]."""
-    flags = tuple(int(head in chosen) for head in range(view.lengths.shape[1]))
-    return on_device(flags, view.lengths.device).view(1, -1, 1, 1).bool()

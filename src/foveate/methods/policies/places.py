@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -21,6 +22,20 @@ def ascending(lists: Tensor) -> Tensor:
 def on_device(numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A few whole numbers. They are brought to the device once: a step that is recorded takes nothing from the host."""
     return torch.tensor(numbers, device=device, dtype=dtype)
+
+
+def flagged(chosen: Sequence[int], view: View) -> Tensor:
+    """Which store heads are among the chosen, bool [1, Hs, 1, 1]."""
+    flags = tuple(int(head in chosen) for head in range(view.lengths.shape[1]))
+    return on_device(flags, view.lengths.device).view(1, -1, 1, 1).bool()
+
+
+def own_slots(q: Tensor, view: View) -> Tensor:
+    """Slot of the own token of each query of q [B, H, N, D], int32 [B, Hs, N]; behind the end for queries that are
+    padding."""
+    first = view.lengths - view.fresh[:, None]
+    each = torch.arange(q.shape[2], dtype=first.dtype, device=q.device)
+    return torch.minimum(first.unsqueeze(-1) + each, view.lengths.unsqueeze(-1) - 1)
 
 
 def slots_of(positions: Tensor, view: View) -> Tensor:
