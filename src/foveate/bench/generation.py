@@ -191,7 +191,8 @@ class Bench:
         ids = torch.randint(0, vocabulary, (self.rows, row.length), device=model.device)
         seconds, cache, pairs = [], None, PromptPairs()
         for number in range(self.repeats + 1):
-            cut = min(row.length, 2048) if number == 0 else row.length  # the first prompt compiles what there is
+            # The first prompt compiles what there is, and is long enough for budgets in tokens to be less than it.
+            cut = min(row.length, max(2048, row.length // 8)) if number == 0 else row.length
             cache = None
             cache = make()
             pairs = PromptPairs()

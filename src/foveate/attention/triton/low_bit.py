@@ -10,7 +10,7 @@ from foveate.attention.triton.block_sparse_tiles import jit
 
 BLOCKS = (16, 32, 64, 128)
 """Sizes of blocks that the kernel knows."""
-ROWS = 128
+ROWS = 256
 """Queries of a program."""
 
 
