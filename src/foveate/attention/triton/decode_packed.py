@@ -192,8 +192,8 @@ def _merge(
 
 
 def _even(group: int) -> bool:
-    """Whether scales are fetched once for a group. In groups of 4, float32 and 16 channels Triton 3.6 makes wrong code of
-    that for a GPU (seen on an H200; right in the interpreter)."""
+    """Whether scales are fetched once for a group. In groups of 4, float32 and 16 channels Triton 3.6 makes wrong code
+    of that for a GPU (seen on an H200; right in the interpreter)."""
     return group >= 8 and group == power_of_two(group)
 
 
@@ -225,7 +225,8 @@ def run(
         R=rows, M=max(16, power_of_two(rows)), BLOCK=layout.block, UNITS=wide, DK=k_dim, DV=v_dim, WK=wide_k,
         WV=wide_v, BITS_K=keys.bits, BITS_V=values.bits, GROUP_K=keys.group, GROUP_V=values.group,
         EVEN_K=layout.block % keys.group == 0 and _even(keys.group),
-        EVEN_V=v_dim == wide_v and _even(values.group), CAPPED=softcap is not None, PRECISION=precision_of(q.dtype), num_warps=layout.warps, num_stages=layout.stages,
+        EVEN_V=v_dim == wide_v and _even(values.group), CAPPED=softcap is not None,
+        PRECISION=precision_of(q.dtype), num_warps=layout.warps, num_stages=layout.stages,
     )  # fmt: skip
     # Channels are shared out, so that many programs read few numbers.
     piece = min(16, power_of_two(v_dim))
