@@ -149,8 +149,8 @@ def launch(
         q.shape[2], k.shape[2], count, -(-q.shape[2] // how.rows),
         scale * LOG2E if softcap is None else 2 * scale * LOG2E / softcap,
         0.0 if softcap is None else softcap * LOG2E,
-        window, sink, 0 if span is None else span.beyond,
-        HK=k.shape[1], GROUP=group, LIST_GROUP=q.shape[1] // lists.shape[1], Q_BLOCK=q_block, K_BLOCK=k_block,
+        window, sink, 0 if span is None else span.beyond, k.shape[1],
+        GROUP=group, LIST_GROUP=q.shape[1] // lists.shape[1], Q_BLOCK=q_block, K_BLOCK=k_block,
         ROWS=how.rows, PACK=how.pack, BM=rows, BN=how.columns, DK=k_dim, DV=v_dim, WIDE_K=wide_k, WIDE_V=wide_v,
         SPAN=span is not None, CAP=softcap is not None, LISTED=lists.shape[3] > 0, TMA=tma, AHEAD=layout.ahead,
         STAGES=layout.stages, SPECIALIZE=layout.specialize,
@@ -190,13 +190,13 @@ def descriptor(x: Tensor, columns: int, wide: int) -> object:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, columns, wide])
 
 
-@jit
+@jit(do_not_specialize=["k_heads"])
 def _block_sparse(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, prior_out, prior_lse,
     lists_ptr, begin_ptr, full_ptr, stop_ptr, order_ptr, first_ptr, lengths_ptr, positions_ptr,
     qsb, qsh, qsn, ksb, ksh, ksm, vsb, vsh, vsm, osb, osh, osn, sb, sh, sq, fsb, fsh, lsb, lsh, psb,
-    queries, keys, count, across, factor, cap, window, sink, beyond,
-    HK: tl.constexpr, GROUP: tl.constexpr, LIST_GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    queries, keys, count, across, factor, cap, window, sink, beyond, k_heads,
+    GROUP: tl.constexpr, LIST_GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, SPAN: tl.constexpr, CAP: tl.constexpr, LISTED: tl.constexpr,
     TMA: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, SPECIALIZE: tl.constexpr,
@@ -205,8 +205,8 @@ def _block_sparse(
     segment = pid // count
     index = tl.load(order_ptr + pid)
     tile = segment * count + index
-    b = segment // HK
-    h = segment % HK
+    b = segment // k_heads
+    h = segment % k_heads
     row = index % across * ROWS
     r = tl.arange(0, BM)
     head = h * GROUP + index // across * PACK + r // ROWS
@@ -231,7 +231,7 @@ def _block_sparse(
     k_base = k_ptr + wide * ksb + h.to(tl.int64) * ksh
     v_base = v_ptr + wide * vsb + h.to(tl.int64) * vsh
 
-    flat = (wide * HK * GROUP + head) * queries + i
+    flat = (wide * k_heads * GROUP + head) * queries + i
     if prior_out is None:
         acc = tl.zeros((BM, WIDE_V), tl.float32)
         total = tl.zeros((BM,), tl.float32)

@@ -89,7 +89,7 @@ def tiles(
         count,
         window,
         sink,
-        HK=k_heads,
+        k_heads,
         GROUP=group,
         LIST_GROUP=heads // lists.shape[1],
         Q_BLOCK=q_block,
@@ -133,19 +133,19 @@ def row_ends(i, b, h, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
     return tl.where(i < queries, ends, 0)
 
 
-@jit
+@jit(do_not_specialize=["k_heads"])
 def _count(
     lists_ptr, made_ptr, first_ptr, lengths_ptr, positions_ptr,
     sb, sh, sq, fsb, fsh, lsb, lsh, psb,
-    queries, keys, width, total, across, count, window, sink,
-    HK: tl.constexpr, GROUP: tl.constexpr, LIST_GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    queries, keys, width, total, across, count, window, sink, k_heads,
+    GROUP: tl.constexpr, LIST_GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, PACK: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     segment = pid // count
     index = pid % count
-    b = segment // HK
-    h = segment % HK
+    b = segment // k_heads
+    h = segment % k_heads
     head = h * GROUP + index // across * PACK
     row = index % across * ROWS
     i = row + tl.arange(0, ROWS)
