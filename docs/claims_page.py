@@ -74,7 +74,13 @@ def look(check: Check, sweep: Sweep, benches: Sequence[dict[str, Any]], beside: 
         return timed(check, benches)
     if not check.settings:
         return scored(check, sweep)
-    return Finding(check, why="these settings were not run") if beside is None else scored(check, beside)
+    # Settings were run with one seed or another; each run is a grid of its own.
+    here = () if beside is None else beside.records
+    ran = [r for r in here if r.cell.method == check.method and check.settings.items() <= r.cell.settings.items()]
+    seeds = {r.cell.seed for r in ran}
+    if not seeds:
+        return Finding(check, why="these settings were not run")
+    return scored(check, Sweep(tuple(r for r in here if r.cell.seed == max(seeds))))
 
 
 def scored(check: Check, sweep: Sweep) -> Finding:

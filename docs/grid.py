@@ -73,8 +73,18 @@ class Sweep:
 
     @cached_property
     def grid(self) -> tuple[Record, ...]:
-        """Records of the grid: rows that were asked for in at least half of its tasks at a length."""
-        here = [r for r in self.records if r.cell.task in self.tasks]
+        """Records of the grid: rows that were asked for in at least half of its tasks at a length, and tasks that at
+        least half of the methods of a length ran there."""
+        here = [r for r in self.records if r.cell.task in self.tasks and "|" not in r.cell.method]
+        ran: dict[int, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for record in here:
+            ran[record.cell.length][record.cell.task].add(record.cell.method)
+        most = {length: max(len(by) for by in tasks.values()) for length, tasks in ran.items()}
+        here = [
+            r
+            for r in self.records
+            if 2 * len(ran[r.cell.length][r.cell.task]) >= most.get(r.cell.length, 1) and r.cell.task in self.tasks
+        ]
         seeds = Counter(r.cell.seed for r in here)
         seed = max(seeds, key=lambda each: (seeds[each], -each))
         here = [r for r in here if r.cell.seed == seed]
