@@ -89,7 +89,8 @@ def test_a_step_of_one_token(family: str, counted: list[int], seed: int) -> None
             counted.clear()
             got = model(ids).logits
         assert counted.count(3) == (0 if family == "phi3" else 2)  # its matrix is one already
-        assert counted.count(1) == 4 * 2 + 1
+        # Where Liger is installed, gate and up are one launch on a GPU.
+        assert counted.count(1) + 2 * counted.count(-2) == 4 * 2 + 1
         assert_close(got.double(), want.double(), 3e-2)
         assert not any("forward" in m.__dict__ for m in model.modules())
         assert torch.equal(model(ids).logits, want)
