@@ -14,7 +14,7 @@ from foveate.methods.policies.summaries import bound_scores, minmax
 pytest.importorskip("triton")
 
 from foveate.attention.triton import topk
-from foveate.attention.triton.topk import page_bounds, select_best, token_votes
+from foveate.attention.triton.topk import page_bounds, select_best
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (torch.bfloat16, 80), (torch.float16, 128)])
@@ -32,21 +32,6 @@ def test_bounds_of_pages(seed: int, dtype: torch.dtype, dim: int, group: bool) -
         want = want.view(2, 2, 3, 10).amax(2)
     q, summary, lengths = on(q, summary, lengths)
     assert_close(page_bounds(q, summary, lengths, 16, group=group).cpu(), want, 1e-5)
-
-
-@pytest.mark.parametrize("near", [(0, 0), (4, 60)])
-def test_votes_of_heads(seed: int, near: tuple[int, int]) -> None:
-    torch.manual_seed(seed)
-    lengths = torch.tensor([[600, 600], [70, 40]], dtype=torch.int32)
-    q, k = made(torch.float32, 2, 6, 1, 48), made(torch.float32, 4, 600, 48)
-    slot = torch.arange(600)
-    between = (slot >= near[0]) & (slot < lengths.unsqueeze(-1) - near[1])  # [B, Hs, C]
-    logits = torch.einsum("bhgd,bhcd->bhgc", q.double().view(2, 2, 3, 48), k.double().view(2, 2, 600, 48)) * 0.3
-    mass = logits.masked_fill(~between.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0).sum((1, 2))
-    want = mass.masked_fill(~between.any(1), -torch.inf)
-    k = k.masked_fill((slot >= lengths.flatten()[:, None]).unsqueeze(-1), torch.nan)
-    q, k, lengths = on(q, k, lengths)
-    assert_close(token_votes(q, k, lengths, 0.3, near=near).cpu(), want, 1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 5, 64, 300])

@@ -1,19 +1,15 @@
 """Scores of pages and tokens at a decode step, and exact lists of the best of them. Nothing here waits for the device.
 
-Sources: page bounds, Quest (2406.10774), section 3.3; votes of heads, TokenSelect (2411.02886), section 4.
+Source: page bounds, Quest (2406.10774), section 3.3.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.triton.workers import (
-    LN2,
-    LOG2E,
     check_heads,
     jit,
     power_of_two,
@@ -115,109 +111,6 @@ def _bounds_op(q: Tensor, summary: Tensor, lengths: Tensor, page: int, out_heads
 @_bounds_op.register_fake
 def _(q: Tensor, summary: Tensor, lengths: Tensor, page: int, out_heads: int) -> Tensor:
     return q.new_empty(q.shape[0], out_heads, summary.shape[1], dtype=torch.float32)
-
-
-@jit(do_not_specialize=["capacity", "pieces", "sink", "window"])
-def _vote_logits(
-    q, k, lengths, scores, masses, factor, capacity, pieces, sink, window, stride, stride_token, R: tl.constexpr,
-    M: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    pair, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = tl.arange(0, M)
-    q0, q1 = rows_of_q(q, pair * R + row, row < R, DK, K0, K1)
-    end = tl.load(lengths + pair) - window
-    top = tl.full([M], float("-inf"), tl.float32)
-    mass = tl.zeros([M], tl.float32)
-    for i in range(LOOPS):
-        slot = (piece * LOOPS + i) * BLOCK + tl.arange(0, BLOCK)
-        keep = (slot >= sink) & (slot < end)
-        offsets = tl.where(keep, slot, 0).to(tl.int64) * stride_token
-        s = tl.dot(q0, tl.trans(tile_of(k + pair * stride, offsets, keep, 0, K0, DK, True)), input_precision=PRECISION)
-        if K1:
-            k1 = tile_of(k + pair * stride, offsets, keep, K0, K1, DK, True)
-            s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-        s = tl.where(keep[None, :], s * factor, float("-inf"))
-        place = (pair * R + row)[:, None] * capacity + slot[None, :]
-        tl.store(scores + place, s, mask=(row < R)[:, None] & (slot < capacity)[None, :])
-        new = tl.maximum(top, tl.max(s, 1))
-        anchor = tl.where(new == float("-inf"), 0.0, new)
-        mass = mass * tl.exp2(top - anchor) + tl.sum(tl.exp2(s - anchor[:, None]), 1)
-        top = new
-    total = tl.where(mass > 0, top + tl.log2(tl.where(mass > 0, mass, 1.0)), float("-inf"))
-    tl.store(masses + (pair * R + row) * pieces + piece, total * LN2, mask=row < R)
-
-
-@jit(do_not_specialize=["capacity", "sink", "window"])
-def _votes(
-    scores, total, lengths, out, capacity, sink, window, HEADS: tl.constexpr, STORES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    batch = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = slot < capacity
-    votes = tl.zeros([BLOCK], tl.float32)
-    some = slot < 0
-    for head in range(HEADS):
-        place = batch * HEADS + head
-        s = tl.load(scores + place * capacity + slot, mask=there, other=float("-inf"))
-        mass = tl.load(total + place) * LOG2E
-        # Of a head that sees nothing the mass is -inf, and so are its scores.
-        votes += tl.where(s == float("-inf"), 0.0, tl.exp2(s - tl.where(mass == float("-inf"), 0.0, mass)))
-        end = tl.load(lengths + batch * STORES + head // (HEADS // STORES)) - window
-        some = some | ((slot >= sink) & (slot < end))
-    tl.store(out + batch * capacity + slot, tl.where(some, votes, float("-inf")), mask=there)
-
-
-def token_votes(q: Tensor, k: Tensor, lengths: Tensor, scale: float, *, near: tuple[int, int] = (0, 0)) -> Tensor:
-    """Votes of all heads for the tokens between the first and the newest: each query head gives them the softmax of its
-    logits over these alone, and the votes are added up.
-
-    Args:
-        q: [B, H, 1, D].
-        k: [B * Hs, C, D].
-        lengths: int32 [B, Hs] on the device.
-        scale: factor of the logits.
-        near: (sink, window): slots below sink and from length - window on stand for no election.
-
-    Returns:
-        float32 [B, C]; -inf for slots that stand for no election with any head.
-    """
-    check_heads(q, k.shape[2], k.shape[0] // max(1, q.shape[0]))
-    if q.shape[2] != 1 or k.dtype != q.dtype or k.stride(2) != 1 or min(near) < 0:
-        given = f"q {tuple(q.shape)} {q.dtype}, k {k.dtype}, near {near}"
-        raise BadArgument("q", given, "one query per row, keys of the same dtype with adjacent channels")
-    return _votes_op(q.contiguous(), k, lengths.contiguous(), float(scale), near[0], near[1])
-
-
-@torch.library.custom_op(
-    "foveate::token_votes",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor lengths, float scale, SymInt sink, SymInt window) -> Tensor",
-)
-def _votes_op(q: Tensor, k: Tensor, lengths: Tensor, scale: float, sink: int, window: int) -> Tensor:
-    (batch, heads, _, dim), (pairs, capacity, _) = q.shape, k.shape
-    rows, block, loops = batch * heads // pairs, 64, 8
-    pieces = max(1, -(-capacity // (block * loops)))
-    scores = torch.empty(batch, heads, capacity, dtype=torch.float32, device=q.device)
-    masses = torch.empty(batch, heads, pieces, dtype=torch.float32, device=q.device)
-    sizes = shapes(dim, dim)
-    _vote_logits[(pairs, pieces)](
-        q, k, lengths, scores, masses, scale * LOG2E.value, capacity, pieces, sink, window, k.stride(0), k.stride(1),
-        R=rows, M=max(16, power_of_two(rows)), BLOCK=block, LOOPS=loops, DK=dim, PRECISION=precision_of(q.dtype),
-        **{name: sizes[name] for name in _LAYOUT}, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    out = torch.empty(batch, capacity, dtype=torch.float32, device=q.device)
-    _votes[(batch, -(-capacity // 256))](
-        scores, masses.logsumexp(-1), lengths, out, capacity, sink, window, HEADS=heads, STORES=pairs // batch,
-        BLOCK=256, num_warps=2,
-    )  # fmt: skip
-    return out
-
-
-@_votes_op.register_fake
-def _(q: Tensor, k: Tensor, *others: Any) -> Tensor:
-    return q.new_empty(q.shape[0], k.shape[1], dtype=torch.float32)
 
 
 @jit(do_not_specialize=["wanted", "pieces"])
