@@ -192,8 +192,8 @@ def _merge(
 
 
 def _even(group: int) -> bool:
-    """Whether scales are fetched once for a group. In groups of 4, float32 and 16 channels Triton 3.6 makes wrong code
-    of that for a GPU (seen on an H200; right in the interpreter)."""
+    """Whether scales are fetched once for a group. In groups of 4, float32 and 16 channels the kernel that does so was
+    wrong on an H200 (2 and 4 bits, Triton 3.6) where it is right in the interpreter."""
     return group >= 8 and group == power_of_two(group)
 
 
