@@ -203,7 +203,7 @@ def test_permutations_are_put_one_behind_the_other():
 
 def test_flip_flops_read_what_was_written_last(seed):
     for ignore in (0.0, 0.8, 1.0):
-        words = flip_flop(40, 60, seed, ignore)
+        words = flip_flop(40, 240, seed, ignore)
         answers = torch.zeros_like(words.inputs)
         for row, tokens in enumerate(words.inputs.tolist()):
             assert tokens[0] == WRITE and tokens[-2] == READ
