@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foveate.cache import FoveateCache, View
 from foveate.cache.band import GROWTH
-from foveate.cache.cache import state_tensors
+from foveate.cache.remembered import state_tensors
 from foveate.models.shape import ModelShape
 
 EXACT = 1e-5

@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.cache.remembered import State, clone_state, select_rows, state_tensors
 from foveate.cache.store import Store, StoreSpec
 from foveate.compat import CacheBase, CacheLayerBase, is_linear_layer
 from foveate.errors import BadArgument, Refused
 
 WARMUP = 2
 """Decode steps that are made in the ordinary way before one is recorded: a short answer needs no graph."""
-
-State = dict[str, dict[str, Tensor]]
-"""Tensors with rows first, by method id and name."""
 
 
 class CourierLayer(CacheLayerBase):
@@ -370,26 +368,6 @@ class FoveateCache(CacheBase):
         self.horizon, self.step, self.recording, self.waiting = 0, None, None, WARMUP
         for layer in self.couriers():
             layer.owner = self.owner
-
-
-def state_tensors(state: State) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a state with their dotted names."""
-    for owner, values in state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                yield f"{owner}.{name}", value
-
-
-def select_rows(state: State, rows: np.ndarray) -> State:
-    index = torch.from_numpy(rows)
-    return {
-        owner: {name: value.index_select(0, index.to(value.device)) for name, value in values.items()}
-        for owner, values in state.items()
-    }
-
-
-def clone_state(state: State) -> State:
-    return {owner: {name: value.clone() for name, value in values.items()} for owner, values in state.items()}
 
 
 def _stock_bytes(layer: Any) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from foveate.attention import ALL, Parts
 from foveate.cache import Store, View
-from foveate.cache.cache import State
 from foveate.cache.fixed_store import FixedStore
+from foveate.cache.remembered import State
 from foveate.engine.read import Reading, head_columns, read
 from foveate.engine.samples import NEVER
 from foveate.methods.base import Result, Role

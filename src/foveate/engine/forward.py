@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from foveate import compat
 from foveate.attention import ALL, Span
 from foveate.cache import Column, FoveateCache, Store, View
-from foveate.cache.cache import CourierLayer, State
+from foveate.cache.cache import CourierLayer
+from foveate.cache.remembered import State
 from foveate.engine import samples
 from foveate.engine import seal as sealing
 from foveate.engine.context import LayerContext

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from foveate import compat
 from foveate.attention import ALL, Parts
 from foveate.cache import FoveateCache
-from foveate.cache.cache import CourierLayer, State
+from foveate.cache.cache import CourierLayer
 from foveate.cache.fixed_store import FixedStore, FixedView
+from foveate.cache.remembered import State
 from foveate.engine import seal as sealing
 from foveate.engine.context import LayerContext
 from foveate.engine.plan import COLUMNS, LayerPlan
