@@ -34,8 +34,8 @@ PAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @jit
 def _tokens(
-    number, valid, lengths, counts, windows, sink, window, stride_c, stride_ch, HEADS: tl.constexpr,
-    STORES: tl.constexpr, LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr,
+    number, valid, lengths, counts, windows, sink, window, width, stride_c, stride_ch, HEADS: tl.constexpr,
+    STORES: tl.constexpr, LISTS: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """What units `number` hold and read: their length, first tokens, newest tokens, and listed tokens.
 
@@ -51,30 +51,30 @@ def _tokens(
     first = tl.minimum(length, sink)
     # A window that reaches back to the first tokens begins behind them.
     last = length - tl.maximum(length - window, first)
-    return length, first, last, tl.minimum(tl.maximum(count, 0), WIDTH) * PAGE
+    return length, first, last, tl.minimum(tl.maximum(count, 0), width) * PAGE
 
 
 @jit
 def _blocks(
-    lengths, counts, windows, units, sink, window, stride_c, stride_ch, HEADS: tl.constexpr, STORES: tl.constexpr,
-    LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr, UNITS: tl.constexpr,
+    lengths, counts, windows, units, sink, window, width, stride_c, stride_ch, HEADS: tl.constexpr,
+    STORES: tl.constexpr, LISTS: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr, UNITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Blocks of every unit [UNITS]."""
     number = tl.arange(0, UNITS)
     _, first, last, listed = _tokens(
-        number, number < units, lengths, counts, windows, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS,
-        WIDTH, PAGE, WINDOWS,
+        number, number < units, lengths, counts, windows, sink, window, width, stride_c, stride_ch, HEADS, STORES,
+        LISTS, PAGE, WINDOWS,
     )  # fmt: skip
     return (first + last + listed + BLOCK - 1) // BLOCK
 
 
-@jit(do_not_specialize=["units", "workers", "sink", "window"])
+@jit(do_not_specialize=["units", "workers", "sink", "window", "width"])
 def _decode(
     q, k, v, lists, counts, lengths, windows, part, weight, scores, factor, softcap, units, workers, sink, window,
-    stride_k, stride_kt, stride_v, stride_vt, stride_l, stride_lh, stride_c, stride_ch, stride_s,
+    width, stride_k, stride_kt, stride_v, stride_vt, stride_l, stride_lh, stride_c, stride_ch, stride_s,
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, HEADS: tl.constexpr,
-    STORES: tl.constexpr, LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr,
+    STORES: tl.constexpr, LISTS: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     NEAR: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
@@ -82,14 +82,14 @@ def _decode(
     row = tl.arange(0, M)
     valid = row < R
     every = _blocks(
-        lengths, counts, windows, units, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE, WINDOWS,
+        lengths, counts, windows, units, sink, window, width, stride_c, stride_ch, HEADS, STORES, LISTS, PAGE, WINDOWS,
         UNITS, BLOCK,
     )  # fmt: skip
     at, end, unit, before = share_of(worker, workers, every)
     n = tl.arange(0, BLOCK)
     while at < end:
         length, first, last, listed = _tokens(
-            unit, unit >= 0, lengths, counts, windows, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH,
+            unit, unit >= 0, lengths, counts, windows, sink, window, width, stride_c, stride_ch, HEADS, STORES, LISTS,
             PAGE, WINDOWS,
         )  # fmt: skip
         near = first + last
@@ -140,16 +140,16 @@ def _decode(
         unit += 1
 
 
-@jit(do_not_specialize=["units", "workers", "sink", "window"])
+@jit(do_not_specialize=["units", "workers", "sink", "window", "width"])
 def _merge(
-    part, weight, counts, lengths, windows, out, lse, units, workers, sink, window, stride_c, stride_ch,
+    part, weight, counts, lengths, windows, out, lse, units, workers, sink, window, width, stride_c, stride_ch,
     R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, HEADS: tl.constexpr, STORES: tl.constexpr,
-    LISTS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr, DV: tl.constexpr,
+    LISTS: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr, DV: tl.constexpr,
     D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     blocks = _blocks(
-        lengths, counts, windows, units, sink, window, stride_c, stride_ch, HEADS, STORES, LISTS, WIDTH, PAGE, WINDOWS,
+        lengths, counts, windows, units, sink, window, width, stride_c, stride_ch, HEADS, STORES, LISTS, PAGE, WINDOWS,
         UNITS, BLOCK,
     )  # fmt: skip
     unit = (place // R).to(tl.int32)
@@ -199,16 +199,17 @@ def run(
     part, weight = partials(workers + units, rows, v_dim, q.device)
     out, lse = _empty(q, v_dim)
     sink, window = near or (0, 0)
+    width = lists.shape[2]
     ends = lengths if windows is None else windows  # the former stands where a pointer is not read
     same: dict[str, Any] = {
         "R": rows, "BLOCK": layout.block, "UNITS": power_of_two(units), "HEADS": finer, "STORES": stores,
-        "LISTS": listed, "WIDTH": lists.shape[2], "PAGE": page, "WINDOWS": windows is not None,
+        "LISTS": listed, "PAGE": page, "WINDOWS": windows is not None,
     }  # fmt: skip
     _decode[(workers,)](
         q, k, v, lists, counts, lengths, ends, part, weight, weight if scores is None else scores,
         scale / softcap if softcap is not None else scale * LOG2E.value,
         softcap * LOG2E.value if softcap is not None else 0.0,
-        units, workers, sink, window, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        units, workers, sink, window, width, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         lists.stride(0), lists.stride(1), counts.stride(0), counts.stride(1),
         0 if scores is None else scores.stride(1), M=max(16, power_of_two(rows)),
         NEAR=near is not None or windows is not None, CAPPED=softcap is not None, PRECISION=precision_of(q.dtype),
@@ -216,7 +217,7 @@ def run(
         num_warps=layout.warps, num_stages=layout.stages,
     )  # fmt: skip
     _merge[(units * rows,)](
-        part, weight, counts, lengths, ends, out, lse, units, workers, sink, window, counts.stride(0),
+        part, weight, counts, lengths, ends, out, lse, units, workers, sink, window, width, counts.stride(0),
         counts.stride(1), DV=v_dim, D=power_of_two(v_dim), WIDE=(16 if windows is None else 32) if v_dim <= 128 else 8,
         **same,
     )  # fmt: skip

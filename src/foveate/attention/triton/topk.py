@@ -115,11 +115,11 @@ def _(q: Tensor, summary: Tensor, lengths: Tensor, page: int, out_heads: int) ->
 
 @jit(do_not_specialize=["wanted", "pieces"])
 def _select(
-    scores, numbers, lists, kept, counts, n, wanted, pieces, N: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    scores, numbers, lists, kept, counts, n, wanted, pieces, N: tl.constexpr, WIDE: tl.constexpr,
     NUMBERED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """The best of N scores of a row from piece * N on, ascending. NUMBERED: by the numbers given for them; KEPT: their
-    scores are written, too, and no count."""
+    """The best of N scores of a row from piece * N on, `wanted` of them, ascending. NUMBERED: by the numbers given for
+    them; KEPT: their scores are written, too, and no count."""
     part = tl.program_id(0)
     number = part % pieces * N + tl.arange(0, N)
     there = number < n
@@ -154,10 +154,10 @@ def _select(
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     if NUMBERED:
         number = tl.load(numbers + before + number, mask=chosen, other=-1)
-    begin = part.to(tl.int64) * WIDTH
+    begin = part.to(tl.int64) * wanted
     tl.store(lists + begin + place, number, mask=chosen)
     slot = tl.arange(0, WIDE)
-    behind = (slot >= need) & (slot < WIDTH)
+    behind = (slot >= need) & (slot < wanted)
     tl.store(lists + begin + slot, tl.zeros_like(slot) - 1, mask=behind)
     if KEPT:
         bits = key ^ ((key >> 31) & 0x7FFFFFFF)
@@ -236,7 +236,7 @@ def _launch(scores: Tensor, numbers: Tensor | None, k: int, pieces: int = 0, pie
     else:
         found = torch.empty(parts, dtype=torch.int32, device=device)
     _select[(parts,)](
-        scores, lists if numbers is None else numbers, lists, found, found, n, k, max(1, pieces), N=wide, WIDTH=k,
+        scores, lists if numbers is None else numbers, lists, found, found, n, k, max(1, pieces), N=wide,
         WIDE=power_of_two(k), NUMBERED=numbers is not None, KEPT=pieces > 0,
         num_warps=4 if wide <= 1024 else 8 if wide <= 2048 else 16,
     )  # fmt: skip
