@@ -217,32 +217,12 @@ def prompt_columns(generation_config: Any, model_kwargs: dict[str, Any]) -> int 
     return None
 
 
-class Rotary:
-    """The decoder's rotary embedding for its full-attention layers."""
+def rotary(model: Any) -> tuple[Tensor, bool]:
+    """The rotary embedding of the decoder's full-attention layers.
 
-    def __init__(self, inv_freq: Tensor, last: bool = False) -> None:
-        self.inv_freq, self.last = inv_freq, last
-
-    def move(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Turn rotated x [B, H, N, D] by delta [B, N] or [B, H, N] positions; by minus its position, x is unrotated.
-
-        Half-split layout. Where only some dims are rotated they are the first, or under MLA the last ones.
-        """
-        if self.last:
-            width = 2 * self.inv_freq.numel()
-            turned = Rotary(self.inv_freq).move(x[..., -width:], delta)
-            return torch.cat([x[..., :-width], turned], dim=-1)
-        angle = delta.unsqueeze(-1).float() * self.inv_freq.to(x.device)
-        angle = angle.unsqueeze(1) if angle.dim() == 3 else angle
-        cos, sin = (torch.cat([t, t], dim=-1) for t in (angle.cos(), angle.sin()))
-        width = cos.shape[-1]
-        head, rest = x[..., :width].float(), x[..., width:]
-        half = torch.cat([-head[..., width // 2 :], head[..., : width // 2]], dim=-1)
-        return torch.cat([(head * cos + half * sin).to(x.dtype), rest], dim=-1)
-
-
-def rotary(model: Any) -> Rotary:
-    """The rotary embedding of this model.
+    Returns:
+        Frequencies [F], the angle per position of each pair of channels, which lie F apart; and whether the 2 F rotated
+        channels are the last ones (under MLA), not the first.
 
     Raises:
         Refused: where angles depend on the length or are laid out in a way that cannot be turned by position.
@@ -270,7 +250,7 @@ def rotary(model: Any) -> Rotary:
     if len(picks) > 1:
         raise Refused(f"{name}: its layers rotate with different frequencies, so positions cannot be moved")
     pick = picks.pop()
-    return Rotary(inv_freq if pick is None else inv_freq[list(pick)], last=is_latent(attention))
+    return inv_freq if pick is None else inv_freq[list(pick)], is_latent(attention)
 
 
 def _frequencies(module: Any, count: int) -> tuple[int, ...] | None:

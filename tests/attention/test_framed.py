@@ -11,15 +11,15 @@ from tests.attention.reads import random_lists, tensors
 from tests.closeness import assert_close
 
 from foveate.attention import Frame, Geometry, Selection, Span, framed, grouped
-from foveate.compat import Rotary
+from foveate.attention.angles import Angles
 
-ROTARY = Rotary(10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4))
+ANGLES = Angles(10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4))
 
 
 def turned(x: torch.Tensor, delta: int) -> torch.Tensor:
     """One vector turned by whole positions, by complex numbers."""
     half = x.shape[-1] // 2
-    z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half).double(), delta * ROTARY.inv_freq.double())
+    z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half).double(), delta * ANGLES.frequencies.double())
     return torch.cat([z.real, z.imag])
 
 
@@ -42,7 +42,7 @@ def test_against_the_definition(seed: int, q_block, k_block, shared, softcap, ga
     target = torch.randint(0, 50, lists.shape)
     selection = Selection(lists, q_block, k_block, frame=Frame(keys=target))
     visible = (Span(sink=5, window=30),)
-    move = lambda x, delta: ROTARY.move(x, delta).to(x.dtype)  # noqa: E731
+    move = lambda x, delta: ANGLES.move(x, delta).to(x.dtype)  # noqa: E731
 
     def parts() -> Iterator[framed.Piece]:
         return framed.pieces(q, k, selection, geometry, visible, scale=0.3, softcap=softcap, move=move)
@@ -83,9 +83,9 @@ def test_what_is_not_read_is_not_touched(seed: int) -> None:
     for poison in (0.0, torch.nan):
         for slot in (1, 2, 4, 5, 6, 7):
             k[:, :, slot] = v[:, :, slot] = poison
-        parts = framed.pieces(q, k, selection, Geometry(1, 1, 9), (), scale=1.0, softcap=None, move=ROTARY.move)
+        parts = framed.pieces(q, k, selection, Geometry(1, 1, 9), (), scale=1.0, softcap=None, move=ANGLES.move)
         runs.append(framed.attend(q, v, parts))
-        runs.append(framed.read(q, k, v, selection, Geometry(1, 1, 9), (), scale=1.0, softcap=None, move=ROTARY.move))
+        runs.append(framed.read(q, k, v, selection, Geometry(1, 1, 9), (), scale=1.0, softcap=None, move=ANGLES.move))
     assert torch.equal(runs[0].out, runs[2].out)
     assert torch.equal(runs[1].out, runs[3].out)
     assert runs[2].out.isfinite().all()
@@ -114,8 +114,8 @@ def test_blocks_that_need_no_mask(seed: int, causal: bool, monkeypatch: pytest.M
 
     monkeypatch.setattr(framed, "softmax_attention", attention)
     monkeypatch.setattr(framed, "ends_with_keys", lambda q, v: causal)
-    got = framed.read(q, k, v, selection, geometry, (), scale=0.4, softcap=None, move=ROTARY.move)
-    parts = framed.pieces(q, k, selection, geometry, (), scale=0.4, softcap=None, move=ROTARY.move)
+    got = framed.read(q, k, v, selection, geometry, (), scale=0.4, softcap=None, move=ANGLES.move)
+    parts = framed.pieces(q, k, selection, geometry, (), scale=0.4, softcap=None, move=ANGLES.move)
     want = framed.attend(q, v, parts)
     assert_close(got.out, want.out, 1e-6)
     assert_close(got.lse, want.lse, 1e-6)
@@ -142,7 +142,7 @@ def test_many_queries_with_blocks_of_their_own(seed: int, per, shared, softcap, 
     geometry = Geometry(2, 70, 93, lengths, first, first + torch.arange(70))
     lists = random_lists(rng, (2, 1 if shared else 3, -(-70 // per)), 6, 4)
     selection = Selection(lists, per, 16, frame=Frame(keys=torch.randint(0, 50, lists.shape)))
-    options = {"scale": 0.3, "softcap": softcap, "move": lambda x, delta: ROTARY.move(x, delta).to(x.dtype)}
+    options = {"scale": 0.3, "softcap": softcap, "move": lambda x, delta: ANGLES.move(x, delta).to(x.dtype)}
     want = framed.attend(q, v, framed.pieces(q, k, selection, geometry, (), **options))
     calls: list[int] = []
     plain = grouped.read

@@ -7,7 +7,7 @@ import torch
 from tests.attention.test_triton_decode import DTYPES, check, made, on
 
 from foveate.attention import Partial, merge
-from foveate.compat import Rotary
+from foveate.attention.angles import Angles
 from foveate.errors import BadArgument
 
 pytest.importorskip("triton")
@@ -33,7 +33,7 @@ def test_the_first_tokens_are_met_from_elsewhere(
     q, k, v = made(dtype, 2, 2 * group, 1, dim, factor=2), made(dtype, 4, slots, dim), made(dtype, 4, slots, 24)
     speeds = 100 ** -(torch.arange(pairs) / pairs)
     now, place = torch.tensor([130000, 77]), torch.tensor([sink + slots, 5])
-    moved = Rotary(speeds, last).move(q, (place - now).unsqueeze(1))
+    moved = Angles(speeds, last).move(q, (place - now).unsqueeze(1))
     parts = []
     for x, some in ((q, slice(sink, None)), (moved, slice(sink))):
         keys, values = (y[:, some].double().view(2, 2, -1, y.shape[2]).repeat_interleave(group, 1) for y in (k, v))

@@ -22,7 +22,7 @@ SMALL = {"budget": 24, "block": 4, "recent": 2}
 
 def turn(model: Any, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """x [..., n, D] turned by delta [n] positions, in float64."""
-    angle = delta.double()[:, None] * rotary(model).inv_freq.double()
+    angle = delta.double()[:, None] * rotary(model)[0].double()
     half = x.shape[-1] // 2
     a, b = x[..., :half].double(), x[..., half:].double()
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)

@@ -12,6 +12,7 @@ from tests.contract.runs import prompt as announced
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores, watching
 
 import foveate
+from foveate.attention.angles import Angles
 from foveate.compat import rotary
 from foveate.methods import LongHeads
 from foveate.methods.policies.complete import SPARE
@@ -22,7 +23,7 @@ SMALL = {"budget": 40, "chunk": 8}
 
 def turn(model: Any, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """x [..., n, D] turned by delta [n] positions, in float64."""
-    angle = delta.double()[:, None] * rotary(model).inv_freq.double()
+    angle = delta.double()[:, None] * rotary(model)[0].double()
     half = x.shape[-1] // 2
     a, b = x[..., :half].double(), x[..., half:].double()
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
@@ -85,7 +86,7 @@ def test_prompt_and_decode_equal_the_slow_algorithm(heads: int, kv_heads: int, p
 def test_features_do_not_depend_on_the_place() -> None:
     class Plain:
         scale, softcap = 0.25, None
-        rope = rotary(llama())
+        rope = Angles(*rotary(llama()))
 
     q, k, v = (torch.randn(1, heads, 6, 16) for heads in (4, 2, 2))
     here = LongHeads(chunk=6)._feature(q, k, v, 0, Plain())

@@ -27,7 +27,7 @@ SMALL = {"group": 2, "rank_k": 6, "rank_v": 9}
 
 def turn(model: Any, x: Tensor, delta: Tensor) -> Tensor:
     """x [..., n, D] turned by delta [n] positions, in float64."""
-    angle = delta.double()[:, None] * rotary(model).inv_freq.double()
+    angle = delta.double()[:, None] * rotary(model)[0].double()
     half = x.shape[-1] // 2
     a, b = x[..., :half].double(), x[..., half:].double()
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)

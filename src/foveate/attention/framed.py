@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import grouped, turned
+from foveate.attention.angles import Angles
 from foveate.attention.kernel import any_of, ends_with_keys, softmax_attention
 from foveate.attention.selection import Geometry, Partial, Selection, Span
-from foveate.attention.turned import Angles
 
 GATHERED = 1 << 24
 """Numbers of gathered keys that are alive at once."""

@@ -8,27 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from foveate.attention import decoding
+from foveate.attention.angles import Angles
 from foveate.attention.selection import Partial
-
-WIDEST = 256
-"""Most pairs of rotated channels, and most channels that are not rotated."""
-
-
-class Angles(NamedTuple):
-    """How a model turns its keys.
-
-    Args:
-        frequencies: float32 [F], angle per position of each pair of channels, which lie F apart.
-        last: the 2 F rotated channels are the last ones, not the first.
-    """
-
-    frequencies: Tensor
-    last: bool
-
-    def fit(self, dim: int) -> bool:
-        """Whether kernels can turn keys of `dim` channels by these."""
-        pairs = self.frequencies.numel()
-        return 0 < 2 * pairs <= dim and max(pairs, dim - 2 * pairs) <= WIDEST
 
 
 class Rule(NamedTuple):

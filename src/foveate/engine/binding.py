@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from foveate import compat
-from foveate.attention.turned import Angles
+from foveate.attention.angles import Angles
 from foveate.cache import FoveateCache, Store, StoreSpec
 from foveate.cache.cache import CourierLayer
 from foveate.engine import samples
@@ -56,7 +56,7 @@ class Binding:
         self.observers = [m for m in composition.methods if type(m).attended is not Method.attended]
         self.preparers = [m for m in composition.methods if type(m).prepare is not Method.prepare]
         self._plans: dict[int, dict[int, LayerPlan]] = {}
-        self._rotary: compat.Rotary | None = None
+        self._angles: Angles | None = None
         for method in composition.methods:
             profile = self.profiles.get(method.id)
             if profile is not None and profile.model != fingerprint(self.shape):
@@ -109,17 +109,13 @@ class Binding:
 
     def move(self, x: Tensor, delta: Tensor) -> Tensor:
         """Turn rotated queries by delta positions."""
-        return self._rope.move(x, delta)
+        return self.angles().move(x, delta)
 
     def angles(self) -> Angles:
         """By how much `move` turns."""
-        return Angles(self._rope.inv_freq, self._rope.last)
-
-    @property
-    def _rope(self) -> compat.Rotary:
-        if self._rotary is None:
-            self._rotary = compat.rotary(self.model)
-        return self._rotary
+        if self._angles is None:
+            self._angles = Angles(*compat.rotary(self.model))
+        return self._angles
 
     # -- plans --------------------------------------------------------------------------------------------------------
 

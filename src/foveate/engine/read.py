@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Geometry, Partial, Parts, Selection, Span, attend, framed, merge, sdpa
+from foveate.attention.angles import Angles
 from foveate.attention.columns import columns
-from foveate.attention.turned import Angles
 from foveate.cache import Band, Store
 from foveate.cache.fixed import FixedBand
 from foveate.engine.apart import attend_apart, is_apart

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate import compat
+from foveate.attention.angles import Angles
 from foveate.heads.tap import Tap, Tapped
 
 ITERATIONS = 300
@@ -178,7 +179,7 @@ def collect(
         texts: token ids.
         distance: the position at which all queries stand.
     """
-    turn = compat.rotary(model)
+    turn = Angles(*compat.rotary(model))
     keys: dict[int, list[Tensor]] = {}
     moments: dict[int, Tensor] = {}
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from foveate.attention import Parts
-from foveate.attention.turned import Angles
+from foveate.attention.angles import Angles
 from foveate.cache import View
 from foveate.models.shape import LayerShape
 

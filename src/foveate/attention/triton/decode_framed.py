@@ -8,9 +8,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from foveate.attention.angles import Angles
 from foveate.attention.triton.turning import channels, halves, others, product, tokens_at_once, turned
 from foveate.attention.triton.workers import LOG2E, check_heads, deliver, jit, power_of_two, precision_of
-from foveate.attention.turned import Angles
 from foveate.errors import BadArgument
 
 

@@ -14,9 +14,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from foveate.attention.angles import Angles
 from foveate.attention.triton.turning import channels, halves, others, turned
 from foveate.attention.triton.workers import jit, power_of_two
-from foveate.attention.turned import Angles, Rule, Vote
+from foveate.attention.turned import Rule, Vote
 from foveate.errors import BadArgument
 
 
