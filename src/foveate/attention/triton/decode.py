@@ -18,10 +18,12 @@ from foveate.attention.triton.workers import (
     check_heads,
     deliver,
     gather_parts,
+    in_base_2,
     jit,
     leave,
     logits,
     multiprocessors,
+    outputs,
     partials,
     power_of_two,
     precision_of,
@@ -240,15 +242,14 @@ def run(
     tiles = -(-rows // tile)
     workers = max(1, multiprocessors(q.device) * layout.per_sm // tiles)
     part, weight = partials(workers + units, rows, v_dim, q.device)
-    out, lse = _empty(q, v_dim)
+    out, lse = outputs(q, v_dim)
     capped = softcap is not None
     wide = power_of_two(units)
     some = stores.lengths  # stands where a pointer is not read
     starts, pairs = stores.starts, stores.pairs
     _decode[(workers * tiles,)](
         q, k, v, stores.lengths, some if starts is None else starts, some if pairs is None else pairs, part, weight,
-        weight if scores is None else scores, scale / softcap if softcap is not None else scale * LOG2E.value,
-        softcap * LOG2E.value if softcap is not None else 0.0,
+        weight if scores is None else scores, *in_base_2(scale, softcap),
         units, workers, k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0 if scores is None else scores.stride(2),
         R=rows, N=queries, M=tile, TILES=tiles, BLOCK=layout.block, UNITS=wide, STARTS=starts is not None,
         PAIRS=pairs is not None, SHARED=shared, CAPPED=capped, PRECISION=precision_of(q.dtype), LEAN=tile >= 64,
@@ -262,11 +263,6 @@ def run(
         SINKS=sinks is not None,
     )  # fmt: skip
     return out, lse
-
-
-def _empty(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
-    out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 def decode_ragged(
@@ -308,20 +304,10 @@ _SCHEMA = (
 
 
 @torch.library.custom_op("foveate::decode_ragged", mutates_args=(), schema=_SCHEMA)
-def _op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    pairs: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return run(q, Stores(k, v, lengths, starts, pairs), scale, softcap, sinks)
+def _op(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return run(q, Stores(*others[:5]), *others[5:])
 
 
 @_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _empty(q, v.shape[-1])
+    return outputs(q, v.shape[-1])

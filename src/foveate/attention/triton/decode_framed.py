@@ -9,8 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
+from foveate.attention.triton.splits import merge_splits
 from foveate.attention.triton.turning import channels, halves, others, product, tokens_at_once, turned
-from foveate.attention.triton.workers import LOG2E, check_heads, deliver, jit, power_of_two, precision_of
+from foveate.attention.triton.workers import (
+    capped,
+    check_heads,
+    in_base_2,
+    jit,
+    outputs,
+    partials,
+    power_of_two,
+    precision_of,
+)
 from foveate.errors import BadArgument
 
 
@@ -44,7 +54,7 @@ def _read(
         s = product(q3, others(k, pair * stride_k + far * stride_kt, keep, OTHERS, REST, RP), s, False, PRECISION)
     s *= factor
     if CAPPED:
-        s = softcap * (1 - 2 / (1 + tl.exp2(s * (2 * LOG2E))))
+        s = capped(s, softcap)
     s = tl.where(keep[None, :], s, float("-inf"))
     top = tl.max(s, 1)
     anchor = tl.where(top == float("-inf"), 0.0, top)
@@ -59,31 +69,6 @@ def _read(
     to = (pair * R + row) * splits + split
     tl.store(weight + to, tl.where(seen, top + tl.log2(mass), float("-inf")), mask=valid)
     tl.store(part + to[:, None] * DV + c[None, :], out / mass[:, None], mask=valid[:, None] & (c < DV)[None, :])
-
-
-@jit(do_not_specialize=["splits"])
-def _merge(part, weight, out, lse, splits, DV: tl.constexpr, VP: tl.constexpr, WIDE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, VP)
-    acc = tl.zeros([VP], tl.float32)
-    top = tl.full([1], float("-inf"), tl.float32)
-    mass = tl.zeros([1], tl.float32)
-    for first in range(0, splits, WIDE):
-        n = first + tl.arange(0, WIDE)
-        e = tl.load(weight + row * splits + n, mask=n < splits, other=float("-inf"))
-        x = part + (row * splits + n)[:, None] * DV + d[None, :]
-        x = tl.load(x, mask=(n < splits)[:, None] & (d < DV)[None, :], other=0.0)
-        new = tl.maximum(top, tl.max(e, 0))
-        anchor = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(e - anchor)
-        shrink = tl.exp2(top - anchor)
-        acc = acc * shrink + tl.sum(x * p[:, None], 0)
-        mass = mass * shrink + tl.sum(p, 0)
-        top = new
-    total = tl.max(mass, 0)
-    seen = total > 0
-    some = tl.where(seen, total, 1.0)
-    deliver(out, lse, row, acc / some, tl.where(seen, tl.max(top, 0) + tl.log2(some), float("-inf")), DV, VP)
 
 
 def decode_framed(
@@ -153,27 +138,17 @@ def _op(
     (pairs, rows, _, dim), width, v_dim = q.shape, lists.shape[1], v.shape[2]
     block, wide = tokens_at_once(max(dim, v_dim), k.element_size()), power_of_two(v_dim)
     splits = max(1, -(-width * page // block))
-    out, lse = _empty(q, v)
-    part = torch.empty(pairs, rows, splits, v_dim, dtype=torch.float32, device=q.device)
-    weight = torch.empty(pairs, rows, splits, dtype=torch.float32, device=q.device)
+    part, weight = partials(pairs * rows * splits, 1, v_dim, q.device)
     _read[(pairs, splits)](
-        q, k, v, lists, places, lengths, frequencies, part, weight,
-        scale / softcap if softcap is not None else scale * LOG2E.value,
-        softcap * LOG2E.value if softcap is not None else 0.0,
+        q, k, v, lists, places, lengths, frequencies, part, weight, *in_base_2(scale, softcap),
         width, splits, k.stride(0), k.stride(1), v.stride(0), v.stride(1), lists.stride(0), places.stride(0), R=rows,
         M=max(16, power_of_two(rows)), BLOCK=block, PAGE=page, DV=v_dim, VP=max(16, wide),
         **channels(dim, frequencies.numel(), last), CAPPED=softcap is not None, PRECISION=precision_of(k.dtype),
         num_warps=4,
     )  # fmt: skip
-    _merge[(pairs * rows,)](part, weight, out, lse, splits, DV=v_dim, VP=max(16, wide), WIDE=32, num_warps=4)
-    return out, lse
-
-
-def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out = torch.empty(*q.shape[:3], v.shape[2], dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return merge_splits(q, part, weight)
 
 
 @_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _empty(q, v)
+    return outputs(q, v.shape[2])

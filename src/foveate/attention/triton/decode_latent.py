@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import __version__, knobs
 
 from foveate.attention.triton.decode import Stores, decode_ragged
-from foveate.attention.triton.workers import LN2, LOG2E, jit, multiprocessors, partials, power_of_two
+from foveate.attention.triton.workers import LN2, LOG2E, jit, join, multiprocessors, outputs, partials, power_of_two
 from foveate.errors import BadArgument
 
 
@@ -111,9 +111,8 @@ def merge(
         part: [workers + P, H * N, Dv], weight (log-masses, base 2): [workers + P, H * N]; float32.
         lengths: int32 [P]; pairs: int32 [P] or None; sinks: [H] or None.
     """
-    (batch, heads, queries, _), units, dim = q.shape, lengths.shape[0], part.shape[2]
-    out = torch.empty(batch, heads, queries, dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    (_, heads, queries, _), units, dim = q.shape, lengths.shape[0], part.shape[2]
+    out, lse = outputs(q, dim)
     width = min(128, power_of_two(dim))
     _merge[(units * heads * queries, -(-dim // width))](
         part, weight, lengths, lengths if pairs is None else pairs, lengths if sinks is None else sinks, out, lse,
@@ -158,13 +157,7 @@ def _merge(
         slot = (w + unit).to(tl.int64) * rows + row
         e = tl.load(weight + slot, mask=busy, other=float("-inf"))
         x = tl.load(part + slot[:, None] * DV + d[None, :], mask=busy[:, None] & (d < DV)[None, :], other=0.0)
-        new = tl.maximum(top, tl.max(e, 0))
-        anchor = tl.where(new == float("-inf"), 0.0, new)
-        shrink = tl.exp2(top - anchor)
-        p = tl.exp2(e - anchor)
-        acc = acc * shrink + tl.sum(x * p[:, None], 0)
-        mass = mass * shrink + tl.sum(p, 0)
-        top = new
+        acc, top, mass = join(e, x, acc, top, mass)
     seen = mass > 0
     mass = tl.where(seen, mass, 1.0)
     tl.store(out + place * DV + d, (acc / mass).to(out.dtype.element_ty), mask=d < DV)

@@ -9,16 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.triton.workers import (
-    LOG2E,
     Tuning,
     absorb,
     check_heads,
     deliver,
     gather_parts,
+    in_base_2,
     jit,
     leave,
     logits,
     multiprocessors,
+    outputs,
     partials,
     power_of_two,
     precision_of,
@@ -197,7 +198,7 @@ def run(
     layout = layout or tuning(q, k_dim)
     workers = multiprocessors(q.device) * layout.per_sm
     part, weight = partials(workers + units, rows, v_dim, q.device)
-    out, lse = _empty(q, v_dim)
+    out, lse = outputs(q, v_dim)
     sink, window = near or (0, 0)
     width = lists.shape[2]
     ends = lengths if windows is None else windows  # the former stands where a pointer is not read
@@ -207,11 +208,9 @@ def run(
     }  # fmt: skip
     _decode[(workers,)](
         q, k, v, lists, counts, lengths, ends, part, weight, weight if scores is None else scores,
-        scale / softcap if softcap is not None else scale * LOG2E.value,
-        softcap * LOG2E.value if softcap is not None else 0.0,
-        units, workers, sink, window, width, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        lists.stride(0), lists.stride(1), counts.stride(0), counts.stride(1),
-        0 if scores is None else scores.stride(1), M=max(16, power_of_two(rows)),
+        *in_base_2(scale, softcap), units, workers, sink, window, width,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), lists.stride(0), lists.stride(1),
+        counts.stride(0), counts.stride(1), 0 if scores is None else scores.stride(1), M=max(16, power_of_two(rows)),
         NEAR=near is not None or windows is not None, CAPPED=softcap is not None, PRECISION=precision_of(q.dtype),
         SCORES=scores is not None, **same, **shapes(k_dim, v_dim),
         num_warps=layout.warps, num_stages=layout.stages,
@@ -222,11 +221,6 @@ def run(
         **same,
     )  # fmt: skip
     return out, lse
-
-
-def _empty(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
-    out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 def decode_lists(
@@ -292,22 +286,10 @@ _SCHEMA = (
 
 
 @torch.library.custom_op("foveate::decode_lists", mutates_args=(), schema=_SCHEMA)
-def _op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: Tensor,
-    counts: Tensor,
-    lengths: Tensor,
-    page: int,
-    near: list[int] | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    ends = None if near is None else (near[0], near[1])
-    return run(q, k, v, lists, counts, lengths, page, ends, scale, softcap)
+def _op(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return run(q, *others)
 
 
 @_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _empty(q, v.shape[2])
+    return outputs(q, v.shape[2])

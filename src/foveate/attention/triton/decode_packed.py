@@ -12,15 +12,16 @@ from torch import Tensor
 from foveate.attention.triton.decode import pair_blocks
 from foveate.attention.triton.workers import (
     LN2,
-    LOG2E,
     Tuning,
     absorb,
     check_heads,
     gather_channels,
+    in_base_2,
     jit,
     leave,
     logits,
     multiprocessors,
+    outputs,
     partials,
     power_of_two,
     precision_of,
@@ -192,9 +193,14 @@ def _merge(
 
 
 def _even(group: int) -> bool:
-    """Whether scales are fetched once for a group. In groups of 4, float32 and 16 channels the kernel that does so was
-    wrong on an H200 (2 and 4 bits, Triton 3.6) where it is right in the interpreter."""
+    """Whether scales are fetched once for a group; smaller ones fetch them one by one."""
     return group >= 8 and group == power_of_two(group)
+
+
+def _wide(dim: int) -> int:
+    """Channels of a tile. Codes that are unpacked to 16 of them are read wrongly on an H100 (Triton 3.6, every layout,
+    2 and 4 bits, all dtypes and groups; right in the interpreter, and on the card with 32)."""
+    return max(32, power_of_two(dim))
 
 
 def run(
@@ -213,14 +219,13 @@ def run(
     layout = layout or Tuning(64 if k_dim <= 128 else 32, 4, 3, 4)
     workers = multiprocessors(q.device) * layout.per_sm
     part, weight = partials(workers + units, rows, v_dim, q.device)
-    out, lse = _empty(q, v_dim)
-    wide_k, wide_v, wide = max(16, power_of_two(k_dim)), max(16, power_of_two(v_dim)), power_of_two(units)
+    out, lse = outputs(q, v_dim)
+    wide_k, wide_v, wide = _wide(k_dim), _wide(v_dim), power_of_two(units)
     _decode[(workers,)](
         q, keys.codes, keys.scale, keys.zero, keys.tail, keys.packed, values.codes, values.scale, values.zero,
         values.tail, values.packed, lengths, part, weight,
-        scale / softcap if softcap is not None else scale * LOG2E.value,
-        softcap * LOG2E.value if softcap is not None else 0.0,
-        units, workers, keys.codes.stride(0), keys.scale.stride(0), keys.tail.stride(0), keys.tail.stride(1),
+        *in_base_2(scale, softcap), units, workers,
+        keys.codes.stride(0), keys.scale.stride(0), keys.tail.stride(0), keys.tail.stride(1),
         values.codes.stride(0), values.scale.stride(0), values.tail.stride(0), values.tail.stride(1),
         R=rows, M=max(16, power_of_two(rows)), BLOCK=layout.block, UNITS=wide, DK=k_dim, DV=v_dim, WK=wide_k,
         WV=wide_v, BITS_K=keys.bits, BITS_V=values.bits, GROUP_K=keys.group, GROUP_V=values.group,
@@ -235,11 +240,6 @@ def run(
         WIDE=128, num_warps=4,
     )  # fmt: skip
     return out, lse
-
-
-def _empty(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
-    out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 def decode_packed(
@@ -315,4 +315,4 @@ def _op(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 @_op.register_fake
 def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _empty(q, others[10].shape[2])
+    return outputs(q, others[10].shape[2])

@@ -9,24 +9,23 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.triton.workers import (
-    LOG2E,
     Tuning,
-    absorb,
     check_heads,
     deliver,
     gather_parts,
+    in_base_2,
     jit,
     leave,
-    logits,
     multiprocessors,
+    outputs,
     partials,
     parts_of,
     power_of_two,
     precision_of,
+    read_tokens,
     rows_of_q,
     shapes,
     share_of,
-    tile_of,
 )
 from foveate.errors import BadArgument
 
@@ -70,26 +69,6 @@ def _channels_of_q(
     return tl.load(q + row[:, None] * DK + which[None, :], mask=keep, other=0.0)
 
 
-@jit
-def _step(
-    q0, q1, k, v, keep, n, acc0, acc1, top, mass, factor, softcap, stride_kt, stride_vt, DK: tl.constexpr,
-    DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Tokens n behind k and v, those that are kept."""
-    k0 = tile_of(k, n * stride_kt, keep, 0, K0, DK, True)
-    k1 = k0
-    if K1:
-        k1 = tile_of(k, n * stride_kt, keep, K0, K1, DK, True)
-    s = logits(q0, q1, k0, k1, factor, softcap, K1, CAPPED, PRECISION)
-    s = tl.where(keep[None, :], s, float("-inf"))
-    v0 = tile_of(v, n * stride_vt, keep, 0, V0, DV, True)
-    v1 = v0
-    if V1:
-        v1 = tile_of(v, n * stride_vt, keep, V0, V1, DV, True)
-    return absorb(s, v0, v1, acc0, acc1, top, mass, V1, PRECISION)
-
-
 @jit(do_not_specialize=["units", "workers", "room"])
 def _decode_thin(
     q, body, channels, tail, v, starts, lengths, part, weight, factor, softcap, units, workers, room,
@@ -118,17 +97,17 @@ def _decode_thin(
                 q1 = _channels_of_q(q, channels + own * KEPT, own * R + row, valid, T0, T1, KEPT, DK)
             for j in tl.range(at - before, tl.minimum(stop - before, thin)):
                 first = tl.cast(j * BLOCK, tl.int64)
-                acc0, acc1, top, mass = _step(
+                acc0, acc1, top, mass = read_tokens(
                     q0, q1, body + (own * room + first) * KEPT, v + own * stride_v + first * stride_vt,
-                    j * BLOCK + n < tl.minimum(start, length), n, acc0, acc1, top, mass, factor, softcap, KEPT,
+                    n, j * BLOCK + n < tl.minimum(start, length), acc0, acc1, top, mass, factor, softcap, KEPT,
                     stride_vt, KEPT, DV, T0, T1, V0, V1, CAPPED, PRECISION,
                 )  # fmt: skip
             w0, w1 = rows_of_q(q, own * R + row, valid, DK, K0, K1)
             for j in tl.range(tl.maximum(at - before, thin), stop - before):
                 first = tl.cast((j - thin) * BLOCK, tl.int64)
-                acc0, acc1, top, mass = _step(
+                acc0, acc1, top, mass = read_tokens(
                     w0, w1, tail + own * stride_t + first * stride_tt, v + own * stride_v + (first + start) * stride_vt,
-                    start + first + n < length, n, acc0, acc1, top, mass, factor, softcap, stride_tt, stride_vt, DK,
+                    n, start + first + n < length, acc0, acc1, top, mass, factor, softcap, stride_tt, stride_vt, DK,
                     DV, K0, K1, V0, V1, CAPPED, PRECISION,
                 )  # fmt: skip
             leave(part, weight, worker + unit, row, valid, acc0, acc1, top, mass, R, DV, V0, V1)
@@ -202,12 +181,12 @@ def run(
     layout = layout or tuning(q, kept)
     workers = multiprocessors(q.device) * layout.per_sm
     part, weight = partials(workers + pairs, rows, v_dim, q.device)
-    out, lse = _empty(q, v_dim)
+    out, lse = outputs(q, v_dim)
     thin, wide = parts_of(kept), power_of_two(pairs)
     _decode_thin[(workers,)](
         q, body, channels, tail, v, start, lengths, part, weight,
-        scale * LOG2E.value if softcap is None else scale / softcap, 0.0 if softcap is None else softcap * LOG2E.value,
-        pairs, workers, body.shape[1], tail.stride(0), tail.stride(1), v.stride(0), v.stride(1),
+        *in_base_2(scale, softcap), pairs, workers, body.shape[1], tail.stride(0), tail.stride(1), v.stride(0),
+        v.stride(1),
         R=rows, M=max(16, power_of_two(rows)), BLOCK=layout.block, UNITS=wide, KEPT=kept, T0=thin[0], T1=thin[1],
         CAPPED=softcap is not None, PRECISION=precision_of(q.dtype), **shapes(dim, v_dim), num_warps=layout.warps,
         num_stages=layout.stages,
@@ -219,11 +198,6 @@ def run(
     return out, lse
 
 
-def _empty(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
-    out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-
-
 _SCHEMA = (
     "(Tensor q, Tensor body, Tensor channels, Tensor tail, Tensor start, Tensor v, Tensor lengths, float scale, "
     "float? softcap) -> (Tensor, Tensor)"
@@ -231,13 +205,10 @@ _SCHEMA = (
 
 
 @torch.library.custom_op("foveate::decode_thin", mutates_args=(), schema=_SCHEMA)
-def _op(
-    q: Tensor, body: Tensor, channels: Tensor, tail: Tensor, start: Tensor, v: Tensor, lengths: Tensor, scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return run(q, ThinKeys(body, channels, tail, start), v, lengths, scale, softcap)
+def _op(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return run(q, ThinKeys(*others[:4]), *others[4:])
 
 
 @_op.register_fake
 def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _empty(q, others[4].shape[2])
+    return outputs(q, others[4].shape[2])

@@ -19,7 +19,7 @@ ALIGNED = 128
 
 
 @jit
-def _weights(scores, place, mass, keep):
+def weights(scores, place, mass, keep):
     """Probabilities of the scores at these places; 0 where nothing is kept, or the query saw nothing."""
     s = tl.load(scores + place, mask=keep, other=float("-inf"))
     return tl.exp2(s - tl.where(mass == float("-inf"), 0.0, mass))
@@ -36,7 +36,7 @@ def _probabilities(
     at = pair.to(tl.int64) * R + row
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mass = tl.load(lse + at) * LOG2E
-    p = _weights(scores, at * stride + slot, mass, slot < tl.load(lengths + unit))
+    p = weights(scores, at * stride + slot, mass, slot < tl.load(lengths + unit))
     tl.store(scores + at * stride + slot, p, mask=slot < width)
 
 
@@ -55,7 +55,7 @@ def _add_mass(
     for first in range(0, R, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             at = pair.to(tl.int64) * R + tl.minimum(first + i, R - 1)
-            gained += _weights(scores, at * stride + slot, tl.load(lse + at) * LOG2E, keep & (first + i < R))
+            gained += weights(scores, at * stride + slot, tl.load(lse + at) * LOG2E, keep & (first + i < R))
     place = columns + tl.load(column_start + unit) + slot
     tl.store(place, tl.load(place, mask=keep, other=0.0) + gained, mask=keep)
 

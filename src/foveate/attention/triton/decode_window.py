@@ -10,21 +10,19 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.triton.decode_lists import tuning
+from foveate.attention.triton.splits import merge_splits
 from foveate.attention.triton.workers import (
-    LOG2E,
-    absorb,
     check_heads,
-    deliver,
+    in_base_2,
     jit,
     leave,
-    logits,
     multiprocessors,
     partials,
     power_of_two,
     precision_of,
+    read_tokens,
     rows_of_q,
     shapes,
-    tile_of,
 )
 from foveate.errors import BadArgument
 
@@ -76,43 +74,11 @@ def _read(
     for j in tl.range(begin, end, BLOCK):
         keep = j + n < end
         far = (j + n).to(tl.int64)
-        k0 = tile_of(kp, far * stride_kt, keep, 0, K0, DK, True)
-        k1 = k0
-        if K1:
-            k1 = tile_of(kp, far * stride_kt, keep, K0, K1, DK, True)
-        s = logits(q0, q1, k0, k1, factor, softcap, K1, CAPPED, PRECISION)
-        s = tl.where(keep[None, :], s, float("-inf"))
-        v0 = tile_of(vp, far * stride_vt, keep, 0, V0, DV, True)
-        v1 = v0
-        if V1:
-            v1 = tile_of(vp, far * stride_vt, keep, V0, V1, DV, True)
-        acc0, acc1, top, mass = absorb(s, v0, v1, acc0, acc1, top, mass, V1, PRECISION)
+        acc0, acc1, top, mass = read_tokens(
+            q0, q1, kp, vp, far, keep, acc0, acc1, top, mass, factor, softcap, stride_kt, stride_vt, DK, DV, K0, K1, V0,
+            V1, CAPPED, PRECISION,
+        )  # fmt: skip
     leave(part, weight, pair * splits + split, row, valid, acc0, acc1, top, mass, R, DV, V0, V1)
-
-
-@jit(do_not_specialize=["splits"])
-def _merge(part, weight, out, lse, splits, R: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
-    acc = tl.zeros([D], tl.float32)
-    top = float("-inf")
-    mass = 0.0
-    for first in range(0, splits, WIDE):
-        n = first + tl.arange(0, WIDE)
-        at = (place // R * splits + n) * R + place % R
-        e = tl.load(weight + at, mask=n < splits, other=float("-inf"))
-        x = part + at[:, None] * DV + d[None, :]
-        x = tl.load(x, mask=(n < splits)[:, None] & (d < DV)[None, :], other=0.0)
-        new = tl.maximum(top, tl.max(e, 0))
-        anchor = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(e - anchor)
-        shrink = tl.exp2(top - anchor)
-        acc = acc * shrink + tl.sum(x * p[:, None], 0)
-        mass = mass * shrink + tl.sum(p, 0)
-        top = new
-    seen = mass > 0
-    some = tl.where(seen, mass, 1.0)
-    deliver(out, lse, place, acc / some, tl.where(seen, top + tl.log2(some), float("-inf")), DV, D)
 
 
 def decode_window(
@@ -146,7 +112,7 @@ def decode_window(
         out [B, H, 1, Dv] in the dtype of q, lse [B, H, 1] float32.
     """
     (units, used, k_dim), v_dim, pairs = k.shape, v.shape[2], frequencies.numel()
-    batch, heads, queries, rows = check_heads(q, k_dim, units // max(1, q.shape[0]))
+    batch, _, queries, rows = check_heads(q, k_dim, units // max(1, q.shape[0]))
     if queries != 1 or k.stride(2) != 1 or v.stride(2) != 1 or not 0 <= sink <= used or not 0 < 2 * pairs <= k_dim:
         given = f"q {tuple(q.shape)}, sink {sink} of {used} slots, {pairs} frequencies"
         raise BadArgument("q", given, "one query per row, a sink within the slots, pairs within the channels")
@@ -159,17 +125,11 @@ def decode_window(
     per = -(-window // (pieces * layout.block)) * layout.block
     splits = 1 + max(1, -(-window // max(1, per)))
     part, weight = partials(units * splits, rows, v_dim, q.device)
-    out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     _read[(units, splits)](
-        q.contiguous(), k, v, place, seen, frequencies, part, weight,
-        scale / softcap if softcap is not None else scale * LOG2E.value,
-        softcap * LOG2E.value if softcap is not None else 0.0, used, sink, splits, per, k.stride(0), k.stride(1),
-        v.stride(0), v.stride(1), STORES=units // batch, R=rows, M=max(16, power_of_two(rows)), BLOCK=layout.block,
-        FIRST=k_dim - 2 * pairs if last else 0, F=pairs, CAPPED=softcap is not None, PRECISION=precision_of(q.dtype),
-        **shapes(k_dim, v_dim), num_warps=layout.warps, num_stages=min(3, layout.stages),
+        q.contiguous(), k, v, place, seen, frequencies, part, weight, *in_base_2(scale, softcap), used, sink, splits,
+        per, k.stride(0), k.stride(1), v.stride(0), v.stride(1), STORES=units // batch, R=rows,
+        M=max(16, power_of_two(rows)), BLOCK=layout.block, FIRST=k_dim - 2 * pairs if last else 0, F=pairs,
+        CAPPED=softcap is not None, PRECISION=precision_of(q.dtype), **shapes(k_dim, v_dim),
+        num_warps=layout.warps, num_stages=min(3, layout.stages),
     )  # fmt: skip
-    _merge[(batch * heads,)](
-        part, weight, out, lse, splits, R=rows, DV=v_dim, D=power_of_two(v_dim), WIDE=32 if v_dim <= 128 else 8
-    )
-    return out, lse
+    return merge_splits(q, part, weight)

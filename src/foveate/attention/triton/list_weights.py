@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.triton.decode_lists import run
-from foveate.attention.triton.decode_weights import ALIGNED
+from foveate.attention.triton.decode_weights import ALIGNED, weights
 from foveate.attention.triton.workers import LOG2E, jit, power_of_two
 from foveate.errors import BadArgument
 
@@ -36,21 +36,13 @@ class Scored(NamedTuple):
 
 
 @jit
-def _weight(scores, lse, at, place, keep, stride):
-    """Probabilities of the scores of query head `at`; 0 where nothing is kept, or it saw nothing."""
-    mass = tl.load(lse + at) * LOG2E
-    s = tl.load(scores + at * stride + place, mask=keep, other=float("-inf"))
-    return tl.exp2(s - tl.where(mass == float("-inf"), 0.0, mass))
-
-
-@jit
 def _agreed(scores, lse, pair, place, keep, stride, R: tl.constexpr, AT_ONCE: tl.constexpr, MEAN: tl.constexpr):
     """The largest probability of a group's query heads, or their sum, which orders as their mean does."""
     agreed = place * 0.0
     for first in range(0, R, AT_ONCE):
         for i in tl.static_range(AT_ONCE):  # type: ignore[general]
             at = pair * R + tl.minimum(first + i, R - 1)
-            p = _weight(scores, lse, at, place, keep & (first + i < R), stride)
+            p = weights(scores + at * stride, place, tl.load(lse + at) * LOG2E, keep & (first + i < R))
             agreed = agreed + p if MEAN else tl.maximum(agreed, p)
     return agreed
 

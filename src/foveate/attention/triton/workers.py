@@ -81,6 +81,19 @@ def partials(rows: int, per_row: int, dim: int, device: torch.device) -> tuple[T
     return out, torch.empty(rows, per_row, dtype=torch.float32, device=device)
 
 
+def outputs(q: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Room for what a read gives: out [B, H, N, dim] in the dtype of q [B, H, N, Dk], lse [B, H, N] float32."""
+    out = torch.empty(*q.shape[:3], dim, dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def in_base_2(scale: float, softcap: float | None) -> tuple[float, float]:
+    """The factor and the softcap that `logits` takes."""
+    if softcap is None:
+        return scale * LOG2E.value, 0.0
+    return scale / softcap, softcap * LOG2E.value
+
+
 @jit
 def begin_of(worker, workers, total):
     """The first block of a worker."""
@@ -136,6 +149,12 @@ def tile_of(x, offsets, keep, FROM: tl.constexpr, SIZE: tl.constexpr, DIM: tl.co
 
 
 @jit
+def capped(s, softcap):
+    """softcap * tanh(s), a softcap in base 2."""
+    return softcap * (1 - 2 / (1 + tl.exp2(s * (2 * LOG2E))))
+
+
+@jit
 def logits(q0, q1, k0, k1, factor, softcap, K1: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
     """Logits [M, n] in base 2; factor is scale * log2(e), or scale / softcap with a softcap (itself times log2(e))."""
     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
@@ -143,7 +162,7 @@ def logits(q0, q1, k0, k1, factor, softcap, K1: tl.constexpr, CAPPED: tl.constex
         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
     s *= factor
     if CAPPED:
-        s = softcap * (1 - 2 / (1 + tl.exp2(s * (2 * LOG2E))))
+        s = capped(s, softcap)
     return s
 
 
@@ -164,6 +183,26 @@ def absorb(s, v0, v1, acc0, acc1, top, mass, V1: tl.constexpr, PRECISION: tl.con
 
 
 @jit
+def read_tokens(
+    q0, q1, k, v, n, keep, acc0, acc1, top, mass, factor, softcap, stride_kt, stride_vt, DK: tl.constexpr,
+    DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tokens n behind k and v, those that are kept, into the running softmax."""
+    k0 = tile_of(k, n * stride_kt, keep, 0, K0, DK, True)
+    k1 = k0
+    if K1:
+        k1 = tile_of(k, n * stride_kt, keep, K0, K1, DK, True)
+    s = logits(q0, q1, k0, k1, factor, softcap, K1, CAPPED, PRECISION)
+    s = tl.where(keep[None, :], s, float("-inf"))
+    v0 = tile_of(v, n * stride_vt, keep, 0, V0, DV, True)
+    v1 = v0
+    if V1:
+        v1 = tile_of(v, n * stride_vt, keep, V0, V1, DV, True)
+    return absorb(s, v0, v1, acc0, acc1, top, mass, V1, PRECISION)
+
+
+@jit
 def leave(
     part, weight, slot, row, valid, acc0, acc1, top, mass, R: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr,
@@ -178,6 +217,16 @@ def leave(
     if V1:
         d = V0 + tl.arange(0, V1)
         tl.store(part + place[:, None] * DV + d[None, :], acc1 * by[:, None], mask=valid[:, None] & (d < DV)[None, :])
+
+
+@jit
+def join(e, x, acc, top, mass):
+    """Partial results x [n, D] of log-masses e [n] into a running merge."""
+    new = tl.maximum(top, tl.max(e, 0))
+    anchor = tl.where(new == float("-inf"), 0.0, new)
+    shrink = tl.exp2(top - anchor)
+    p = tl.exp2(e - anchor)
+    return acc * shrink + tl.sum(x * p[:, None], 0), new, mass * shrink + tl.sum(p, 0)
 
 
 @jit
@@ -209,13 +258,7 @@ def gather_channels(
         place = (w + unit).to(tl.int64) * R + row
         e = tl.load(weight + place, mask=busy, other=float("-inf"))
         x = tl.load(part + place[:, None] * DV + d[None, :], mask=busy[:, None] & (d < DV)[None, :], other=0.0)
-        new = tl.maximum(top, tl.max(e, 0))
-        anchor = tl.where(new == float("-inf"), 0.0, new)
-        shrink = tl.exp2(top - anchor)
-        p = tl.exp2(e - anchor)
-        acc = acc * shrink + tl.sum(x * p[:, None], 0)
-        mass = mass * shrink + tl.sum(p, 0)
-        top = new
+        acc, top, mass = join(e, x, acc, top, mass)
     seen = mass > 0
     out = acc / tl.where(seen, mass, 1.0)
     return out, tl.where(seen, top + tl.log2(tl.where(seen, mass, 1.0)), float("-inf"))

@@ -1,0 +1,46 @@
+"""The merge of reads in which each pair's tokens were divided into equally many pieces, whatever there are."""
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+
+from foveate.attention.triton.workers import deliver, jit, join, outputs, power_of_two
+
+
+@jit(do_not_specialize=["splits"])
+def _merge(part, weight, out, lse, splits, R: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D)
+    acc = tl.zeros([D], tl.float32)
+    top = float("-inf")
+    mass = 0.0
+    for first in range(0, splits, WIDE):
+        n = first + tl.arange(0, WIDE)
+        at = (place // R * splits + n) * R + place % R
+        e = tl.load(weight + at, mask=n < splits, other=float("-inf"))
+        x = part + at[:, None] * DV + d[None, :]
+        x = tl.load(x, mask=(n < splits)[:, None] & (d < DV)[None, :], other=0.0)
+        acc, top, mass = join(e, x, acc, top, mass)
+    seen = mass > 0
+    some = tl.where(seen, mass, 1.0)
+    deliver(out, lse, place, acc / some, tl.where(seen, top + tl.log2(some), float("-inf")), DV, D)
+
+
+def merge_splits(q: Tensor, part: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and lse of what was found of equally many pieces for each head.
+
+    Args:
+        q: [B, H, 1, Dk], for its shape and dtype.
+        part: [B * H / R * splits, R, Dv], what was found of the pieces of R heads at a time, which stand side by side;
+            weight (log-masses, base 2): [B * H / R * splits, R]; float32.
+
+    Returns:
+        out [B, H, 1, Dv] in the dtype of q, lse [B, H, 1] float32; 0 and -inf where nothing was seen.
+    """
+    (slots, rows, dim), heads = part.shape, q.shape[0] * q.shape[1]
+    out, lse = outputs(q, dim)
+    _merge[(heads,)](
+        part, weight, out, lse, slots * rows // heads, R=rows, DV=dim, D=power_of_two(dim), WIDE=32 if dim <= 128 else 8
+    )
+    return out, lse
