@@ -7,6 +7,7 @@ import torch
 from tests.attention.reads import random_lists, random_read
 
 from foveate.attention import ALL, Geometry, Selection, Span
+from foveate.attention.pairs import pairs
 
 
 @pytest.mark.parametrize("number", range(60))
@@ -17,6 +18,9 @@ def test_counts_are_sums_of_the_mask(seed: int, number: int) -> None:
     count = selection.pairs(g, heads, read.visible)
     assert count.dtype == torch.int64
     assert torch.equal(count, mask.sum((-1, -2)))
+    real = torch.randint(0, g.queries + 1, (g.batch,))
+    some = mask & (torch.arange(g.queries) < real[:, None])[:, None, :, None]
+    assert torch.equal(pairs(selection, g, heads, read.visible, real), some.sum((-1, -2)))
     causal = ALL.mask(g, heads).sum((-1, -2))
     share = selection.density(g, heads, read.visible)
     assert torch.allclose(share[causal > 0], (count / causal)[causal > 0].double())
@@ -46,9 +50,11 @@ def test_counting_needs_no_mask(seed: int, case: str, monkeypatch: pytest.Monkey
     }[case]
     if case == "ragged":
         g = Geometry(2, 150, 650, torch.tensor([[640, 600], [650, 333]]), torch.tensor([[490, 450], [500, 183]]))
-    want = selection.mask(g, 4, visible).sum((-1, -2))
+    mask, real = selection.mask(g, 4, visible), torch.tensor([37, 149])
+    some = mask & (torch.arange(150) < real[:, None])[:, None, :, None]
     monkeypatch.setattr(Selection, "seen", lambda *args: pytest.fail("made a mask"))
-    assert torch.equal(selection.pairs(g, 4, visible), want)
+    assert torch.equal(selection.pairs(g, 4, visible), mask.sum((-1, -2)))
+    assert torch.equal(pairs(selection, g, 4, visible, real), some.sum((-1, -2)))
 
 
 def test_density_of_plain_cases() -> None:

@@ -12,8 +12,17 @@ from foveate.attention.scores import to_heads
 from foveate.attention.selection import Geometry, Ints, Selection, Span, per_head
 
 
-def pairs(selection: Selection, geometry: Geometry, num_heads: int, visible: Sequence[Span] = ()) -> Tensor:
+def pairs(
+    selection: Selection,
+    geometry: Geometry,
+    num_heads: int,
+    visible: Sequence[Span] = (),
+    real: Tensor | None = None,
+) -> Tensor:
     """Number of pairs that are read, int64 [B, H]: the sum of `selection.mask(...)`.
+
+    Args:
+        real: int64 [B], how many queries of each row count, its first ones; None: all.
 
     Causality, one span and lists are counted by arithmetic; what else there is (two spans, slots in no order) by masks
     of a few queries at a time.
@@ -26,20 +35,20 @@ def pairs(selection: Selection, geometry: Geometry, num_heads: int, visible: Seq
         visible, span = (*visible, span), None
     bounded = [*visible, *([span] if span is not None else [])]
     if len(bounded) > 1 or (bounded and g.k_positions is not None):
-        count = sum(seen.sum((-1, -2)) for _, seen in _masks(selection, g, num_heads, visible))
+        count = sum(seen.sum((-1, -2)) for _, seen in _masks(selection, g, num_heads, visible, real=real))
         assert isinstance(count, Tensor)
     elif lists is None:
-        count = _in_range(bounded[0] if bounded else None, g).sum(-1)
+        count = _in_range(bounded[0] if bounded else None, g, real).sum(-1)
     elif not bounded:
-        count = _listed(lists, selection, g)
+        count = _listed(lists, selection, g, real)
     else:
-        both = _listed_in_range(lists, selection, g, bounded[0])
+        both = _listed_in_range(lists, selection, g, bounded[0], real)
         if span is None:
             count = both
         else:
-            near = _in_range(span, g).sum(-1)
+            near = _in_range(span, g, real).sum(-1)
             heads = max(near.shape[1], both.shape[1])
-            alone = _listed(lists, selection, g)
+            alone = _listed(lists, selection, g, real)
             count = to_heads(alone, heads) + to_heads(near, heads) - to_heads(both, heads)
     return to_heads(count, num_heads).expand(g.batch, num_heads).contiguous()
 
@@ -77,7 +86,12 @@ def bytes_read(
 
 
 def _masks(
-    selection: Selection, geometry: Geometry, heads: int, visible: Sequence[Span], within: int | None = None
+    selection: Selection,
+    geometry: Geometry,
+    heads: int,
+    visible: Sequence[Span],
+    within: int | None = None,
+    real: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Masks of a few queries at a time, with the number of their first; none crosses a multiple of `within`."""
     step = max(1, SCORES // max(1, geometry.batch * heads * geometry.keys))
@@ -87,13 +101,22 @@ def _masks(
         for start in range(begin, end, step):
             stop = min(start + step, end)
             seen = selection.rows(start, stop).seen(geometry.rows(start, stop), visible)
+            if real is not None:
+                seen = seen & _counts(real, start, stop)[..., None]
             # Rows of the batch that are all alike come as one.
             yield start, seen.expand(geometry.batch, -1, -1, -1)
 
 
-def _ranges(span: Span | None, g: Geometry) -> list[tuple[Tensor, Tensor]]:
+def _counts(real: Tensor, start: int, stop: int) -> Tensor:
+    """Which of the queries start..stop-1 count: bool [B, 1, N]."""
+    return (torch.arange(start, stop, device=real.device) < real[:, None]).unsqueeze(1)
+
+
+def _ranges(span: Span | None, g: Geometry, real: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
     """The one or two ranges of slots [low, high) that each query sees, [1 or B, 1 or Hs, N]; slots are positions."""
     end = g.ends()
+    if real is not None:
+        end = torch.where(_counts(real, 0, g.queries), end, 0)
     zero = torch.zeros_like(end)
     if span is None:
         return [(zero, end)]
@@ -110,12 +133,12 @@ def _row(x: Ints, like: Tensor) -> Tensor:
     return x.squeeze(-1) if isinstance(x, Tensor) else torch.tensor(x, device=like.device)
 
 
-def _in_range(span: Span | None, g: Geometry) -> Tensor:
+def _in_range(span: Span | None, g: Geometry, real: Tensor | None = None) -> Tensor:
     """Slots seen by each query without lists: int64 [1 or B, 1 or Hs, N]."""
-    return sum((torch.clamp(high - low, min=0) for low, high in _ranges(span, g)), start=torch.tensor(0))
+    return sum((torch.clamp(high - low, min=0) for low, high in _ranges(span, g, real)), start=torch.tensor(0))
 
 
-def _listed(lists: Tensor, selection: Selection, g: Geometry) -> Tensor:
+def _listed(lists: Tensor, selection: Selection, g: Geometry, real: Tensor | None = None) -> Tensor:
     """Listed pairs that are readable and not in the future: int64 [B, h], by the sum of a clamped ramp."""
     step = g.queries if selection.q_block is None else selection.q_block
     first = torch.tensor([[g.keys - g.queries]], device=g.device) if g.first is None else g.first
@@ -128,6 +151,8 @@ def _listed(lists: Tensor, selection: Selection, g: Geometry) -> Tensor:
     width = torch.clamp(torch.minimum(length - low, torch.tensor(selection.k_block, device=g.device)), min=0)
     start = torch.arange(0, g.queries, step, device=g.device).unsqueeze(-1)
     stop = torch.clamp(start + step, max=g.queries)
+    if real is not None:
+        start, stop = (torch.minimum(x, real.view(-1, 1, 1, 1)) for x in (start, stop))
 
     def ramp(x: Tensor) -> Tensor:
         """Sum of clamp(t, 0, width) over all t <= x."""
@@ -140,10 +165,12 @@ def _listed(lists: Tensor, selection: Selection, g: Geometry) -> Tensor:
     return torch.where(lists >= 0, read, 0).sum((-1, -2))
 
 
-def _listed_in_range(lists: Tensor, selection: Selection, g: Geometry, span: Span) -> Tensor:
+def _listed_in_range(
+    lists: Tensor, selection: Selection, g: Geometry, span: Span, real: Tensor | None = None
+) -> Tensor:
     """Listed pairs inside a span: int64 [B, h], some query blocks at a time."""
     step = g.queries if selection.q_block is None else selection.q_block
-    ranges = _ranges(span, g)
+    ranges = _ranges(span, g, real)
     heads = max(lists.shape[1], *(x.shape[1] for pair in ranges for x in pair))
     lists = to_heads(lists, heads).long()
     ranges = [(to_heads(low, heads), to_heads(high, heads)) for low, high in ranges]

@@ -12,6 +12,7 @@ from torch import Tensor
 from foveate.attention import ALL, Geometry, Partial, Parts, Selection, Span, attend, framed, merge, sdpa
 from foveate.attention.angles import Angles
 from foveate.attention.columns import columns
+from foveate.attention.pairs import pairs as count_pairs
 from foveate.cache import Band, Store
 from foveate.cache.fixed import FixedBand
 from foveate.engine.apart import attend_apart, is_apart
@@ -374,10 +375,7 @@ def _real_pairs(
     how: Reading,
     store: Store,
 ) -> int:
-    """Pairs of real queries only (padding queries read too, but nobody asked them to)."""
+    """Pairs of real queries only (padding queries read too, but nobody asked them to): the first of each pair."""
     fresh = how.fresh[band.rows]
-    if (fresh == geometry.queries).all():
-        return int(selection.pairs(geometry, group, visible).sum())
-    mask = selection.mask(geometry, group, visible)
-    real = torch.arange(geometry.queries) < torch.from_numpy(fresh)[:, None]
-    return int((mask & real.to(mask.device)[:, None, :, None]).sum())
+    real = None if (fresh == geometry.queries).all() else torch.from_numpy(fresh).to(band.device)
+    return int(count_pairs(selection, geometry, group, visible, real).sum())
