@@ -7,14 +7,14 @@ import torch
 from tests.attention.test_triton_decode import made, on
 from tests.closeness import assert_close
 
+from foveate.attention.angles import Angles
 from foveate.errors import BadArgument
 
 pytest.importorskip("triton")
 
 from foveate.attention.triton.decode_framed import decode_framed
 from foveate.attention.triton.decode_votes import turned_votes
-from foveate.attention.triton.standing_vote import newest_voter, tally
-from foveate.attention.turned import Rule, Vote
+from foveate.attention.turned import Rule, Vote, newest_voter, tally
 
 CASES = [
     (torch.float32, 64, 32, False, 1),
@@ -120,11 +120,11 @@ def test_who_votes_and_what_stands(seed: int, dtype, dim: int, pairs: int, last:
     alike = torch.cosine_similarity(want.flatten(1), query.double()) >= 0.5
     q, f, lengths, *there = on(q, f, lengths, *vote)
     vote = Vote(*there)
-    voter, edges, stands = newest_voter(q, lengths, f, rule, vote, last=last)
+    voter, edges, stands = newest_voter(q, lengths, Angles(f, last), rule, vote)
     assert_close(voter[:, 0].cpu(), want, 1e-5)
     assert edges.flatten().tolist() == [82, 69, 83, 13]
     assert stands.tolist() == [1, 0, 0, 0] == (alike & torch.tensor([1, 1, 0, 0]).bool()).int().tolist()
-    assert newest_voter(q, lengths, f, rule, None, last=last)[2].tolist() == [0] * 4
+    assert newest_voter(q, lengths, Angles(f, last), rule, None)[2].tolist() == [0] * 4
     chosen = torch.stack([4 + torch.randperm(60)[:20].sort().values for _ in range(4)]).to(torch.int32)
     chosen[3, 9:], counts = -1, torch.tensor([20, 20, 20, 9], dtype=torch.int32)
     chosen[3, :9] = torch.arange(4, 13)
@@ -155,7 +155,7 @@ def test_refusals() -> None:
     with pytest.raises(BadArgument, match="frequencies"):
         turned_votes(voters, k, 0, edges, speeds(20), 1.0)
     with pytest.raises(BadArgument, match="q"):
-        newest_voter(torch.randn(1, 2, 2, 32), edges[0], speeds(16), Rule(0, 1, 1, 0.5), None)
+        newest_voter(torch.randn(1, 2, 2, 32), edges[0], Angles(speeds(16)), Rule(0, 1, 1, 0.5), None)
     lists = torch.zeros(2, 3, dtype=torch.int32)
     with pytest.raises(BadArgument, match="lists"):
         decode_framed(torch.randn(2, 2, 1, 32), k, k, lists, lists.long(), edges, speeds(16), scale=1.0)

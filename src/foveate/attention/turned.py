@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.attention import decoding
 from foveate.attention.angles import Angles
 from foveate.attention.selection import Partial
+from foveate.errors import BadArgument
 
 
 class Rule(NamedTuple):
@@ -93,11 +94,22 @@ def votes(
 def newest_voter(
     q: Tensor, lengths: Tensor, angles: Angles, rule: Rule, vote: Vote | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The newest query of each row at position `local`, float32 [B, 1, H, D]; the slot where its local part begins,
-    int32 [B, 1]; whether the vote stands, int32 [B]."""
+    """The newest query of each row at position `local`, the slot where its local part begins, and whether the vote
+    stands: it is one, not all tokens between are read now, and the queries are alike.
+
+    Args:
+        q: [B, H, 1, D], standing at lengths - 1.
+        lengths: int32 [B].
+
+    Returns:
+        float32 [B, 1, H, D]; int32 [B, 1]; int32 [B], 0 everywhere without a vote.
+    """
+    if q.shape[2] != 1 or not angles.fit(q.shape[3]):
+        raise BadArgument("q", tuple(q.shape), "give one query per row, and a frequency for each pair of its channels")
     kernel = _kernels("standing_vote").newest_voter
+    frequencies, state = angles.frequencies.to(q.device).float(), vote or (None, None, None)
     found: tuple[Tensor, Tensor, Tensor] = kernel(
-        q, lengths, angles.frequencies.to(q.device).float(), rule, vote, last=angles.last
+        q.contiguous(), lengths, frequencies.contiguous(), angles.last, *rule, state[0], state[2]
     )
     return found
 
@@ -112,11 +124,19 @@ def tally(
     rule: Rule,
     vote: Vote | None,
 ) -> tuple[Tensor, Tensor, Vote]:
-    """What is read after a vote: slots and places int32 [B, first + k + local]; and the vote that stands now."""
-    now: tuple[Tensor, Tensor, Vote] = _kernels("standing_vote").tally(
-        voter, edges, lengths, stands, chosen, counts, rule, vote
-    )
-    return now
+    """What is read after a vote, or while one stands.
+
+    Args:
+        voter, edges, stands: of `newest_voter`; lengths: int32 [B].
+        chosen, counts: int32 [B, k], ascending, and how many of them are meant [B].
+
+    Returns:
+        Slots, int32 [B, first + k + local], ascending, -1 behind the end; the places at which they are read, without
+        gaps and the newest where it is; and the vote that stands now.
+    """
+    kernel, state = _kernels("standing_vote").tally_votes, vote or (None, None, None)
+    lists, places, *now = kernel(voter, edges, lengths, stands, chosen, counts, *rule[:3], *state[:2])
+    return lists, places, Vote(*now)
 
 
 def _kernels(module: str) -> Any:

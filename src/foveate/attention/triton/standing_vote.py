@@ -14,11 +14,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.angles import Angles
 from foveate.attention.triton.turning import channels, halves, others, turned
 from foveate.attention.triton.workers import jit, power_of_two
-from foveate.attention.turned import Rule, Vote
-from foveate.errors import BadArgument
 
 
 @jit(do_not_specialize=["first", "local", "wanted"])
@@ -59,43 +56,25 @@ def _voter(
         tl.store(stands + batch, stays.to(tl.int32))
 
 
-def newest_voter(
-    q: Tensor, lengths: Tensor, frequencies: Tensor, rule: Rule, vote: Vote | None, *, last: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The newest query of each row at position `local`, the slot where its local part begins, and whether the vote
-    stands: it is one, not all tokens between are read now, and the queries are alike.
-
-    Args:
-        q: [B, H, 1, D], standing at lengths - 1.
-        lengths: int32 [B]; frequencies, last: as in `turned_votes`.
-
-    Returns:
-        float32 [B, 1, H, D]; int32 [B, 1]; int32 [B], 0 everywhere without a vote.
-    """
-    if q.shape[2] != 1 or not Angles(frequencies, last).fit(q.shape[3]) or frequencies.dtype != torch.float32:
-        raise BadArgument("q", tuple(q.shape), "give one query per row, and a frequency for each pair of its channels")
-    state = (None, None) if vote is None else (vote.query, vote.held)
-    return _voter_op(q.contiguous(), lengths, frequencies.contiguous(), *rule, *state, last)
-
-
 @torch.library.custom_op(
     "foveate::newest_voter",
     mutates_args=(),
-    schema="(Tensor q, Tensor lengths, Tensor frequencies, SymInt first, SymInt local, SymInt k, float theta, "
-    "Tensor? query, Tensor? held, bool last) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor q, Tensor lengths, Tensor frequencies, bool last, SymInt first, SymInt local, SymInt k, "
+    "float theta, Tensor? query, Tensor? held) -> (Tensor, Tensor, Tensor)",
 )
-def _voter_op(
+def newest_voter(
     q: Tensor,
     lengths: Tensor,
     frequencies: Tensor,
+    last: bool,
     first: int,
     local: int,
     k: int,
     theta: float,
     query: Tensor | None,
     held: Tensor | None,
-    last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See `foveate.attention.turned.newest_voter`; q is contiguous, and `held` bool [B]."""
     out, edges, stands = _no_voter(q, query is not None)
     if query is None or held is None:
         stands.zero_()
@@ -114,7 +93,7 @@ def _no_voter(q: Tensor, *state: object) -> tuple[Tensor, Tensor, Tensor]:
     return out, edges, torch.empty(batch, dtype=torch.int32, device=q.device)
 
 
-_voter_op.register_fake(_no_voter)
+newest_voter.register_fake(_no_voter)
 
 
 @jit(do_not_specialize=["first", "wanted", "width"])
@@ -149,39 +128,13 @@ def _tally(
     tl.store(new_held + batch + i, (edge - first + i * 0 > wanted).to(tl.uint8), mask=i == 0)
 
 
-def tally(
-    voter: Tensor,
-    edges: Tensor,
-    lengths: Tensor,
-    stands: Tensor,
-    chosen: Tensor,
-    counts: Tensor,
-    rule: Rule,
-    vote: Vote | None,
-) -> tuple[Tensor, Tensor, Vote]:
-    """What is read after a vote, or while one stands.
-
-    Args:
-        voter, edges, stands: of `newest_voter`; lengths: int32 [B].
-        chosen, counts: int32 [B, k], ascending, and how many of them are meant [B].
-
-    Returns:
-        Slots, int32 [B, first + k + local], ascending, -1 behind the end; the places at which they are read, without
-        gaps and the newest where it is; and the vote that stands now.
-    """
-    lists, places, *now = _tally_op(
-        voter, edges, lengths, stands, chosen, counts, *rule[:3], *((None, None) if vote is None else vote[:2])
-    )
-    return lists, places, Vote(*now)
-
-
 @torch.library.custom_op(
     "foveate::tally_votes",
     mutates_args=(),
     schema="(Tensor voter, Tensor edges, Tensor lengths, Tensor stands, Tensor chosen, Tensor counts, SymInt first, "
     "SymInt local, SymInt k, Tensor? query, Tensor? winners) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _tally_op(
+def tally_votes(
     voter: Tensor,
     edges: Tensor,
     lengths: Tensor,
@@ -194,6 +147,7 @@ def _tally_op(
     query: Tensor | None,
     winners: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `foveate.attention.turned.tally`: lists and places, and the vote that stands now."""
     made = _no_tally(voter, edges, lengths, stands, chosen, counts, first, local, k)
     width, numbers, block = made[0].shape[1], made[2].shape[1], 1024
     _tally[(voter.shape[0], -(-max(width, numbers) // block))](
@@ -204,7 +158,7 @@ def _tally_op(
     return made
 
 
-@_tally_op.register_fake
+@tally_votes.register_fake
 def _no_tally(
     voter: Tensor, edges: Tensor, lengths: Tensor, stands: Tensor, chosen: Tensor, counts: Tensor, *sizes: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
