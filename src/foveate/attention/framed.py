@@ -61,29 +61,21 @@ def pieces(
     (batch, _, queries, dim), keys = q.shape, k.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     heads, blocks, width = lists.shape[1:]
-    per = queries if selection.q_block is None else selection.q_block
-    pad = blocks * per - queries
-    rows = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, per)).to(wide)
-    ends = F.pad(geometry.ends(), (0, pad)).unflatten(-1, (blocks, per))
-    q_positions, k_positions = geometry.positions()
-    q_positions = F.pad(q_positions.expand(-1, 1, queries), (0, pad)).unflatten(-1, (blocks, per))
-    k_positions = k_positions.expand(batch, 1, keys).long()
-    inside = torch.arange(size, device=q.device)
+    rows, ends, q_positions, k_positions = _blocks(q, selection, geometry)
+    rows, per = rows.to(wide), rows.shape[3]
     table = k.reshape(batch * keys, dim)
     together = geometry.k_positions is None and per < size  # all keys of a block move alike: cheaper to turn the query
     step = max(1, GATHERED // max(1, batch * heads * width * size * dim))
     for first in range(0, blocks, step):
         some = slice(first, min(first + step, blocks))
-        listed = lists[:, :, some].long().unsqueeze(-1)
-        slots = (listed * size + inside).flatten(-2)
-        real = (listed >= 0).expand(*listed.shape[:-1], size).flatten(-2) & (slots < keys)
+        listed = lists[:, :, some].long()
+        slots, there, real = _slots(listed, target[:, :, some], size, keys)
         slots = torch.where(real, slots, 0)
         flat = slots.flatten(1)
-        here = k_positions.squeeze(1).gather(1, flat).view(slots.shape)
-        there = (target[:, :, some].long().unsqueeze(-1) + inside).flatten(-2)
+        here = k_positions.gather(1, flat).view(slots.shape)
         turned = _rows(table, flat, keys).view(batch, heads, -1, dim)
         if together:
-            back = (listed.squeeze(-1) * size - target[:, :, some]).masked_fill(lists[:, :, some] < 0, 0)
+            back = (listed * size - target[:, :, some]).masked_fill(listed < 0, 0)
             scores = _turn_queries(rows[:, :, some], turned.to(wide), back, size, move)
         else:
             turned = move(turned, torch.where(real, there - here, 0).flatten(2)).view(*slots.shape, dim).to(wide)
@@ -98,6 +90,33 @@ def pieces(
         yield Piece(
             first * per, min(some.stop * per, queries), slots, torch.where(seen.expand_as(scores), scores, -torch.inf)
         )
+
+
+def _blocks(q: Tensor, selection: Selection, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries in the blocks that share a list, filled up behind the last one.
+
+    Returns:
+        Queries [B, H, t, q, D]; one past the last slot that each may read, and where each stands, [B, 1, t, q]; where
+        the keys stand, int64 [B, M].
+    """
+    assert selection.lists is not None
+    blocks, queries = selection.lists.shape[2], q.shape[2]
+    per = queries if selection.q_block is None else selection.q_block
+    pad = blocks * per - queries
+    q_positions, k_positions = geometry.positions()
+    ends, own = (
+        F.pad(x, (0, pad)).unflatten(-1, (blocks, per)) for x in (geometry.ends(), q_positions.expand(-1, 1, queries))
+    )
+    rows = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, per))
+    return rows, ends, own, k_positions.expand(q.shape[0], 1, geometry.keys).squeeze(1).long()
+
+
+def _slots(lists: Tensor, places: Tensor, size: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots of listed blocks of `size`, the places at which they are read, and whether they are among the keys, each
+    [..., K * size]."""
+    inside = torch.arange(size, device=lists.device)
+    slots, there = ((x.long().unsqueeze(-1) * by + inside).flatten(-2) for x, by in ((lists, size), (places, 1)))
+    return slots, there, (lists >= 0).repeat_interleave(size, -1) & (slots < keys)
 
 
 def _rows(table: Tensor, index: Tensor, keys: int) -> Tensor:
@@ -180,19 +199,9 @@ def _fused(
     lists, places, size = selection.lists, selection.frame.keys, selection.k_block
     assert lists is not None and places is not None
     (batch, heads, queries, dim), keys, own = q.shape, k.shape[2], lists.shape[1]
-    blocks = lists.shape[2]
-    per = queries if selection.q_block is None else selection.q_block
-    pad = blocks * per - queries
-    rows = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, per)).transpose(1, 2)
-    ends = F.pad(geometry.ends(), (0, pad)).unflatten(-1, (blocks, per))
-    q_positions, k_positions = geometry.positions()
-    q_positions = F.pad(q_positions.expand(-1, 1, queries), (0, pad)).unflatten(-1, (blocks, per))
-    k_positions = k_positions.expand(batch, 1, keys).squeeze(1).long()
-    inside = torch.arange(size, device=q.device)
-    listed = lists.long().unsqueeze(-1)
-    slots_of_all = (listed * size + inside).flatten(-2)
-    real = (listed >= 0).expand(*listed.shape[:-1], size).flatten(-2) & (slots_of_all < keys)
-    places_of_all = (places.long().unsqueeze(-1) + inside).flatten(-2)
+    rows, ends, q_positions, k_positions = _blocks(q, selection, geometry)
+    rows, (blocks, per) = rows.transpose(1, 2), rows.shape[2:4]
+    slots_of_all, places_of_all, real = _slots(lists, places, size, keys)
     spans = [span for span in visible if not span.unbounded]
     kinds = [_MASKED] * blocks
     if queries > 1 and not spans:
