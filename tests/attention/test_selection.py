@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import pytest
 import torch
 from tests.attention.reads import Read, random_read
 
 from foveate.attention import ALL, Geometry, Selection, Span
+from foveate.attention.selection import needed
 
 
 def sees(span: Span, store: int, i: int, j: int) -> bool:
@@ -87,3 +91,30 @@ def test_near_and_far_partition_the_causal_pairs(seed: int) -> None:
     near, far = Selection(span=Span(window=9)).mask(g, 4), Selection(span=Span(beyond=9)).mask(g, 4)
     assert not (near & far).any()
     assert torch.equal(near | far, ALL.mask(g, 4))
+
+
+def test_needed_spans_see_what_all_of_them_see(seed: int) -> None:
+    """And of spans of which one lies within the other only that one is left."""
+    rng = random.Random(seed)
+    positions = torch.arange(20).view(1, 1, -1)
+    fewer = 0
+    for _ in range(200):
+        spans = [
+            Span(rng.randrange(4), rng.choice([None, 0, 1, 5, 9]), rng.choice([0, 0, 3, 7]))
+            for _ in range(rng.randrange(4))
+        ]
+        spans += [Span(window=torch.tensor([rng.randrange(9)]))] * rng.choice([0, 0, 1, 2])
+        left = needed(spans)
+        fewer += len(left) < len([span for span in spans if not span.unbounded])
+
+        def seen(some: Sequence[Span]) -> torch.Tensor:
+            whole = Span().sees(positions, positions)
+            for span in some:
+                whole = whole & span.sees(positions, positions)
+            return whole
+
+        assert torch.equal(seen(left), seen(spans))
+        assert not any(a is not b and a.within(b) for a in left for b in left)
+    assert fewer > 20
+    assert needed([Span(4, 100), Span(window=100)]) == (Span(window=100),)
+    assert needed([Span(4, 100), Span(4, 0, beyond=100)]) == (Span(4, 0, beyond=100),)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.attention.kernel import SCORES
 from foveate.attention.scores import to_heads
-from foveate.attention.selection import Geometry, Ints, Selection, Span, per_head
+from foveate.attention.selection import Geometry, Ints, Selection, Span, needed, per_head
 
 
 def pairs(
@@ -27,12 +27,12 @@ def pairs(
     Causality, one span and lists are counted by arithmetic; what else there is (two spans, slots in no order) by masks
     of a few queries at a time.
     """
-    g, visible = geometry, tuple(span for span in visible if not span.unbounded)
+    g, visible = geometry, needed(visible)
     lists, span = selection.lists, selection.span
     if span is not None and span.unbounded:
         lists = span = None
     if lists is None and span is not None:
-        visible, span = (*visible, span), None
+        visible, span = needed((*visible, span)), None
     bounded = [*visible, *([span] if span is not None else [])]
     if len(bounded) > 1 or (bounded and g.k_positions is not None):
         count = sum(seen.sum((-1, -2)) for _, seen in _masks(selection, g, num_heads, visible, real=real))

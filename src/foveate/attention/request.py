@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from foveate.attention.selection import ALL, Geometry, Ints, Selection, Span
+from foveate.attention.selection import ALL, Geometry, Ints, Selection, Span, needed
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ def normal(
         selection = ALL
     else:
         spans = tuple(visible)
-    if spans:
-        spans = tuple(span for span in spans if _hides(span, geometry))
+    spans = needed([span for span in spans if _hides(span, geometry)])
     return Request(
         q=q,
         k=k,

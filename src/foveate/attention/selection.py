@@ -55,11 +55,35 @@ class Span:
             seen = seen & ((j < per_head(self.sink)) | (distance < per_head(self.window)))
         return seen
 
+    def within(self, other: Span) -> bool:
+        """Whether the other one sees all that this one sees, as far as host integers tell."""
+        if self is other:
+            return True
+        if not _no_more(other.beyond, 0) and not _no_more(other.beyond, self.beyond):
+            return False
+        if other.window is None or self.window is None:
+            return other.window is None
+        return _no_more(self.window, other.window) and _no_more(self.sink, other.sink)
+
     def for_head(self, head: int) -> Span:
         """The span of one store head, in host integers."""
         return Span(
             *(int(x[head]) if isinstance(x, Tensor) else x for x in (self.sink, self.window, self.beyond))  # type: ignore[arg-type]
         )
+
+
+def needed(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Those of the spans that hide what no other one hides: together they see what all of them see."""
+    kept: list[Span] = []
+    for span in spans:
+        if not span.unbounded and not any(other.within(span) for other in kept):
+            kept = [*(other for other in kept if not span.within(other)), span]
+    return tuple(kept)
+
+
+def _no_more(a: Ints, b: Ints) -> bool:
+    """a <= b, if both are known to the host."""
+    return isinstance(a, int) and isinstance(b, int) and a <= b
 
 
 def per_head(x: Ints) -> Ints:
