@@ -156,3 +156,28 @@ def test_many_queries_with_blocks_of_their_own(seed: int, per, shared, softcap, 
     assert_close(got.out, want.out, limit)
     assert_close(got.lse, want.lse, limit)
     assert (got.out[want.lse == -torch.inf] == 0).all()
+
+
+@pytest.mark.parametrize(("own", "size"), [(1, 1), (6, 5), (6, 4)])
+def test_one_query_is_read_by_a_kernel(seed: int, own: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of a whole group, or of each of its heads: what the kernel reads is what the pieces are."""
+    pytest.importorskip("triton")
+    torch.manual_seed(seed)
+    q, k, v = (x.float() for x in tensors(2, 6, 1, 1, 40, 32, 16))
+    geometry = Geometry(2, 1, 40, torch.tensor([[40], [31]]), torch.tensor([[39], [30]]))
+    lists = random_lists(random.Random(seed), (2, own, 1), 40 // size, 6)
+    selection = Selection(lists, 1, size, frame=Frame(keys=torch.randint(0, 90, lists.shape)))
+    angles = Angles(10000.0 ** -(torch.arange(16) / 16))
+
+    def move(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        return angles.move(x, delta).to(x.dtype)
+
+    want = framed.attend(q, v, framed.pieces(q, k, selection, geometry, (), scale=0.3, softcap=None, move=move))
+    asked = []
+    monkeypatch.setattr(framed.turned, "serves", lambda x, angles: not asked.append(True))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (x.to(device) for x in (q, k, v))
+    got = framed.read(q, k, v, selection, geometry, (), scale=0.3, softcap=None, move=move, angles=angles)
+    assert asked
+    assert_close(got.out.cpu(), want.out, 1e-5)
+    assert_close(got.lse.cpu(), want.lse, 1e-5)

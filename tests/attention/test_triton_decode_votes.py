@@ -79,28 +79,30 @@ def test_votes_far_from_the_first_token() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "dim", "pairs", "last", "group"), CASES)
-@pytest.mark.parametrize(("page", "softcap"), [(1, None), (4, 3.0)])
-def test_reads(seed: int, dtype, dim: int, pairs: int, last: bool, group: int, page: int, softcap) -> None:
+@pytest.mark.parametrize(("page", "softcap", "share"), [(1, None, 1), (4, 3.0, 3), (10, None, 2)])
+def test_reads(seed: int, dtype, dim: int, pairs: int, last: bool, group: int, page: int, softcap, share: int) -> None:
     """Against the definition; what is not listed may hold anything, and a list may be empty."""
     torch.manual_seed(seed)
-    q, f = made(dtype, 3, group, 1, dim), speeds(pairs)
+    units = 3 * share
+    q, f = made(dtype, units, group, 1, dim), speeds(pairs)
     k, v = made(dtype, 3, 203, dim), made(dtype, 3, 203, 24)
     lengths = torch.tensor([203, 150, 40], dtype=torch.int32)
     blocks = -(-203 // page)
-    lists = torch.stack([torch.randperm(blocks)[:37].sort().values for _ in range(3)]).to(torch.int32)
-    lists[0, 30:], lists[2] = -1, -1
+    lists = torch.stack([torch.randperm(blocks)[:17].sort().values for _ in range(units)]).to(torch.int32)
+    lists[0, 12:], lists[-1] = -1, -1
     places = torch.randint(-9, 300, lists.shape, dtype=torch.int32)
     slots = (lists.unsqueeze(-1) * page + torch.arange(page)).flatten(1)
     there = (places.unsqueeze(-1) + torch.arange(page)).flatten(1)
-    keep = (lists >= 0).repeat_interleave(page, 1) & (slots < lengths[:, None])
+    pair = torch.arange(units) // share
+    keep = (lists >= 0).repeat_interleave(page, 1) & (slots < lengths[pair, None])
     slots = slots.clamp(0, 202).long()
-    picked = [x.gather(1, slots.unsqueeze(-1).expand(-1, -1, x.shape[2])) for x in (k, v)]
+    picked = [x[pair].gather(1, slots.unsqueeze(-1).expand(-1, -1, x.shape[2])) for x in (k, v)]
     keys = turn(picked[0], (there - slots).double().unsqueeze(-1) * f.double(), last)
     scores = torch.einsum("pgnd,pmd->pgnm", q.double(), keys) * 0.2
     scores = scores if softcap is None else softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
     want = scores.softmax(-1).nan_to_num(0.0) @ picked[1].double().unsqueeze(1)
-    used = torch.zeros(3, 203).scatter_add(1, slots, keep.float()) > 0
+    used = torch.zeros(units, 203).scatter_add(1, slots, keep.float()).unflatten(0, (3, share)).sum(1) > 0
     k, v = (x.masked_fill(~used.unsqueeze(-1), torch.nan) for x in (k, v))
     given = on(q, k, v, lists, places, lengths, f)
     out, lse = decode_framed(*given, last=last, page=page, scale=0.2, softcap=softcap)

@@ -157,10 +157,12 @@ def read(
     lists, places, size = selection.lists, selection.frame.keys, selection.k_block
     assert lists is not None and places is not None and selection.span is None, "a frame of keys needs lists alone"
     bounded = any(not span.unbounded for span in visible)
-    single = q.shape[2] == 1 and lists.shape[1:3] == (1, 1) and geometry.k_positions is None and not bounded
-    if single and angles is not None and turned.serves(q, angles) and size & (size - 1) == 0:
-        rows = lists[:, 0, 0].int(), places[:, 0, 0].int(), _lengths(geometry)
-        return turned.read(q, k[:, 0], v[:, 0], *rows, angles, page=size, scale=scale, softcap=softcap)
+    single = q.shape[2] == 1 and lists.shape[2] == 1 and geometry.k_positions is None and not bounded
+    if single and angles is not None and turned.serves(q, angles):
+        units = q.unflatten(1, (lists.shape[1], -1)).flatten(0, 1)
+        rows = lists.flatten(0, 2).int(), places.flatten(0, 2).int(), _lengths(geometry)
+        out, lse, _ = turned.read(units, k[:, 0], v[:, 0], *rows, angles, page=size, scale=scale, softcap=softcap)
+        return Partial(out.view(*q.shape[:3], -1), lse.view(q.shape[:3]))
     per = q.shape[2] if selection.q_block is None else selection.q_block
     if softcap is None and per >= size and lists.shape[-1]:
         return _fused(q, k, v, selection, geometry, visible, scale=scale, move=move)

@@ -53,8 +53,8 @@ def read(
     scale: float,
     softcap: float | None,
 ) -> Partial:
-    """Attention of q [P, G, 1, Dk] over the pages `lists` (int32 [P, K]) of k [P, C, Dk] and v [P, C, Dv], whose first
-    keys stand at `places`; of slots below `lengths` (int32 [P])."""
+    """Attention of q [U, G, 1, Dk] over the pages `lists` (int32 [U, K]) of k [P, C, Dk] and v [P, C, Dv], whose first
+    keys stand at `places`; of slots below `lengths` (int32 [P]). U / P units in a row read one pair."""
     kernel = _kernels("decode_framed").decode_framed
     given = (lists, places, lengths, angles.frequencies.to(q.device).float())
     return Partial(*kernel(q, k, v, *given, last=angles.last, page=page, scale=scale, softcap=softcap))
