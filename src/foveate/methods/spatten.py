@@ -168,7 +168,10 @@ class SpAtten(Method):
         return None if out is result.out else out
 
     def score(self, view: View, ctx: Context) -> Tensor:
-        return ctx.forward["alive"].float().unsqueeze(1)
+        alive = ctx.forward.get("alive")
+        if alive is None:
+            raise Refused(f"{self.id} decides while a prompt is read which tokens stay, and here none was read")
+        return alive.float().unsqueeze(1)
 
     def _gated(self, out: Tensor, view: View, ctx: Context) -> Tensor:
         """Head outputs [B, H, N, Dv] with those of pruned heads zero."""
