@@ -62,6 +62,10 @@ def test_counts_that_are_known_are_not_counted(seed: int, heads: int) -> None:
     known = Selection(lists=lists, q_block=1, k_block=8, counts=counts)
     check(Read(q, k, v, known), torch.float32)
     assert torch.equal(known.rows(0, 1).counts, counts)
+    fewer = counts // 2
+    want = Read(q, k, v, replace(known, lists=lists.masked_fill(torch.arange(5) >= fewer.unsqueeze(-1), -1))).truth()
+    told = Read(q, k, v, replace(known, counts=fewer)).attend(torch.float32, backend="decode")
+    assert_close(told.out, want.out, LIMIT[torch.float32])
     if heads != 1:
         more = torch.cat([v, v], dim=1)
         check(Read(q, k, more, known, options={"v_map": (0, 0, 1, 1, 2, 3)}), torch.float32)
@@ -168,9 +172,9 @@ def test_pages_and_lists_as_pytorch_chooses_them(seed: int, group: bool, monkeyp
     view, q = View(store, np.ones(3, dtype=np.int64)), torch.randn(3, 6, 1, 16)
     monkeypatch.setattr(decoding, "serves", lambda x, forced=False: (False, ""))
     want = page_scores(q, view, "pages", 8, group=group)
-    listed = top_lists(want, 4)
+    listed, everything = top_lists(want, 4), top_lists(want, 99)
     monkeypatch.setattr(decoding, "serves", lambda x, forced=False: (True, ""))
     got = page_scores(q, view, "pages", 8, group=group)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(top_lists(want, 4), listed)
-    assert torch.equal(top_lists(want, 99), top_lists(want, want.shape[-1]))
+    assert torch.equal(top_lists(want, 99), everything) and everything.shape[-1] == want.shape[-1] == 10
