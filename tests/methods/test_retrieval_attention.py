@@ -18,7 +18,8 @@ from foveate.attention import Partial, Selection
 from foveate.cache import PlacedColumn
 from foveate.methods import RetrievalAttention
 from foveate.methods.policies.clusters import key_clusters, zones
-from foveate.methods.policies.neighbours import inverted_lists, key_graph, probe, query_graph, scan, walk
+from foveate.methods.policies.neighbours import inverted_lists, key_graph, probe, scan, walk
+from foveate.methods.policies.query_graphs import query_graph
 from foveate.models import tiny
 
 SMALL = {"sink": 2, "recent": 6, "k": 8, "knn": 8, "degree": 8, "beam": 12, "queries": 64}

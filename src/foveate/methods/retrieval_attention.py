@@ -23,12 +23,12 @@ from foveate.methods.policies.neighbours import (
     inverted_lists,
     key_graph,
     probe,
-    query_graphs,
     scan,
     stacked,
     walk,
 )
 from foveate.methods.policies.places import ascending
+from foveate.methods.policies.query_graphs import query_graphs
 from foveate.models.shape import ModelShape
 
 INDEXES = ("graph", "flat", "ivf", "hnsw", "wave")

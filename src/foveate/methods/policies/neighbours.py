@@ -1,4 +1,4 @@
-"""Nearest keys by inner product: graphs over keys, searched best first, and inverted lists.
+"""Nearest keys by inner product: searched best first in a graph over keys, in inverted lists, or among all.
 
 A table describes the keys of one (row, kv head); tables of several are padded and stacked, so that they follow beams
 and forks like any tensor.
@@ -7,22 +7,23 @@ and forks like any tensor.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.errors import FoveateError
+from foveate.methods.policies.orders import Best, ranked
+from foveate.methods.policies.query_graphs import ENTRIES
 
-ENTRIES = 8
-"""Keys at which a search in a graph begins."""
 STEPS = 4
 """Keys whose neighbours are looked at in one round of a search."""
-ROWS = 2048
-"""Keys whose neighbours are chosen at once."""
+WHOLE = 50
+"""Keys per query and key of its beam up to which products with all of them take less time than with those that a search
+comes by: gathering is what takes time."""
 
 
 class Found(NamedTuple):
@@ -38,64 +39,6 @@ class Found(NamedTuple):
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
-
-
-def query_graph(keys: Tensor, queries: Tensor, knn: int, degree: int) -> dict[str, Tensor]:
-    """A graph over keys [A, D] that follows queries [n, D]: keys near the same query are neighbours, however far apart
-    they lie themselves.
-
-    Of each query's `knn` best keys the best is linked with all others. Every key keeps the neighbours it shares most
-    queries with, none of which is nearer to a kept one than to the key itself; what is left of its `degree` goes to the
-    nearest keys. A ring over all keys makes each reachable.
-
-    Returns:
-        edges: int32 [A, degree + 1], -1 behind the end; entries: int32 [ENTRIES], the best keys of most queries.
-
-    Source: RetrievalAttention (2409.10516) section 3.2, after RoarGraph.
-    """
-    return query_graphs([keys], [queries], knn, degree)[0]
-
-
-def query_graphs(keys: Sequence[Tensor], queries: Sequence[Tensor], knn: int, degree: int) -> list[dict[str, Tensor]]:
-    """`query_graph` of several sets of keys, each with queries of its own, made together: as one graph in several
-    parts, so that a device is not asked for the same few numbers over and over."""
-    starts = [0, *accumulate(len(each) for each in keys)]
-    total, every = starts[-1], torch.cat(list(keys)).float()
-    bests, pairs, near, sources, ranks = [], [], [], [], []
-    for some, asked, start in zip(keys, queries, starts, strict=False):
-        some, count = some.float(), len(some)
-        best = torch.cat([(q.float() @ some.T).topk(min(knn, count), dim=1).indices for q in asked.split(ROWS)])
-        bests.append(best[:, 0])
-        best = best + start
-        pairs.append(torch.stack([best[:, :1].expand(-1, best.shape[1] - 1).flatten(), best[:, 1:].flatten()]))
-        here = torch.arange(count, device=some.device)
-        found = torch.cat([_nearest(some, part, min(degree, count - 1)) for part in here.split(ROWS)])
-        near.append((found + start).flatten())
-        sources.append((here + start)[:, None].expand_as(found).flatten())
-        ranks.append(torch.arange(found.shape[1], device=some.device).expand_as(found).flatten())
-    pivot, other = torch.cat(pairs, dim=1)
-    links, shared = torch.unique(torch.cat([pivot * total + other, other * total + pivot]), return_counts=True)
-    projected = _spread_out(every, _ranked(links, shared, total, 2 * degree), degree - degree // 4)
-    # Links to near keys both ways: who is near to nobody's query can be reached by those that are near to it.
-    source, target, rank = torch.cat(sources), torch.cat(near), torch.cat(ranks)
-    links, order = torch.unique(torch.cat([source * total + target, target * total + source]), return_inverse=True)
-    weight = torch.full_like(links, degree + 1).scatter_reduce(0, order, rank.repeat(2), "amin")
-    edges = torch.cat([projected, _ranked(links, -weight, total, degree)], dim=1)
-    edges = _first_unique(edges)[:, :degree]
-    edges = F.pad(edges, (0, degree - edges.shape[1]), value=-1)
-    graphs = []
-    for some, best, start in zip(keys, bests, starts, strict=False):
-        count, own = len(some), edges[start : start + len(some)]
-        own = torch.where(own < 0, -1, own - start)
-        ring = (torch.arange(count, device=own.device) + 1) % count
-        popular = torch.bincount(best, minlength=count).argsort(descending=True, stable=True)
-        graphs.append(
-            {
-                "edges": torch.cat([own, ring[:, None]], dim=1).to(torch.int32),
-                "entries": _fit(popular[:ENTRIES], ENTRIES).to(torch.int32),
-            }
-        )
-    return graphs
 
 
 def key_graph(keys: Tensor, degree: int) -> dict[str, Tensor]:
@@ -124,93 +67,97 @@ def key_graph(keys: Tensor, degree: int) -> dict[str, Tensor]:
 def walk(q: Tensor, keys: Tensor, edges: Tensor, entries: Tensor, k: int, beam: int) -> Found:
     """Best-first search: look at the neighbours of the best keys known, until the `beam` best have all been looked at.
 
+    What has been found lies in the host's memory, in the order in which it was found. Keys may lie anywhere.
+
     Args:
         q: [B, H, N, D]; keys: [B, Hs, A, D]; edges: [B, Hs, A, R]; entries: [B, Hs, E].
     """
-    batch, heads, queries, dim = q.shape
+    q, keys = q.detach(), keys.detach()
+    batch, heads, queries, _ = q.shape
     stores, count = keys.shape[1:3]
     beam = min(max(beam, k), count)
-    pair = torch.arange(batch * stores, device=q.device).repeat_interleave(heads // stores * queries)
-    rows = q.reshape(-1, 1, dim).float()
-    flat_keys, flat_edges = keys.reshape(-1, dim), edges.reshape(batch * stores * count, -1)
-    visited = torch.zeros(len(rows), count + 1, dtype=torch.bool, device=q.device)
-    known = rows.new_full((len(rows), beam), -torch.inf)
-    at = torch.full(known.shape, -1, dtype=torch.long, device=q.device)
-    done = torch.ones(known.shape, dtype=torch.bool, device=q.device)
-    fresh = entries.flatten(0, 1)[pair].long()
+    each, every, span = heads // stores * queries, batch * heads * queries, count + 1
+    compare = _comparison(q, keys, beam)
+    links = edges.reshape(batch * stores * count, -1).cpu().numpy()
+    first = np.arange(every) // each * count  # where a query's keys begin among all
+    # What was found, by key; no key stands for none, and -1 is the last of the query before.
+    seen = np.zeros((every, span), dtype=bool)
+    seen[:, -1] = True
+    seen = seen.reshape(-1)
+    scanned = np.zeros(every, dtype=np.int64)
+    # What was found and not looked at, in order of finding; and what was looked at, one of each query after the other.
+    finder, room = Best(), 2 * beam + STEPS * max(links.shape[1], entries.shape[-1])
+    number, score = np.full((every, room), -1, dtype=np.int32), np.full((every, room), -np.inf, dtype=np.float32)
+    filled, start = np.zeros(every, dtype=np.int64), np.arange(every) * room
+    looked = np.full((2 * beam + STEPS, every), -1, dtype=np.int32)
+    value_of = np.full(looked.shape, -np.inf, dtype=np.float32)
+    fresh, going, done = entries.flatten(0, 1).cpu().numpy().repeat(each, axis=0), np.arange(every), 0
     while True:
-        fresh = _once(fresh)
-        fresh = torch.where(visited.gather(1, fresh.masked_fill(fresh < 0, count)), -1, fresh)
-        new = fresh >= 0
-        visited.scatter_(1, fresh.masked_fill(~new, count), True)
-        visited[:, count] = False
-        vectors = flat_keys[(pair[:, None] * count + fresh).masked_fill(~new, 0)].float()
-        scores = (rows @ vectors.transpose(1, 2)).squeeze(1).masked_fill(~new, -torch.inf)
-        known, order = torch.cat([known, scores], dim=1).topk(beam, dim=1)
-        at = torch.cat([at, fresh], dim=1).gather(1, order)
-        done = torch.cat([done, ~new], dim=1).gather(1, order)
-        if bool(done.all()):
+        at = (fresh + (going * span)[:, None]).reshape(-1)
+        at = at[~seen.take(at)]
+        at.sort()
+        at = at[np.concatenate([[True], at[1:] != at[:-1]])[: len(at)]]
+        seen[at] = True
+        owner, found = np.divmod(at, span)
+        gained = np.bincount(owner, minlength=every)
+        scanned += gained
+        if (filled + gained).max() > room:  # only the best can come into a beam again
+            best = finder.columns(torch.from_numpy(score), beam).numpy()
+            for x, none in ((number, -1), (score, -np.inf)):
+                x[:, :beam] = np.take_along_axis(x, best, axis=1)
+                x[:, beam:] = none
+            filled[:] = beam
+        place = np.arange(len(at)) + (start + filled + gained - np.cumsum(gained))[owner]
+        filled += gained
+        number.reshape(-1)[place], score.reshape(-1)[place] = found, compare(owner, found)
+        if done + STEPS > len(looked):
+            looked = np.pad(looked, ((0, done), (0, 0)), constant_values=-1)
+            value_of = np.pad(value_of, ((0, done), (0, 0)), constant_values=-np.inf)
+        for now in range(done, done + STEPS):
+            place = score.argmax(1) + start
+            value = score.take(place)
+            live = value > -np.inf
+            if now >= beam:  # else there are too few for a beam without this one
+                live &= np.count_nonzero(value_of[:now] > value, axis=0) < beam
+            looked[now, live] = number.take(place[live])
+            value_of[now, live] = value[live]
+            score.reshape(-1)[place[live]] = -np.inf
+        node = looked[done : done + STEPS].T
+        done += STEPS
+        going = np.flatnonzero(node[:, 0] >= 0)
+        if not len(going):
             break
-        rank = torch.where(done, -torch.inf, known)
-        score, place = rank.topk(min(STEPS, beam), dim=1)
-        live = score > -torch.inf
-        done = done.scatter(1, place, True)
-        node = (pair[:, None] * count + at.gather(1, place)).masked_fill(~live, 0)
-        fresh = flat_edges[node].long().masked_fill(~live.unsqueeze(-1), -1).flatten(1)
+        node = node[going]
+        fresh = links.take(node + first[going, None], axis=0, mode="clip")
+        fresh[node < 0] = -1
+        fresh = fresh.reshape(len(going), -1)
+    # A search ends when all of its beam have been looked at: those are the best that were found.
+    of_best, best = (torch.from_numpy(x[:done].T.copy()) for x in (looked, value_of))
+    keys_found = of_best.gather(1, finder.columns(best, min(k, done))).long()
     shape = (batch, heads, queries)
-    return Found(at[:, :k].view(*shape, -1), visited[:, :count].sum(1).view(shape))
+    return Found(keys_found.view(*shape, -1).to(q.device), torch.from_numpy(scanned).view(shape).to(q.device))
 
 
-def _ranked(links: Tensor, weight: Tensor, count: int, width: int) -> Tensor:
-    """Links source * count + target as a table [count, width] of targets, heaviest first, -1 behind the end."""
-    order = weight.argsort(descending=True, stable=True)
-    order = order[(links[order] // count).argsort(stable=True)]
-    source, target = links[order] // count, links[order] % count
-    first = torch.searchsorted(source, torch.arange(count, device=links.device))
-    rank = torch.arange(len(source), device=links.device) - first[source]
-    table = torch.full((count, width), -1, dtype=torch.long, device=links.device)
-    kept = rank < width
-    table[source[kept], rank[kept]] = target[kept]
-    return table
+def _comparison(q: Tensor, keys: Tensor, beam: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """The scores of queries owner [n] with keys number [n]: float32 [n]."""
+    stores, count, dim = keys.shape[1:]
+    rows = q.reshape(len(keys) * stores, -1, dim).float()
+    each = rows.shape[1]
+    if count <= WHOLE * each * beam:
+        table, room = rows.new_empty(len(rows), each, count), rows.new_empty(count, dim)
+        for own, stored, out in zip(rows, keys.flatten(0, 1), table, strict=True):
+            torch.mm(own, room.copy_(stored).T, out=out)
+        flat = table.view(-1).cpu().numpy()
+        return lambda owner, number: flat.take(owner * count + number)
+    every = rows.flatten(0, 1)
 
+    def compare(owner: np.ndarray, number: np.ndarray) -> np.ndarray:
+        asked, there = (torch.from_numpy(x).to(q.device) for x in (owner, number))
+        store = asked // each
+        vectors = keys[store // stores, store % stores, there].float()
+        return (every[asked] * vectors).sum(-1).cpu().numpy()
 
-def _nearest(keys: Tensor, some: Tensor, count: int) -> Tensor:
-    """The keys nearest to some of them, themselves left out: int64 [n, count], nearest first."""
-    apart = torch.cdist(keys[some], keys).scatter(1, some[:, None], torch.inf)
-    return apart.topk(count, dim=1, largest=False).indices
-
-
-def _spread_out(keys: Tensor, table: Tensor, most: int) -> Tensor:
-    """Of each key's candidates [A, C], in order, at most `most` that are nearer to it than to those taken before."""
-    kept = torch.full((len(table), most), -1, dtype=torch.long, device=keys.device)
-    for start in range(0, len(table), ROWS):
-        some = table[start : start + ROWS]
-        near = keys[some.clamp_min(0)]
-        own = (near - keys[start : start + len(some), None]).norm(dim=-1)
-        apart = torch.cdist(near, near)
-        taken = torch.zeros(some.shape, dtype=torch.bool, device=keys.device)
-        for j in range(some.shape[1]):
-            hidden = ((apart[:, j] < own[:, j, None]) & taken).any(1)
-            taken[:, j] = ~hidden & (some[:, j] >= 0) & (taken.sum(1) < most)
-        order = taken.long().argsort(dim=1, descending=True, stable=True)[:, :most]
-        chosen = some.gather(1, order).masked_fill(~taken.gather(1, order), -1)
-        kept[start : start + len(some), : chosen.shape[1]] = chosen
-    return kept
-
-
-def _first_unique(table: Tensor) -> Tensor:
-    """Rows [A, C] with -1 anywhere: each number once, in the order in which they come, -1 behind the end."""
-    kept, order = table.sort(dim=1, stable=True)
-    again = F.pad(kept[:, 1:] == kept[:, :-1], (1, 0)) | (kept < 0)
-    again = torch.zeros_like(again).scatter(1, order, again)
-    place = again.long().argsort(dim=1, stable=True)
-    return table.gather(1, place).masked_fill(again.gather(1, place), -1)
-
-
-def _once(fresh: Tensor) -> Tensor:
-    """Rows [L, n] of key numbers, ascending, what comes again as -1."""
-    fresh = fresh.sort(dim=1).values
-    return fresh.masked_fill(F.pad(fresh[:, 1:] == fresh[:, :-1], (1, 0)), -1)
+    return compare
 
 
 # -- lists -------------------------------------------------------------------------------------------------------------
@@ -229,7 +176,8 @@ def inverted_lists(keys: Tensor, clusters: int, seed: int) -> dict[str, Tensor]:
     means.train(data)
     label = torch.from_numpy(means.index.search(data, 1)[1][:, 0])
     number = torch.arange(len(data))
-    members = _ranked(label * len(data) + number, -number, len(data), int(torch.bincount(label).max()))[:clusters]
+    longest = int(torch.bincount(label).max())
+    members = ranked(label, number, torch.zeros_like(number), (clusters, len(data), 0), longest)
     return {
         "centroids": torch.from_numpy(means.centroids).to(keys.device),
         "members": members.to(torch.int32).to(keys.device),
