@@ -26,16 +26,17 @@ from foveate.attention.triton.decode_thin import ThinKeys, decode_thin
 def test_thin_and_whole_tokens_in_one_pass(
     seed: int, group: int, dims: tuple[int, int], kept: int, dtype: torch.dtype, softcap: float | None
 ) -> None:
-    """Bodies and tails have room behind what they hold, which is NaN."""
+    """Bodies and tails have room behind what they hold, which is NaN; of one body some tokens were taken back."""
     torch.manual_seed(seed)
-    lengths, starts = [5, 199, 64, 0, 131], [0, 130, 64, 0, 128]
-    q, k, v = made(dtype, 5, group, 1, dims[0], factor=2), made(dtype, 5, 200, dims[0]), made(dtype, 5, 200, dims[1])
-    channels = torch.stack([torch.randperm(dims[0])[:kept].sort().values for _ in range(5)])
-    body, tail = k.new_full((5, 141, kept), torch.nan), k.new_full((5, 73, dims[0]), torch.nan)
+    lengths, starts = [5, 199, 64, 0, 131, 30], [0, 130, 64, 0, 128, 50]
+    q, k, v = made(dtype, 6, group, 1, dims[0], factor=2), made(dtype, 6, 200, dims[0]), made(dtype, 6, 200, dims[1])
+    channels = torch.stack([torch.randperm(dims[0])[:kept].sort().values for _ in range(6)])
+    body, tail = k.new_full((6, 141, kept), torch.nan), k.new_full((6, 73, dims[0]), torch.nan)
     held = k.clone()
     for p, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        body[p, :start] = k[p, :start, channels[p]]
-        tail[p, : length - start] = k[p, start:length]
+        thin = min(start, length)
+        body[p, :thin] = k[p, :thin, channels[p]]
+        tail[p, : length - thin] = k[p, thin:length]
         held[p, :start] = 0
         held[p, :start, channels[p]] = k[p, :start, channels[p]]
     count = torch.tensor(lengths, dtype=torch.int32)

@@ -112,31 +112,32 @@ def test_reads(seed: int, dtype, dim: int, pairs: int, last: bool, group: int, p
 
 @pytest.mark.parametrize(("dtype", "dim", "pairs", "last"), [case[:4] for case in CASES])
 def test_who_votes_and_what_stands(seed: int, dtype, dim: int, pairs: int, last: bool) -> None:
+    """The tokens between are few in one row, and in the last one just as many as may win."""
     torch.manual_seed(seed)
-    q, f, lengths = made(dtype, 4, 3, 1, dim), speeds(pairs), torch.tensor([90, 77, 91, 21], dtype=torch.int32)
+    q, f, lengths = made(dtype, 5, 3, 1, dim), speeds(pairs), torch.tensor([90, 77, 91, 21, 32], dtype=torch.int32)
     rule = Rule(first=4, local=8, k=20, theta=0.5)
     want = turn(q[:, :, 0], (8 - (lengths - 1).double())[:, None, None] * f.double(), last)
-    noise = torch.tensor([0.1, 5.0, 0.1, 0.1])[:, None]
-    query = (want.flatten(1) + noise * torch.randn(4, 3 * dim)).float()
-    vote = Vote(query, torch.arange(80, dtype=torch.int32).view(4, 20), torch.tensor([True, True, False, True]))
+    noise = torch.tensor([0.1, 5.0, 0.1, 0.1, 0.1])[:, None]
+    query = (want.flatten(1) + noise * torch.randn(5, 3 * dim)).float()
+    vote = Vote(query, torch.arange(100, dtype=torch.int32).view(5, 20), torch.tensor([1, 1, 0, 1, 1]).bool())
     alike = torch.cosine_similarity(want.flatten(1), query.double()) >= 0.5
     q, f, lengths, *there = on(q, f, lengths, *vote)
     vote = Vote(*there)
     voter, edges, stands = newest_voter(q, lengths, Angles(f, last), rule, vote)
     assert_close(voter[:, 0].cpu(), want, 1e-5)
-    assert edges.flatten().tolist() == [82, 69, 83, 13]
-    assert stands.tolist() == [1, 0, 0, 0] == (alike & torch.tensor([1, 1, 0, 0]).bool()).int().tolist()
-    assert newest_voter(q, lengths, Angles(f, last), rule, None)[2].tolist() == [0] * 4
-    chosen = torch.stack([4 + torch.randperm(60)[:20].sort().values for _ in range(4)]).to(torch.int32)
-    chosen[3, 9:], counts = -1, torch.tensor([20, 20, 20, 9], dtype=torch.int32)
-    chosen[3, :9] = torch.arange(4, 13)
+    assert edges.flatten().tolist() == [82, 69, 83, 13, 24]
+    assert stands.tolist() == [1, 0, 0, 0, 0] and alike.tolist() == [True, False, True, True, True]
+    assert newest_voter(q, lengths, Angles(f, last), rule, None)[2].tolist() == [0] * 5
+    chosen = torch.stack([4 + torch.randperm(60)[:20].sort().values for _ in range(5)]).to(torch.int32)
+    chosen[3, 9:], counts = -1, torch.tensor([20, 20, 20, 9, 20], dtype=torch.int32)
+    chosen[3, :9], chosen[4] = torch.arange(4, 13), torch.arange(4, 24)
     chosen, counts = on(chosen, counts)
     for before in (vote, None):
         lists, places, now = (
             x if isinstance(x, tuple) else x.cpu()
             for x in tally(voter, edges, lengths, stands * (before is not None), chosen, counts, rule, before)
         )
-        for row in range(4):
+        for row in range(5):
             stays = before is not None and row == 0
             won = (vote.winners if stays else chosen)[row]
             assert torch.equal(now.winners[row], won)
@@ -145,7 +146,7 @@ def test_who_votes_and_what_stands(seed: int, dtype, dim: int, pairs: int, last:
             read = [0, 1, 2, 3, *won[won >= 0].tolist(), *range(edge, length)]
             assert lists[row].tolist() == read + [-1] * (32 - len(read))
             assert places[row, : len(read)].tolist() == list(range(length - len(read), length))
-        assert now.held.tolist() == [True, True, True, False]
+        assert now.held.tolist() == [True, True, True, False, False]
 
 
 def test_refusals() -> None:

@@ -157,6 +157,10 @@ def test_the_least_free_token_goes_and_the_newest_takes_its_slot(seed: int, spli
     held = Held(split)
     scores = torch.randn(2, 2, held.capacity).mul(8).round()  # ties
     recent, sink = torch.tensor([200, 150]), 3
+    for unit, (pair, before, _, i) in enumerate(held.each()):  # those next to the free ones are the least of all
+        row, position = pair // 2, before["positions"][i]
+        guarded = (position == sink - 1) | (position == held.seen[unit] - recent[row])
+        scores[row, pair % 2, : len(position)][guarded] = -99
     slots = evict(scores.to(DEVICE), Guard(sink, recent.to(DEVICE)), held.stores, held.counters, newest=newest)
     assert torch.equal(held.now.cpu(), held.lengths - 1)
     for unit, (pair, before, now, i) in enumerate(held.each()):
