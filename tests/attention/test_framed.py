@@ -164,9 +164,11 @@ def test_one_query_is_read_by_a_kernel(seed: int, own: int, size: int, monkeypat
     pytest.importorskip("triton")
     torch.manual_seed(seed)
     q, k, v = (x.float() for x in tensors(2, 6, 1, 1, 40, 32, 16))
-    geometry = Geometry(2, 1, 40, torch.tensor([[40], [31]]), torch.tensor([[39], [30]]))
+    lengths, first = torch.tensor([[40], [31]]), torch.tensor([[39], [30]])
+    geometry = Geometry(2, 1, 40, lengths, first)
     lists = random_lists(random.Random(seed), (2, own, 1), 40 // size, 6)
-    selection = Selection(lists, 1, size, frame=Frame(keys=torch.randint(0, 90, lists.shape)))
+    places = torch.randint(0, 90, lists.shape)
+    selection = Selection(lists, 1, size, frame=Frame(keys=places))
     angles = Angles(10000.0 ** -(torch.arange(16) / 16))
 
     def move(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -175,8 +177,10 @@ def test_one_query_is_read_by_a_kernel(seed: int, own: int, size: int, monkeypat
     want = framed.attend(q, v, framed.pieces(q, k, selection, geometry, (), scale=0.3, softcap=None, move=move))
     asked = []
     monkeypatch.setattr(framed.turned, "serves", lambda x, angles: not asked.append(True))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    q, k, v = (x.to(device) for x in (q, k, v))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    q, k, v, lists, places, lengths, first = (x.to(device) for x in (q, k, v, lists, places, lengths, first))
+    selection = Selection(lists, 1, size, frame=Frame(keys=places))
+    geometry = Geometry(2, 1, 40, lengths, first, device=device)
     got = framed.read(q, k, v, selection, geometry, (), scale=0.3, softcap=None, move=move, angles=angles)
     assert asked
     assert_close(got.out.cpu(), want.out, 1e-5)
