@@ -97,6 +97,15 @@ def test_a_creditor_has_the_last_word() -> None:
     assert sorted(books.table["text"]) == ["a", "b", "c", "c"]
 
 
+def test_who_is_known_to_have_most_is_asked_first() -> None:
+    books = Ledger({"a": 1, "b": 4, "c": 9})
+    books.grow("text", 3, "a")
+    assert books.table["text"] == ["c", "c", "a"]
+    books.grow("other", 6, "c")  # no heartbeat since
+    books.grow("text", 3)
+    assert books.table["text"] == ["c", "c", "c", "b", "b", "a"]
+
+
 def test_chains_and_cycles_of_debt_are_reduced() -> None:
     books = Ledger({"a": 2, "b": 2, "c": 9})
     books.home = {1: "a", 2: "b", 3: "c"}

@@ -85,9 +85,10 @@ def test_what_differs_is_left_alone(kernels: list[str]) -> None:
         assert set(kernels) == {"rope"}
 
 
-def test_hooked_modules_are_left_alone(kernels: list[str]) -> None:
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooked_modules_are_left_alone(kind: str, kernels: list[str]) -> None:
     model = tiny("llama")
-    hook = model.model.norm.register_forward_hook(lambda *args: None)
+    hook = getattr(model.model.norm, kind)(lambda *args: None)
     with module.fused(model):
         assert "forward" not in model.model.norm.__dict__
         assert "forward" in model.model.layers[0].input_layernorm.__dict__
