@@ -27,6 +27,7 @@ from foveate.methods.policies.neighbours import (
     stacked,
     walk,
 )
+from foveate.methods.policies.orders import Best
 from foveate.methods.policies.places import ascending
 from foveate.methods.policies.query_graphs import query_graphs
 from foveate.models.shape import ModelShape
@@ -182,7 +183,7 @@ class RetrievalAttention(Method):
         tables, few = ctx.prepared, (away.counts <= k).unsqueeze(-1)  # no need to look for these
         if "edges" in tables:
             edges, entries = tables["edges"][:, :, : away.k.shape[2]], tables["entries"].masked_fill(few, -1)
-            return walk(q, away.k, edges, entries, k, self.beam)
+            return walk(q, away.k, edges, entries, k, self.beam, ctx.forward.setdefault("finder", Best()))
         if "members" in tables:
             members = tables["members"].masked_fill(few.unsqueeze(-1), -1)
             return probe(q, away.k, tables["centroids"], members, k, self.probes)

@@ -64,40 +64,44 @@ def key_graph(keys: Tensor, degree: int) -> dict[str, Tensor]:
     }
 
 
-def walk(q: Tensor, keys: Tensor, edges: Tensor, entries: Tensor, k: int, beam: int) -> Found:
+def walk(
+    q: Tensor, keys: Tensor, edges: Tensor, entries: Tensor, k: int, beam: int, finder: Best | None = None
+) -> Found:
     """Best-first search: look at the neighbours of the best keys known, until the `beam` best have all been looked at.
 
     What has been found lies in the host's memory, in the order in which it was found. Keys may lie anywhere.
 
     Args:
         q: [B, H, N, D]; keys: [B, Hs, A, D]; edges: [B, Hs, A, R]; entries: [B, Hs, E].
+        finder: of another search, whose memory is used again.
     """
+    finder = finder or Best()
     q, keys = q.detach(), keys.detach()
     batch, heads, queries, _ = q.shape
     stores, count = keys.shape[1:3]
     beam = min(max(beam, k), count)
     each, every, span = heads // stores * queries, batch * heads * queries, count + 1
-    compare = _comparison(q, keys, beam)
+    compare = _comparison(q, keys, beam, finder)
     links = edges.reshape(batch * stores * count, -1).cpu().numpy()
     first = np.arange(every) // each * count  # where a query's keys begin among all
-    # What was found, by key; no key stands for none, and -1 is the last of the query before.
-    seen = np.zeros((every, span), dtype=bool)
-    seen[:, -1] = True
-    seen = seen.reshape(-1)
-    scanned = np.zeros(every, dtype=np.int64)
+    # What was not found yet, by key; no key stands for none, and -1 is the last of the query before.
+    unseen = finder.room("unseen", (every, span), np.bool_, True)
+    unseen[:, -1] = False
+    unseen, scanned = unseen.reshape(-1), np.zeros(every, dtype=np.int64)
     # What was found and not looked at, in order of finding; and what was looked at, one of each query after the other.
-    finder, room = Best(), 2 * beam + STEPS * max(links.shape[1], entries.shape[-1])
-    number, score = np.full((every, room), -1, dtype=np.int32), np.full((every, room), -np.inf, dtype=np.float32)
+    room = 2 * beam + STEPS * max(links.shape[1], entries.shape[-1])
+    number, score = (finder.room(f"found {x}", (every, room), x, -1) for x in (np.int32, np.float32))
+    score.fill(-np.inf)
     filled, start = np.zeros(every, dtype=np.int64), np.arange(every) * room
-    looked = np.full((2 * beam + STEPS, every), -1, dtype=np.int32)
-    value_of = np.full(looked.shape, -np.inf, dtype=np.float32)
+    looked, value_of = (finder.room(f"looked {x}", (2 * beam + STEPS, every), x, -1) for x in (np.int32, np.float32))
+    value_of.fill(-np.inf)
     fresh, going, done = entries.flatten(0, 1).cpu().numpy().repeat(each, axis=0), np.arange(every), 0
     while True:
         at = (fresh + (going * span)[:, None]).reshape(-1)
-        at = at[~seen.take(at)]
+        at = at[unseen.take(at)]
         at.sort()
         at = at[np.concatenate([[True], at[1:] != at[:-1]])[: len(at)]]
-        seen[at] = True
+        unseen[at] = False
         owner, found = np.divmod(at, span)
         gained = np.bincount(owner, minlength=every)
         scanned += gained
@@ -138,13 +142,13 @@ def walk(q: Tensor, keys: Tensor, edges: Tensor, entries: Tensor, k: int, beam: 
     return Found(keys_found.view(*shape, -1).to(q.device), torch.from_numpy(scanned).view(shape).to(q.device))
 
 
-def _comparison(q: Tensor, keys: Tensor, beam: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _comparison(q: Tensor, keys: Tensor, beam: int, finder: Best) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """The scores of queries owner [n] with keys number [n]: float32 [n]."""
     stores, count, dim = keys.shape[1:]
     rows = q.reshape(len(keys) * stores, -1, dim).float()
     each = rows.shape[1]
     if count <= WHOLE * each * beam:
-        table, room = rows.new_empty(len(rows), each, count), rows.new_empty(count, dim)
+        table, room = finder.scores((len(rows), each, count), rows), rows.new_empty(count, dim)
         for own, stored, out in zip(rows, keys.flatten(0, 1), table, strict=True):
             torch.mm(own, room.copy_(stored).T, out=out)
         flat = table.view(-1).cpu().numpy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,17 @@ class Best:
         """Room for scores, float32, which the next call gives away again."""
         if like.device.type != "cpu":
             return torch.empty(shape, device=like.device)
-        return torch.from_numpy(self._room("scores", shape, np.float32))
+        return torch.from_numpy(self.room("scores", shape, np.float32))
+
+    def room(self, name: str, shape: tuple[int, ...], dtype: type, fill: float | None = None) -> np.ndarray:
+        """Room for numbers, which the next call with that name gives away again."""
+        size = math.prod(shape)
+        if name not in self._parts or self._parts[name].size < size:
+            self._parts[name] = np.empty(size, dtype)
+        part = self._parts[name][:size].reshape(shape)
+        if fill is not None:
+            part.fill(fill)
+        return part
 
     def columns(self, score: Tensor, k: int) -> Tensor:
         """The columns of the k largest numbers in each row of score [n, A], float32: int64 [n, k], in no order."""
@@ -30,7 +42,7 @@ class Best:
             return score.topk(k, dim=1, sorted=False).indices
         # The k-th number is found, not where it is: that takes a fraction of the time.
         numbers = score.numpy()
-        above, bound = self._room("above", (rows, count), np.bool_), self._bound(numbers, k)
+        above, bound = self.room("above", (rows, count), np.bool_), self._bound(numbers, k)
         found = np.flatnonzero(np.greater_equal(numbers, bound[:, None], out=above))
         if len(found) != rows * k:
             found = self._best_of(found, numbers, k)
@@ -41,10 +53,10 @@ class Best:
         rows, count = numbers.shape
         each = min(16, count // (3 * k))
         if each > 1:  # the k-th of the largest ones of several numbers
-            some = self._room("some", (rows, count // each), np.float32)
+            some = self.room("some", (rows, count // each), np.float32)
             np.maximum.reduce(numbers[:, : some.shape[1] * each].reshape(rows, each, -1), axis=1, out=some)
         else:
-            some = self._room("some", (rows, count), np.float32)
+            some = self.room("some", (rows, count), np.float32)
             some[:] = numbers
         some.partition(some.shape[1] - k, axis=1)
         return some[:, -k].copy()
@@ -63,12 +75,6 @@ class Best:
         left, again = k - np.bincount(row[kept], minlength=rows), row[equal]
         kept[equal] = np.arange(len(equal)) - np.searchsorted(again, again) < left[again]
         return found[kept]
-
-    def _room(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        size = int(np.prod(shape))
-        if name not in self._parts or self._parts[name].size < size:
-            self._parts[name] = np.empty(size, dtype)
-        return self._parts[name][:size].reshape(shape)
 
 
 def in_order(x: Tensor) -> Tensor:

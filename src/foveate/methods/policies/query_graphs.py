@@ -156,8 +156,15 @@ def _nearest(centred: Tensor, half: Tensor, degree: int, finder: Best) -> tuple[
     if whole:
         flat = room.view(-1)
         return near, lambda a, b: flat.index_select(0, (a[:, None] * count + b).view(-1)).view_as(b)
-    every = centred.flatten(0, 1)
-    return near, lambda a, b: torch.bmm(every[(a - a % count)[:, None] + b], every[a].unsqueeze(2)).squeeze(2)
+    return near, lambda a, b: _made_anew(centred.flatten(0, 1), a, b + (a - a % count)[:, None])
+
+
+def _made_anew(keys: Tensor, one: Tensor, others: Tensor) -> Tensor:
+    """Products of keys one [n] with others [n, C], both rows of keys [A, D]: [n, C]."""
+    most = IN_CACHE if keys.device.type == "cpu" else TOGETHER // 4
+    step = max(1, most // (others.shape[1] * keys.shape[1]))
+    parts = zip(one.split(step), others.split(step), strict=True)
+    return torch.cat([torch.bmm(keys[b], keys[a].unsqueeze(2)).squeeze(2) for a, b in parts])
 
 
 def _columns(score: Tensor, k: int, finder: Best) -> tuple[Tensor, Tensor]:
