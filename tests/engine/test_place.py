@@ -13,6 +13,7 @@ from tests.contract.runs import EXACT, decode, forward, left_padded, plain, prom
 from tests.contract.trace import same_reads, tracing
 
 import foveate
+from foveate.attention import Geometry, Selection, merge
 from foveate.cache import Place, PlacedColumn, Store, StoreSpec
 from foveate.engine import apart
 from foveate.errors import BadArgument, Refused
@@ -195,6 +196,25 @@ def test_the_host_serves_a_model_on_a_gpu(seed: int) -> None:
         assert isinstance(band.k, PlacedColumn)
         assert band.k.far.data.device.type == "cpu"
         assert band.k.near.data.device.type == "cuda"
+
+
+def test_lists_of_one_token_are_read_wherever_it_lies(seed: int) -> None:
+    torch.manual_seed(seed)
+    store = Store(StoreSpec(heads=1, place=Place(2, 4)))
+    k, v = torch.randn(2, 3, 1, 40, 8).unbind(0)
+    store.append(k, v, np.array([40, 40, 40]))
+    store.settle(store.seen)
+    store.depart()
+    (band,), q = store.bands, torch.randn(3, 2, 1, 8)
+    slots = torch.tensor([1, 20, 39])
+    listed = Selection(slots.int().view(3, 1, 1, 1), None, 1)
+    assert isinstance(band.k, PlacedColumn) and band.k.away.tolist() == [34] * 3
+    parts = apart.attend_apart(band, q, listed, Geometry(3, 1, 40), (), scale=0.3, softcap=None)
+    got = merge(parts)
+    rows = torch.arange(3)
+    assert len(parts) == 2
+    assert_close(got.out, v[rows, 0, slots].view(3, 1, 1, 8).expand(-1, 2, -1, -1), EXACT)
+    assert_close(got.lse, (q @ k[rows, 0, slots].view(3, 1, 8, 1))[..., 0] * 0.3, EXACT)
 
 
 def test_a_longer_piece_of_a_shorter_row_finds_room(seed: int) -> None:

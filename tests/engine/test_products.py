@@ -55,6 +55,8 @@ def test_what_does_not_suit() -> None:
     assert not kernels.suits(x.float(), w.float())
     assert not kernels.suits(x, w.half())
     assert not kernels.suits(x, drawn(64, 8, dtype=torch.bfloat16).T)
+    assert not kernels.suits(x, drawn(8, 32, dtype=torch.bfloat16))
+    assert not kernels.suits(drawn(1, 128, dtype=torch.bfloat16)[:, ::2], w)
 
 
 @pytest.fixture
@@ -94,6 +96,20 @@ def test_a_step_of_one_token(family: str, counted: list[int], seed: int) -> None
         assert_close(got.double(), want.double(), 3e-2)
         assert not any("forward" in m.__dict__ for m in model.modules())
         assert torch.equal(model(ids).logits, want)
+
+
+def test_parts_of_which_some_have_biases_go_one_by_one(counted: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    model = family_model("qwen2", layers=2, dtype=torch.bfloat16).to(DEVICE)
+    model.model.layers[0].self_attn.k_proj.bias = None
+    ids = torch.randint(0, 256, (1, 1), device=DEVICE)
+    with torch.no_grad():
+        want = model(ids).logits
+        with module.fused(model):
+            counted.clear()
+            got = model(ids).logits
+    assert counted.count(3) == 1
+    assert_close(got.double(), want.double(), 3e-2)
 
 
 def test_more_tokens_go_the_models_own_way(counted: list[int]) -> None:
