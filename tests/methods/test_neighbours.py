@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.methods import RetrievalAttention
-from foveate.methods.policies import neighbours, query_graphs
+from foveate.methods.policies import neighbours, orders, query_graphs
 from foveate.methods.policies.neighbours import scan, walk
 from foveate.methods.policies.orders import Best, counted, ranked
 from foveate.methods.policies.query_graphs import ENTRIES, query_graph
+from foveate.methods.retrieval_attention import RetrievalAttention
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -88,14 +88,19 @@ def test_a_graph_is_what_it_is_said_to_be(offset: float) -> None:
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_graphs_made_together_are_the_same(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", [True, False])
+def test_graphs_made_together_are_the_same(device: bool, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device: several sets at once, of different sizes, in parts; and products that are too many to hold."""
     keys = [random(count, 8, seed=count) for count in (60, 9, 41, 3)]
     queries = [random(count, 8, seed=90 + count) for count in (50, 70, 1, 20)]
     alone = [query_graph(k, q, 6, 8) for k, q in zip(keys, queries, strict=True)]
+    if device:
+        monkeypatch.setattr(orders, "on_processor", lambda x: False)
+        monkeypatch.setattr(query_graphs, "on_processor", lambda x: False)
+        assert [len(bunch) for bunch in query_graphs._bunches(keys)] == [4]
     monkeypatch.setattr(query_graphs, "_bunches", lambda keys: [range(3), range(3, 4)])
     monkeypatch.setattr(query_graphs, "IN_CACHE", 1 << 12)
-    monkeypatch.setattr(query_graphs, "TOGETHER", 1 << 28 if held else 0)
+    monkeypatch.setattr(query_graphs, "TOGETHER", 1 << 14 if held else 1 << 11)
     for one, other in zip(query_graphs.query_graphs(keys, queries, 6, 8), alone, strict=True):
         assert torch.equal(one["edges"], other["edges"]) and torch.equal(one["entries"], other["entries"])
 
@@ -155,9 +160,9 @@ def test_keys_that_are_many_are_not_all_compared(monkeypatch: pytest.MonkeyPatch
     for count in (500, 2000, 8000):
         keys = random(count, 8)
         table = query_graph(keys, queries[20:], 16, 12)
-        there = [x[None, None] for x in (queries[:20], keys, table["edges"], table["entries"])]
-        found = walk(*there, 5, 24)
-        exact = scan(there[0], there[1], torch.tensor([[count]]), 5)
+        asked, stored = queries[None, None, :20], keys[None, None]
+        found = walk(asked, stored, table["edges"][None, None], table["entries"][None, None], 5, 24)
+        exact = scan(asked, stored, torch.tensor([[count]]), 5)
         pairs = zip(found.keys[0, 0].tolist(), exact.keys[0, 0].tolist(), strict=True)
         assert sum(len(set(a) & set(b)) for a, b in pairs) > 0.9 * 20 * 5
         assert sum(compared) == found.scanned.sum()

@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def on_processor(x: Tensor) -> bool:
+    """Whether x lies where numbers are worked on one after the other, in caches, and not on a device of many units."""
+    return x.device.type == "cpu"
+
+
 class Best:
     """Finds the columns of the largest numbers in rows of scores.
 
@@ -21,8 +26,8 @@ class Best:
 
     def scores(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Room for scores, float32, which the next call gives away again."""
-        if like.device.type != "cpu":
-            return torch.empty(shape, device=like.device)
+        if not on_processor(like):
+            return torch.empty(shape, dtype=torch.float32, device=like.device)
         return torch.from_numpy(self.room("scores", shape, np.float32))
 
     def room(self, name: str, shape: tuple[int, ...], dtype: type, fill: float | None = None) -> np.ndarray:
@@ -38,7 +43,7 @@ class Best:
     def columns(self, score: Tensor, k: int) -> Tensor:
         """The columns of the k largest numbers in each row of score [n, A], float32: int64 [n, k], in no order."""
         rows, count = score.shape
-        if score.device.type != "cpu" or not 0 < k < count:
+        if not on_processor(score) or not 0 < k < count:
             return score.topk(k, dim=1, sorted=False).indices
         # The k-th number is found, not where it is: that takes a fraction of the time.
         numbers = score.numpy()
@@ -79,7 +84,7 @@ class Best:
 
 def in_order(x: Tensor) -> Tensor:
     """Whole numbers [n], ascending."""
-    return torch.from_numpy(np.sort(x.numpy())) if x.device.type == "cpu" else x.sort().values
+    return torch.from_numpy(np.sort(x.numpy())) if on_processor(x) else x.sort().values
 
 
 def counted(x: Tensor) -> tuple[Tensor, Tensor]:

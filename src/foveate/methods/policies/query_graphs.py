@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from foveate.methods.policies.orders import Best, counted, in_order, ranked
+from foveate.methods.policies.orders import Best, counted, in_order, on_processor, ranked
 
 ENTRIES = 8
 """Keys at which a search in a graph begins."""
@@ -72,7 +72,7 @@ def _bunches(keys: Sequence[Tensor]) -> Iterator[range]:
     first, longest = 0, 0
     for i, some in enumerate(keys):
         longest = max(longest, len(some))
-        if i > first and (some.device.type == "cpu" or (i + 1 - first) * longest**2 > TOGETHER):
+        if i > first and (on_processor(some) or (i + 1 - first) * longest**2 > TOGETHER):
             yield range(first, i)
             first, longest = i, len(some)
     if keys:
@@ -86,9 +86,9 @@ def _padded(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return whole, torch.arange(whole.shape[1], device=whole.device) < counts[:, None]
 
 
-def _at_once(sets: int, count: int, device: torch.device) -> int:
-    """Of each set's rows of scores with its keys, how many are made at once."""
-    return max(16, (IN_CACHE if device.type == "cpu" else TOGETHER) // (sets * count))
+def _at_once(stored: Tensor) -> int:
+    """Of the rows of scores with each set of keys [sets, A, D], how many are made at once."""
+    return max(16, (IN_CACHE if on_processor(stored) else TOGETHER) // (stored.shape[0] * stored.shape[1]))
 
 
 def _firsts(sets: int, count: int, rows: int, device: torch.device) -> Tensor:
@@ -106,7 +106,7 @@ def _shared(
         stored, asked: keys [sets, A, D] and queries [sets, n, D], of which `real` and `some` are no padding.
     """
     sets, count, _ = stored.shape
-    other, step, found = stored.transpose(1, 2), _at_once(sets, count, stored.device), []
+    other, step, found = stored.transpose(1, 2), _at_once(stored), []
     for part in asked.split(step, dim=1):
         score = torch.bmm(part, other, out=finder.scores((sets, part.shape[1], count), part))
         if sets > 1:
@@ -130,7 +130,7 @@ def _nearest(centred: Tensor, half: Tensor, degree: int, finder: Best) -> tuple[
         centred: keys [sets, A, D]; half: half the squares of their lengths [sets, A], infinite for padding.
     """
     sets, count, _ = centred.shape
-    other, step, found = centred.transpose(1, 2), _at_once(sets, count, centred.device), []
+    other, step, found = centred.transpose(1, 2), _at_once(centred), []
     whole = sets * count**2 <= TOGETHER
     room = finder.scores((sets, count, count) if whole else (sets, step, count), centred)
     for start in range(0, count, step):
@@ -161,7 +161,7 @@ def _nearest(centred: Tensor, half: Tensor, degree: int, finder: Best) -> tuple[
 
 def _made_anew(keys: Tensor, one: Tensor, others: Tensor) -> Tensor:
     """Products of keys one [n] with others [n, C], both rows of keys [A, D]: [n, C]."""
-    most = IN_CACHE if keys.device.type == "cpu" else TOGETHER // 4
+    most = IN_CACHE if on_processor(keys) else TOGETHER // 4
     step = max(1, most // (others.shape[1] * keys.shape[1]))
     parts = zip(one.split(step), others.split(step), strict=True)
     return torch.cat([torch.bmm(keys[b], keys[a].unsqueeze(2)).squeeze(2) for a, b in parts])
@@ -196,7 +196,7 @@ def _spread_out(dots: Dots, half: Tensor, count: int, candidates: Tensor, most: 
     kept = torch.full((len(candidates), most), -1, dtype=torch.long, device=candidates.device)
     width = candidates.shape[1]
     order = torch.arange(width, dtype=torch.int16, device=candidates.device)
-    step = max(1, (IN_CACHE if candidates.device.type == "cpu" else TOGETHER // 16) // width)
+    step = max(1, (IN_CACHE if on_processor(candidates) else TOGETHER // 16) // width)
     for start in range(0, len(candidates), step):
         some = candidates[start : start + step]
         row = torch.arange(start, start + len(some), device=some.device)
