@@ -18,6 +18,8 @@ _FEWEST = 16
 """Fewest queries worth a tile."""
 _WIDEST = 256
 """Widest head that fits the chip's memory."""
+_ALL = 1 << 30
+"""Queries of one list for all of them, whatever their number, so that no length has kernels of its own."""
 
 
 def can_run(request: Request) -> tuple[bool, str]:
@@ -83,9 +85,13 @@ def _span(r: Request) -> str:
         return "spans that differ by head"
     if r.geometry.k_positions is not None:
         return "a span over slots that do not stand at their own positions"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (r.q, r.k, r.v)):
+    if torch.is_grad_enabled() and _trains(r):
         return "no gradients through spans"
     return ""
+
+
+def _trains(r: Request) -> bool:
+    return any(x.requires_grad for x in (r.q, r.k, r.v))
 
 
 def span_of(r: Request) -> Span | None:
@@ -115,7 +121,7 @@ def _arguments(r: Request) -> dict[str, Any]:
     positions = g.q_positions if span is not None else None
     return {
         "lists": lists,
-        "q_block": -(-queries // 128) * 128 if q_block is None else q_block,
+        "q_block": q_block if q_block is not None else -(-queries // 128) * 128 if _trains(r) else _ALL,
         "k_block": k_block,
         "scale": r.scale,
         "softcap": r.softcap,

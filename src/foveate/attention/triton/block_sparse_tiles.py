@@ -133,7 +133,7 @@ def row_ends(i, b, h, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
     return tl.where(i < queries, ends, 0)
 
 
-@jit(do_not_specialize=["k_heads"])
+@jit(do_not_specialize=["total", "across", "count", "window", "sink", "k_heads"])
 def _count(
     lists_ptr, made_ptr, first_ptr, lengths_ptr, positions_ptr,
     sb, sh, sq, fsb, fsh, lsb, lsh, psb,
