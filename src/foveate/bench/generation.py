@@ -190,9 +190,7 @@ class Bench:
         vocabulary = compat.text_config(model).vocab_size
         ids = torch.randint(0, vocabulary, (self.rows, row.length), device=model.device)
         seconds, cache, pairs = [], None, PromptPairs()
-        for number in range(self.repeats + 1):
-            # The first prompt compiles what there is, and is long enough for budgets in tokens to be less than it.
-            cut = min(row.length, max(2048, row.length // 8)) if number == 0 else row.length
+        for number in range(self.repeats + 1):  # the first prompt compiles what this length asks for
             cache = None
             cache = make()
             pairs = PromptPairs()
@@ -200,7 +198,7 @@ class Bench:
                 cache.trace = pairs
             wait(model.device)
             start = time.perf_counter()
-            model(input_ids=ids[:, :cut], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             wait(model.device)
             if number:
                 seconds.append(time.perf_counter() - start - pairs.seconds)
