@@ -11,11 +11,11 @@ from tests.contract.runs import left_padded, run
 from tests.heads.words import WordTokenizer
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores, watching
 from tests.methods.workbench import Workbench
+from tests.rotation import turn
 from torch import Tensor
 from transformers import LlamaConfig
 
 import foveate
-from foveate.compat import rotary
 from foveate.heads.codebooks import Codebook, collect, fit, kmeans, query_metric, random_texts
 from foveate.methods import A2ATS, H2O, Profile, SnapKV
 from foveate.methods.profile import built_in_profile, fingerprint, from_json, to_json
@@ -39,14 +39,6 @@ def profile_for(shape: ModelShape, centroids: int = 12) -> Profile:
 
 def of(model: Any, centroids: int = 12) -> Profile:
     return profile_for(ModelShape.of(model), centroids)
-
-
-def turn(model: Any, x: Tensor, delta: Tensor) -> Tensor:
-    """x [..., n, D] turned by delta [n] positions, in float64."""
-    angle = delta.double()[:, None] * rotary(model)[0].double()
-    half = x.shape[-1] // 2
-    a, b = x[..., :half].double(), x[..., half:].double()
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
 
 def listed(read: dict[str, Any], row: int, head: int) -> list[int]:

@@ -10,11 +10,11 @@ import torch
 from tests.closeness import assert_close
 from tests.contract.runs import left_padded, run
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
+from tests.rotation import turn
 from torch import Tensor
 
 import foveate
 from foveate.attention import Partial
-from foveate.compat import rotary
 from foveate.methods import ActQKV
 from foveate.methods.policies.outliers import Moments, joined, moments, outlier_weights, running_weights
 from foveate.methods.policies.recall import cosines, normalised_entropy, taken
@@ -22,14 +22,6 @@ from foveate.models import tiny
 
 SMALL = {"budget": 26, "init": 3, "local": 8, "block": 4, "representatives": 2, "chunk": 16, "least": 1}
 OWN = {**SMALL, "budget": None, "topk": 3}
-
-
-def turn(model: Any, x: Tensor, delta: Tensor) -> Tensor:
-    """x [..., n, D] turned by delta [n] positions, in float64."""
-    angle = delta.double()[:, None] * rotary(model)[0].double()
-    half = x.shape[-1] // 2
-    a, b = x[..., :half].double(), x[..., half:].double()
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
 
 class Truth:

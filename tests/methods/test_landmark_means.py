@@ -10,22 +10,14 @@ from tests.closeness import assert_close
 from tests.contract.runs import left_padded
 from tests.contract.runs import prompt as announced
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores, watching
+from tests.rotation import turn
 
 import foveate
-from foveate.compat import rotary
 from foveate.methods import LandmarkMeans
 from foveate.methods.policies.complete import SPARE
 from foveate.models import tiny
 
 SMALL = {"budget": 24, "block": 4, "recent": 2}
-
-
-def turn(model: Any, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """x [..., n, D] turned by delta [n] positions, in float64."""
-    angle = delta.double()[:, None] * rotary(model)[0].double()
-    half = x.shape[-1] // 2
-    a, b = x[..., :half].double(), x[..., half:].double()
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
 
 def slow(model: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, method: LandmarkMeans, scale: float):

@@ -10,10 +10,10 @@ from tests.closeness import assert_close
 from tests.contract.runs import left_padded
 from tests.contract.runs import prompt as announced
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
+from tests.rotation import turn
 
 import foveate
 from foveate.attention import decoding
-from foveate.compat import rotary
 from foveate.methods import TokenSelect
 from foveate.methods.policies.ballot import Ballot, head_votes
 from foveate.models import tiny
@@ -26,14 +26,6 @@ def distinct(rows: int, count: int) -> torch.Tensor:
     return torch.stack(
         [torch.randperm(245, generator=torch.Generator().manual_seed(row))[:count] + 5 for row in range(rows)]
     )
-
-
-def turn(model: Any, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """x [..., n, D] turned by delta [n] positions, in float64."""
-    angle = delta.double()[:, None] * rotary(model)[0].double()
-    half = x.shape[-1] // 2
-    a, b = x[..., :half].double(), x[..., half:].double()
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
 
 class Truth:

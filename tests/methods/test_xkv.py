@@ -9,11 +9,11 @@ import torch
 from tests.closeness import assert_close
 from tests.contract.runs import left_padded, run
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, sealed_memory, stores
+from tests.rotation import turn
 from torch import Tensor
 
 import foveate
 from foveate.cache import JointColumn
-from foveate.compat import rotary
 from foveate.engine import seal as sealing
 from foveate.errors import Refused
 from foveate.methods import XKV
@@ -23,14 +23,6 @@ from foveate.models import tiny
 from foveate.models.shape import ModelShape
 
 SMALL = {"group": 2, "rank_k": 6, "rank_v": 9}
-
-
-def turn(model: Any, x: Tensor, delta: Tensor) -> Tensor:
-    """x [..., n, D] turned by delta [n] positions, in float64."""
-    angle = delta.double()[:, None] * rotary(model)[0].double()
-    half = x.shape[-1] // 2
-    a, b = x[..., :half].double(), x[..., half:].double()
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
 
 def exact_prompt(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
