@@ -175,4 +175,4 @@ def test_keys_that_are_many_are_not_all_compared(monkeypatch: pytest.MonkeyPatch
 
 def test_the_papers_stores_are_searched_by_what_is_found() -> None:
     """128K keys, groups of 4 heads, the default beam."""
-    assert neighbours.WHOLE * 4 * RetrievalAttention().beam < 128 * 1024
+    assert neighbours.WHOLE * 4 * RetrievalAttention.beam < 128 * 1024

@@ -89,7 +89,7 @@ def walk(
     unseen[:, -1] = False
     unseen, scanned = unseen.reshape(-1), np.zeros(every, dtype=np.int64)
     # What was found and not looked at, in order of finding; and what was looked at, one of each query after the other.
-    room = 2 * beam + STEPS * max(links.shape[1], entries.shape[-1])
+    room = 4 * beam + STEPS * max(links.shape[1], entries.shape[-1])
     number, score = (finder.room(f"found {x}", (every, room), x, -1) for x in (np.int32, np.float32))
     score.fill(-np.inf)
     filled, start = np.zeros(every, dtype=np.int64), np.arange(every) * room

@@ -19,7 +19,7 @@ ENTRIES = 8
 """Keys at which a search in a graph begins."""
 TOGETHER = 1 << 28
 """Products of keys that are held at once (float32). Those of a set with more are made anew where they are needed."""
-IN_CACHE = 1 << 19
+IN_CACHE = 1 << 20
 """Scores that are looked through at once on a processor."""
 
 Dots = Callable[[Tensor, Tensor], Tensor]
