@@ -100,9 +100,10 @@ def test_kernels_read_and_list_what_formulas_do(
     if not decoding._interpreted():
         pytest.skip("kernels run here in Triton's interpreter")
     net, table = llama(heads=heads, kv_heads=2, layers=3), [[0.0, 0.0], gates, [0.3, 0.4]]
-    ids, mask, new = prompt(2, 41), torch.ones(2, 41, dtype=torch.long), prompt(2, 4, seed=1)
+    ids, mask, new = prompt(2, 41), torch.ones(2, 41, dtype=torch.long), prompt(2, 3, seed=1)
     mask[1, :35] = 0
     made: list[Any] = []
+    monkeypatch.setattr("foveate.cache.cache.WARMUP", 1)
     with foveate.apply(net, LycheeDecode(tokens=9, recent=2, reduce=reduce), profile=profile(net, table)) as handle:
         _, want = decoded(net, handle, ids, mask, new)
         monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
