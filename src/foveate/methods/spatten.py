@@ -15,6 +15,7 @@ from foveate.cache import View
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Context, Method, Needs, Profile, Result, Role, register
 from foveate.methods.budget import Budget
+from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.lists import mask_lists
 from foveate.methods.policies.lowbit import rough_and_fine
 from foveate.methods.policies.pruned import pruned_attention
@@ -66,17 +67,14 @@ class SpAtten(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, start=0, recent=1)
         for name in ("last", "heads", "values"):
             if not 0 < getattr(self, name) <= 1:
                 raise BadArgument(name, getattr(self, name), "give a share above 0 and at most 1")
-        if self.start < 0:
-            raise BadArgument("start", self.start, "give 0 or more tokens")
         if self.lsb < 0 or (self.msb is not None and not 1 <= self.msb <= 24 - self.lsb):
             raise BadArgument("msb" if self.lsb >= 0 else "lsb", (self.msb, self.lsb), "give 1 to 24 bits together")
         if not 0 <= self.threshold <= 1:
             raise BadArgument("threshold", self.threshold, "give a probability")
-        if self.recent < 1:
-            raise BadArgument("recent", self.recent, "give at least 1 token, the one that generation goes on from")
 
     @property
     def fills(self) -> frozenset[str]:
@@ -168,10 +166,9 @@ class SpAtten(Method):
         return None if out is result.out else out
 
     def score(self, view: View, ctx: Context) -> Tensor:
-        alive = ctx.forward.get("alive")
-        if alive is None:
+        if "alive" not in ctx.forward:
             raise Refused(f"{self.id} decides while a prompt is read which tokens stay, and here none was read")
-        return alive.float().unsqueeze(1)
+        return ctx.forward["alive"].float().unsqueeze(1)
 
     def _gated(self, out: Tensor, view: View, ctx: Context) -> Tensor:
         """Head outputs [B, H, N, Dv] with those of pruned heads zero."""
