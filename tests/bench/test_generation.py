@@ -40,6 +40,25 @@ def test_a_filled_cache_is_one_that_read_a_prompt(family: str) -> None:
         assert out.logits.isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["xkv", "kivi", "retrieval-attention"])
+def test_a_filled_cache_is_packed_joined_and_indexed(method: str) -> None:
+    """As a prompt leaves it: layers that are held together, what stands in the host's memory, what is made of it."""
+    model = tiny("llama", layers=4, kv_heads=2)
+    settings = {"xkv": {"budget": 0.4}, "retrieval-attention": {"sink": 4, "recent": 16, "k": 8, "queries": 32}}
+    with apply(model, method, **settings.get(method, {})) as handle, torch.no_grad():
+        made, read, dense = filled(handle.binding, 240), handle.cache(), 0
+        model(input_ids=torch.randint(0, 256, (1, 240)), past_key_values=read, use_cache=True)
+        for a, b in zip(made.couriers(), read.couriers(), strict=True):
+            assert (a.nbytes, a.host_nbytes) == (b.nbytes, b.host_nbytes)
+            assert {n: {k: x.shape for k, x in v.items()} for n, v in a.prepared.items()} == {
+                n: {k: x.shape for k, x in v.items()} for n, v in b.prepared.items()
+            }
+            dense += 240 * 2 * 2 * 16 * 4
+        assert made.nbytes < 0.8 * dense
+        out = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), past_key_values=made, use_cache=True)
+        assert out.logits.isfinite().all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_own_cache(family: str) -> None:
     model = tiny(family)

@@ -16,8 +16,8 @@ from foveate.models.shape import ModelShape
 
 
 def filled(binding: Binding, length: int, *, rows: int = 1, seed: int = 0) -> FoveateCache:
-    """A sealed cache whose prompt had `length` tokens of random keys and values. No more than one layer is ever held
-    exactly, so it needs no more memory than what the methods keep.
+    """A sealed cache whose prompt had `length` tokens of random keys and values. No more layers are ever held exactly
+    than are packed together, so it needs little more memory than what the methods keep.
 
     Methods that score tokens by what the prompt's queries did find random queries and random attention mass: what they
     keep is arbitrary, how much they keep is what they would keep of any prompt of this length.
@@ -43,11 +43,23 @@ def filled(binding: Binding, length: int, *, rows: int = 1, seed: int = 0) -> Fo
             width = shape.head_dim if plan.value_dim is None else shape.store_k_dim
             layer.window = draw(rows, shape.num_heads, plan.needs.window, width)
             layer.window_seen = torch.full((rows,), plan.needs.window, dtype=torch.int64, device=device)
+        if plan.needs.queries:
+            count = min(plan.needs.queries, length)
+            layer.samples = draw(rows, shape.num_heads, count, shape.head_dim)
+            layer.sample_order = torch.arange(count, device=device).expand(rows, -1)
         if plan.needs.columns:
             for band in layer.store.bands:
                 band.tags[COLUMNS].data.uniform_(generator=generator)
         del k, v
-        sealing.seal(layer, plan, binding.shape, binding.keeper, lambda m, at=layer, p=plan: binding.context(at, p, m))
+        sealing.seal(
+            layer,
+            plan,
+            binding.shape,
+            binding.keeper,
+            lambda m, at=layer, p=plan: binding.context(at, p, m),
+            binding.preparers,
+        )
+        sealing.join(cache, plan)
         cache.touch(index)
     return cache
 
