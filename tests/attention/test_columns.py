@@ -38,7 +38,7 @@ def test_columns_are_those_of_the_map(seed: int, number: int, monkeypatch: pytes
     read = random_read(seed)
     read.options.pop("bias", None)
     if number % 3 == 0:  # a few queries at a time
-        monkeypatch.setattr(MODULE, "SCORES", 5 * read.q.shape[0] * read.heads * read.k.shape[2])
+        monkeypatch.setattr(MODULE, "at_once", lambda device: 5 * read.q.shape[0] * read.heads * read.k.shape[2])
     lse = read.truth().lse
     valid = torch.randint(0, read.q.shape[2] + 1, (read.q.shape[0],)) if number % 2 else None
     got = columns(read.q, read.k, lse, read.selection, read.geometry, visible=read.visible, valid=valid, **read.options)
@@ -52,7 +52,7 @@ def test_entropies_are_those_of_the_map(seed: int, number: int, monkeypatch: pyt
     read = random_read(seed)
     read.options.pop("bias", None)
     if number % 3 == 0:  # a few queries at a time
-        monkeypatch.setattr(MODULE, "SCORES", 5 * read.q.shape[0] * read.heads * read.k.shape[2])
+        monkeypatch.setattr(MODULE, "at_once", lambda device: 5 * read.q.shape[0] * read.heads * read.k.shape[2])
     lse = read.truth().lse
     p = whole_map(read, lse)
     surprise = torch.where(p > 0, -p * p.clamp_min(1e-300).log(), 0.0)
@@ -105,7 +105,7 @@ def test_lists_of_two_grains_may_be_read_in_any_pieces(seed: int, monkeypatch: p
     lse = merge([attend(q, k, v, one), attend(q, k, v, two)]).lse
     want = by_map(Read(q, k, v, one), lse) + by_map(Read(q, k, v, two), lse)
     for step in (1, 5, 7, 29):
-        monkeypatch.setattr(MODULE, "SCORES", step * 2 * 48)
+        monkeypatch.setattr(MODULE, "at_once", lambda device, most=step * 2 * 48: most)
         assert_close(columns(q, k, lse, [one, two]), want, 1e-12)
 
 

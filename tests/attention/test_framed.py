@@ -31,7 +31,7 @@ def turned(x: torch.Tensor, delta: int) -> torch.Tensor:
 def test_against_the_definition(seed: int, q_block, k_block, shared, softcap, gaps, monkeypatch) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    monkeypatch.setattr(framed, "GATHERED", 200)  # several pieces
+    monkeypatch.setattr(framed, "at_once", lambda device: 200)  # several pieces
     q, k, v = tensors(2, 3, 1, 7, 23, 8, 6)
     lengths, first = torch.tensor([[23], [19]]), torch.tensor([[16], [13]])
     apart = 2 if gaps else 1  # tokens between were evicted, or none

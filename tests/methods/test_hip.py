@@ -233,7 +233,7 @@ def test_works_on_what_another_method_holds() -> None:
 def test_pieces_of_memory_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = llama(layers=2), prompt(1, 101)
     want = run(model, ids)[0]["parts"].lists
-    monkeypatch.setattr(module, "AT_ONCE", 1)
+    monkeypatch.setattr(module, "at_once", lambda device: 1)
     assert torch.equal(run(model, ids)[0]["parts"].lists, want)
 
 

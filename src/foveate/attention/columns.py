@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.attention.kernel import SCORES, fold
+from foveate.attention.at_once import at_once
+from foveate.attention.kernel import fold
 from foveate.attention.scores import to_heads
 from foveate.attention.selection import ALL, Geometry, Selection, Span
 from foveate.attention.triton_prefill import machine
@@ -172,7 +173,7 @@ class _Asked:
         """Probabilities [B, H, stop - start, end] of queries start..stop-1 for the first `end` keys, block by block."""
         (batch, heads, queries, _), (k_heads, keys) = self.q.shape, self.k.shape[1:3]
         turned = self.k.to(self.wide).transpose(-1, -2)
-        step = max(1, SCORES // (batch * heads * keys))
+        step = max(1, at_once(self.q.device) // (batch * heads * keys))
         for start in range(0, queries, step):
             stop = min(start + step, queries)
             end = keys - queries + stop if self.geometry.plain else keys

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention.kernel import SCORES
+from foveate.attention.at_once import at_once
 from foveate.attention.scores import to_heads
 from foveate.attention.selection import ALL, Geometry, Selection, Span
 from foveate.errors import BadArgument
@@ -46,7 +46,7 @@ def shares(
     rows, cols = min(rows, g.queries), min(cols, g.keys)
     column = torch.arange(g.keys, device=g.device) * cols // g.keys
     read, causal = (torch.zeros(rows, cols, dtype=torch.float64, device=g.device) for _ in range(2))
-    step = max(1, SCORES // (num_heads * g.batch * g.keys))
+    step = max(1, at_once(g.device) // (num_heads * g.batch * g.keys))
     for cell in range(rows):
         begin, end = -(-cell * g.queries // rows), -(-(cell + 1) * g.queries // rows)
         for start in range(begin, end, step):

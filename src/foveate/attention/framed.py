@@ -15,11 +15,9 @@ from torch import Tensor
 
 from foveate.attention import grouped, turned
 from foveate.attention.angles import Angles
+from foveate.attention.at_once import at_once
 from foveate.attention.kernel import any_of, ends_with_keys, softmax_attention
 from foveate.attention.selection import Geometry, Partial, Selection, Span
-
-GATHERED = 1 << 24
-"""Numbers of gathered keys that are alive at once."""
 
 Move = Callable[[Tensor, Tensor], Tensor]
 """(rotated x [B, H, n, D], delta [B, H, n] in positions) -> x turned."""
@@ -65,7 +63,7 @@ def pieces(
     rows, per = rows.to(wide), rows.shape[3]
     table = k.reshape(batch * keys, dim)
     together = geometry.k_positions is None and per < size  # all keys of a block move alike: cheaper to turn the query
-    step = max(1, GATHERED // max(1, batch * heads * width * size * dim))
+    step = max(1, at_once(q.device) // max(1, batch * heads * width * size * dim))
     for first in range(0, blocks, step):
         some = slice(first, min(first + step, blocks))
         listed = lists[:, :, some].long()
@@ -209,7 +207,7 @@ def _fused(
     if queries > 1 and not spans:
         kinds = _kinds(slots_of_all, real, ends, ends_with_keys(q, v))
     outs, totals = [], []
-    step = max(1, GATHERED // max(1, batch * own * real.shape[-1] * dim))
+    step = max(1, at_once(q.device) // max(1, batch * own * real.shape[-1] * dim))
     first = 0
     while first < blocks:
         stop = first + 1

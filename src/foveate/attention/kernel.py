@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from foveate.attention.at_once import at_once
+
 
 def _op(name: str) -> Callable[..., Any] | None:
     packet = getattr(torch.ops.aten, name, None)
@@ -19,9 +21,6 @@ def _op(name: str) -> Callable[..., Any] | None:
 _FLASH_CPU = _op("_scaled_dot_product_flash_attention_for_cpu")
 _FLASH_CUDA = _op("_scaled_dot_product_flash_attention")
 _EFFICIENT_CUDA = _op("_scaled_dot_product_efficient_attention")
-
-SCORES = 1 << 24
-"""Most scores (heads x queries x keys) that are held at once where scores or masks are held at all."""
 
 _CUDNN_FROM = 8192
 """Queries from which cuDNN is asked first on Hopper and later: a plan of its own for every new shape costs it more than
@@ -131,7 +130,7 @@ def _lse(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, causal: bool) 
     batch, heads, queries, keys = *q.shape[:3], k.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     k = k.to(wide).transpose(-1, -2)
-    step = max(1, SCORES // (batch * heads * keys))
+    step = max(1, at_once(q.device) // (batch * heads * keys))
     parts = []
     for start in range(0, queries, step):
         rows = q[:, :, start : start + step].to(wide)

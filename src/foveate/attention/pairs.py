@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from foveate.attention.kernel import SCORES
+from foveate.attention.at_once import at_once
 from foveate.attention.scores import to_heads
 from foveate.attention.selection import Geometry, Ints, Selection, Span, needed, per_head
 
@@ -94,7 +94,7 @@ def _masks(
     real: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Masks of a few queries at a time, with the number of their first; none crosses a multiple of `within`."""
-    step = max(1, SCORES // max(1, geometry.batch * heads * geometry.keys))
+    step = max(1, at_once(geometry.device) // max(1, geometry.batch * heads * geometry.keys))
     within = geometry.queries if within is None else within
     for begin in range(0, geometry.queries, max(1, within)):
         end = min(begin + within, geometry.queries)
@@ -175,7 +175,7 @@ def _listed_in_range(
     lists = to_heads(lists, heads).long()
     ranges = [(to_heads(low, heads), to_heads(high, heads)) for low, high in ranges]
     count = torch.zeros(g.batch, heads, dtype=torch.int64, device=g.device)
-    rows = max(1, SCORES // max(1, g.batch * heads * lists.shape[-1]))
+    rows = max(1, at_once(g.device) // max(1, g.batch * heads * lists.shape[-1]))
     for block in range(lists.shape[2]):
         low = (lists[:, :, block] * selection.k_block).unsqueeze(-2)  # [B, h, 1, K]
         there = lists[:, :, block].unsqueeze(-2) >= 0

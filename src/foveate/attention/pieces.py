@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.attention.kernel import SCORES, any_of
+from foveate.attention.at_once import at_once
+from foveate.attention.kernel import any_of
 from foveate.attention.request import Request
 from foveate.attention.scores import to_heads
 from foveate.attention.selection import Ints, Span
@@ -50,13 +51,14 @@ def pieces(r: Request) -> Iterator[Piece]:
     heads = k_heads if r.lists is None else max(k_heads, r.lists.shape[1])
     scored = r.shape[1] if r.math else heads
     most = FETCHED if r.q.device.type == "cpu" else FETCHED_GPU
+    scores = at_once(r.q.device)
     done = 0
     while done < blocks:
         count = blocks - done
         # Later blocks may read more than the first: size by the first, then by the longest of those.
         for last in (done + 1, done + count):
             width = batch * max(1, _width(r, done, last, rows, per_list))
-            count = max(1, min(most // (heads * r.q.shape[3] * width), SCORES // (scored * rows * width), count))
+            count = max(1, min(most // (heads * r.q.shape[3] * width), scores // (scored * rows * width), count))
         yield _piece(r, done, done + count, rows, per_list)
         done += count
 

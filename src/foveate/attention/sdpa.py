@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.attention.kernel import SCORES, ends_with_keys, softmax_attention
+from foveate.attention.at_once import at_once
+from foveate.attention.kernel import ends_with_keys, softmax_attention
 from foveate.attention.request import Request
 from foveate.attention.scores import score_attention, to_heads
 from foveate.attention.selection import Partial
@@ -47,7 +48,7 @@ def everything(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> Part
 def _masked(r: Request) -> Partial:
     batch, heads, k_heads, queries, keys = r.shape
     held = heads if r.math or (r.lists is not None and r.lists.shape[1] == heads) else k_heads
-    step = max(1, min(queries, SCORES // (batch * held * keys)))
+    step = max(1, min(queries, at_once(r.q.device) // (batch * held * keys)))
     if r.geometry.plain:
         # The kernel cannot skip the future under a mask; pieces that end at their last query can.
         step = min(step, max(_PIECE, -(-queries // 8)))

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from foveate.attention.at_once import at_once
 from foveate.cache.column import Observed
 
 MOST = 8
@@ -21,8 +22,6 @@ UNITY = 16
 """Code of the scale 1."""
 TRIED = (-3, -1, 1, 3)
 """Scales that each token is tried with, next to that of its root mean square."""
-AT_ONCE = 1 << 24
-"""Numbers that are unpacked at once."""
 _APART = 32.0
 """Between the tables of two widths where all their borders lie in a row; no component is clipped before 12."""
 
@@ -155,7 +154,7 @@ class TransformSide:
         (rows,) = packed
         work = torch.promote_types(dtype, torch.float32)
         held, at = self.transform.on(rows.device, work), heads.long()
-        step = max(1, AT_ONCE // max(1, len(rows) * held.bits.shape[1]))
+        step = max(1, at_once(rows.device) // max(1, len(rows) * held.bits.shape[1]))
         parts = [self._opened(part, dtype, held, at, first) for part in rows.split(step, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

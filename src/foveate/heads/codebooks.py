@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from foveate import compat
 from foveate.attention.angles import Angles
+from foveate.attention.at_once import at_once
 from foveate.heads.tap import Tap, Tapped
 
 ITERATIONS = 300
 """Steps of k-means at most."""
 TOLERANCE = 1e-4
 """K-means ends when its centroids move by less than this share of the variance of the points."""
-AT_ONCE = 1 << 24
-"""Distances that are alive at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +101,7 @@ def nearest(points: Tensor, centroids: Tensor, sizes: Tensor | None = None) -> T
         sizes: squared lengths of the centroids [..., C], where the points carry a metric; None: their plain ones.
     """
     weight = (centroids.square().sum(-1) if sizes is None else sizes).unsqueeze(-2)
-    step = max(1, AT_ONCE // max(1, centroids.shape[:-1].numel()))
+    step = max(1, at_once(points.device) // max(1, centroids.shape[:-1].numel()))
     found = [
         (weight - 2 * points[..., i : i + step, :] @ centroids.mT).argmin(-1) for i in range(0, points.shape[-2], step)
     ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Parts, Selection
+from foveate.attention.at_once import at_once
 from foveate.cache import View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register, tries
@@ -17,8 +18,6 @@ from foveate.methods.budget import Budget
 from foveate.methods.policies.tree import ascending, descend, descend_keys
 from foveate.models.shape import ModelShape
 
-AT_ONCE = 1 << 24
-"""Elements of fetched keys that are in memory at a time, at least those of one block of queries."""
 LEAST_BLOCKS = 2
 
 
@@ -173,7 +172,7 @@ class HiP(Method):
             best = descend_keys(asking[:, :, :, 0], keys, self._sinks, high, slots, most, self.k_block)
             if best is not None:
                 return best.unsqueeze(2)
-        step = max(1, AT_ONCE // (batch * heads * 2 * slots * self.k_block * dim))
+        step = max(1, at_once(keys.device) // (batch * heads * 2 * slots * self.k_block * dim))
         found = []
         for at in range(0, count, step):
             ask = asking[:, :, at : at + step].unflatten(1, (stores, group)).float()

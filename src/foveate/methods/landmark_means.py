@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Frame, Partial, Parts, Selection
+from foveate.attention.at_once import at_once
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Role, register
@@ -20,9 +21,6 @@ from foveate.methods.policies.complete import completes, newest, room
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
 from foveate.models.shape import ModelShape
-
-SCORES = 1 << 24
-"""Scores of blocks that are alive at once."""
 
 
 class Layout(NamedTuple):
@@ -152,7 +150,7 @@ class LandmarkMeans(Method):
         number = torch.arange(means.shape[-1], device=q.device)
         batch, heads, queries, _ = q.shape
         lists, won = [], []
-        step = max(1, SCORES // (batch * heads * max(1, len(number))))
+        step = max(1, at_once(q.device) // (batch * heads * max(1, len(number))))
         for first in range(0, queries, step):
             some = slice(first, first + step)
             rows = at_position(q[:, :, some], layout.own[:, some], self.recent * self.block, ctx.rope).float()

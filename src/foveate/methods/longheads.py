@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Frame, Parts, Selection
+from foveate.attention.at_once import at_once
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Context, Method, Profile, Result, Role, register
@@ -18,9 +19,6 @@ from foveate.methods.policies.complete import completes, newest, room
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.positions import refuse_fixed_positions
 from foveate.models.shape import ModelShape
-
-SCORES = 1 << 24
-"""Scores of chunks that are alive at once."""
 
 
 @register
@@ -91,7 +89,7 @@ class LongHeads(Method):
                 ctx.forward[key] = common
         own, place, ranks, limits = common
         wanted, lists = features.transpose(-1, -2), []
-        step = max(1, SCORES // (q.shape[0] * q.shape[1] * features.shape[2]))
+        step = max(1, at_once(q.device) // (q.shape[0] * q.shape[1] * features.shape[2]))
         for first in range(0, q.shape[2], step):
             now = own[:, first : first + step]
             scores = ctx.rope.move(q[:, :, first : first + step], -now).float() @ wanted

@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.attention.at_once import at_once
 from foveate.attention.triton_prefill import machine
-
-AT_ONCE = 1 << 24
-"""Estimated logits that are in memory at a time, at least one block of queries."""
 
 
 def low_bit(x: Tensor, tile: int, bits: int = 4) -> tuple[Tensor, Tensor]:
@@ -81,7 +79,7 @@ def block_peaks(
         return code_peaks(asked, held, lse, q_block, k_block, scale=scale, softcap=softcap)
     scale_k = scale_k.repeat_interleave(group, dim=0).unsqueeze(1)
     peaks = q.new_full((heads, -(-n // q_block), -(-m // k_block)), -torch.inf)
-    step = max(1, AT_ONCE // (heads * m * q_block)) * q_block
+    step = max(1, at_once(q.device) // (heads * m * q_block)) * q_block
     for start in range(0, n, step):
         stop = min(start + step, n)
         end = min(m, -(-(m - n + stop) // k_block) * k_block)

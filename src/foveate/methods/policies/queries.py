@@ -7,11 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from foveate.attention.at_once import at_once
 from foveate.cache import View
 from foveate.methods.policies.lists import top_lists
-
-SCORES = 2**24
-"""Scores that are made at a time."""
 
 
 def seen_lists(view: View, q: Tensor, k: int, score: Callable[[slice, Tensor], Tensor]) -> Tensor:
@@ -28,7 +26,7 @@ def seen_lists(view: View, q: Tensor, k: int, score: Callable[[slice, Tensor], T
     own = lengths - view.fresh.view(-1, 1, 1) + torch.arange(queries, device=q.device)
     own = torch.minimum(own, lengths - 1).unsqueeze(-1)
     slot = torch.arange(slots, device=q.device)
-    step = max(1, SCORES // max(1, batch * heads * slots))
+    step = max(1, at_once(q.device) // max(1, batch * heads * slots))
     lists = []
     for first in range(0, queries, step):
         some = slice(first, min(first + step, queries))
