@@ -135,9 +135,13 @@ class LandmarkMeans(Method):
             near = near.masked_fill(near > own[..., None], -1)
             local = Selection(lists=near.to(torch.int32).unsqueeze(1), q_block=1)
         else:
-            near = edge.clamp_min(0)[..., None] + torch.arange(self.recent, device=q.device)
-            near = near.masked_fill(near > (own // size)[..., None], -1).masked_fill(near * size >= view.capacity, -1)
-            local = Selection(lists=near.to(torch.int32).unsqueeze(1), q_block=1, k_block=size)
+            # Queries of one block read the same blocks: one list, where blocks of queries and of keys begin together.
+            per = 1 if ((view.host_lengths[:, 0] - view.host_fresh) % size).any() else size
+            near = edge[:, ::per].clamp_min(0)[..., None] + torch.arange(self.recent, device=q.device)
+            behind = (near > (own[:, ::per] // size)[..., None]) | (near * size >= view.capacity)
+            local = Selection(
+                lists=near.masked_fill(behind, -1).to(torch.int32).unsqueeze(1), q_block=per, k_block=size
+            )
         far = edge[..., None] > k
         # Positions count from the oldest block that may be laid out, unless nothing is left out yet.
         place = torch.where(far[..., 0], own - (edge - k - 1) * size, own)
