@@ -110,7 +110,9 @@ class LongHeads(Method):
         if features is None:
             return
         ctx.mine["features"] = features
-        held = ctx.mine.setdefault("queries", q.new_zeros(*q.shape[:2], self.chunk, q.shape[3]))
+        if "queries" not in ctx.mine:
+            ctx.mine["queries"] = q.new_zeros(*q.shape[:2], self.chunk, q.shape[3])
+        held = ctx.mine["queries"]
         if q.shape[2] == 1 and view.host_fresh.all():
             place = (view.lengths[:, :1].long() - 1) % self.chunk
             held.scatter_(2, place[:, None, :, None].expand_as(q), q)
