@@ -48,8 +48,18 @@ def bench_part(data: dict[str, Any]) -> str:
     shortest = min(row["length"] for row in rows)
     lengths = {row["length"] for row in rows}
     crossed = [f"- {sentence(found, shortest)}." for found in data.get("crossovers", []) if len(lengths) > 1]
-    below = [part for part in ("\n".join(notes), "\n".join(crossed), made(data)) if part]
+    spent = [line for row in rows for line in where(row)]
+    below = [part for part in ("\n".join(notes), "\n".join(crossed), "\n".join(spent), made(data)) if part]
     return "\n".join([*lines, "", "\n\n".join(below), ""])
+
+
+def where(row: dict[str, Any], most: int = 6) -> Iterator[str]:
+    """What the device did in the time of a row, the prompt and a token a line each."""
+    for name, part in (("prefill", "prompt"), ("decode", "token")):
+        if work := row.get(f"{name}_profile"):
+            spent = (f"`{each['name']}` {each['ms']:,.2f} ms ({each['launches']:,.6g} x)" for each in work["kernels"])
+            shown = ", ".join(list(spent)[:most])
+            yield f"- **{label(row)}**, {part} of {row['length']:,}: {shown}, idle {work['idle_ms']:,.2f} ms."
 
 
 def made(data: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,7 @@ from foveate.attention import Geometry, Selection
 from foveate.attention.pairs import bytes_read
 from foveate.bench.clock import Rates, Timing, rates, wait
 from foveate.bench.pairs import PromptPairs, density, multiplied, narrowed, prompt_flops
+from foveate.bench.profile import Profiled, Work
 from foveate.bench.prompt import filled, plain
 from foveate.cache import Band, FoveateCache
 from foveate.engine.apply import apply
@@ -30,6 +32,9 @@ PLAIN = "transformers"
 
 _UNTIMED = 8
 """First tokens of an answer, in which steps are recorded and kernels compiled."""
+
+_PROFILED = 4
+"""Tokens that a profile is made of; one more lies between them and the timed ones."""
 
 Watch = Callable[[str], None]
 
@@ -53,6 +58,8 @@ class Row:
         kv_bytes: held while decoding.
         prefill_peak_bytes, peak_bytes: most that the device held in all, weights included, by the end of the prompt and
             of the answer; 0 where the device does not say.
+        prefill_profile, decode_profile: what the device did for the prompt and for one token, where it was looked at;
+            `unprofiled` says why there is none though it was asked for.
         recorded: whether steps were replayed from a graph; why_not otherwise.
         refused: why there are no figures.
     """
@@ -71,19 +78,28 @@ class Row:
     kv_bytes: int = 0
     prefill_peak_bytes: int = 0
     peak_bytes: int = 0
+    prefill_profile: Work | None = None
+    decode_profile: Work | None = None
+    unprofiled: str = ""
     recorded: bool = False
     why_not: str = ""
     refused: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; times in milliseconds."""
-        apart = ("prefill", "density", "prefill_floor_s", "decode", "floor_s", "arbitrary")
+        apart = {"prefill", "density", "prefill_floor_s", "decode", "floor_s", "arbitrary"}
+        apart |= {"prefill_profile", "decode_profile", "unprofiled"}
         values = {k: v for k, v in vars(self).items() if k not in apart}
         if self.arbitrary:
             values["arbitrary"] = list(self.arbitrary)
-        for name, timing in (("prefill", self.prefill), ("decode", self.decode)):
+        both = ("prefill", self.prefill, self.prefill_profile), ("decode", self.decode, self.decode_profile)
+        for name, timing, work in both:
             if timing is not None:
                 values |= {f"{name}_{k}": v for k, v in timing.as_ms().items()}
+            if timing is not None and work is not None:
+                values[f"{name}_profile"] = work.as_json(timing.median)
+        if self.unprofiled:
+            values["unprofiled"] = self.unprofiled
         if self.prefill is not None:
             values |= {"prefill_density": self.density, "prefill_floor_ms": 1e3 * self.prefill_floor_s}
             values["prefill_of_floor"] = self.prefill.median / self.prefill_floor_s
@@ -105,6 +121,7 @@ class Bench:
         steps: tokens that are timed; 0: none.
         rows: sequences side by side.
         baseline: measure plain transformers first.
+        profile: look where the time goes, too: at the prompt that is not timed, and at tokens behind the timed ones.
     """
 
     prompt: bool = False
@@ -112,6 +129,7 @@ class Bench:
     steps: int = 64
     rows: int = 1
     baseline: bool = True
+    profile: bool = False
 
     def run(
         self, model: Any, methods: Sequence[Applied], lengths: Sequence[int], watch: Watch = lambda what: None
@@ -152,7 +170,7 @@ class Bench:
             row, cache = self._read(model, row, lambda: compat.DynamicCache(config=model.config), machine)
         if self.steps:
             cache = plain(model, length, rows=self.rows) if cache is None else cache
-            row = replace(row, decode=self._generate(model, cache, length))
+            row = self._generate(model, row, cache)
         held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
         floor = machine.floor(row.weight_bytes + held)
         return replace(row, floor_s=floor, read_bytes=held, kv_bytes=held, peak_bytes=peak(model.device))
@@ -168,7 +186,7 @@ class Bench:
                 row, cache = self._read(model, row, handle.cache, machine, count)
             if self.steps:
                 cache = filled(handle.binding, row.length, rows=self.rows) if cache is None else cache
-                row = replace(row, decode=self._generate(model, cache, row.length))
+                row = self._generate(model, row, cache)
                 recorded = cache.step is not None
                 why = "" if recorded else cache.unrecorded or handle.binding.ungraphed
                 cache.step = None  # a graph has memory of its own
@@ -190,15 +208,18 @@ class Bench:
         vocabulary = compat.text_config(model).vocab_size
         ids = torch.randint(0, vocabulary, (self.rows, row.length), device=model.device)
         seconds, cache, pairs = [], None, PromptPairs()
+        seen = Profiled(model.device)
         for number in range(self.repeats + 1):  # the first prompt compiles what this length asks for
             cache = None
             cache = make()
             pairs = PromptPairs()
-            if count:
-                cache.trace = pairs
+            looked = self.profile and not number
+            if count:  # what counting takes is no part of a profile, but a trace may change what kernels are taken
+                cache.trace = (lambda *read: None) if looked else pairs
             wait(model.device)
             start = time.perf_counter()
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            with seen if looked else nullcontext():
+                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             wait(model.device)
             if number:
                 seconds.append(time.perf_counter() - start - pairs.seconds)
@@ -212,37 +233,68 @@ class Bench:
             density=density(shape, row.length, self.rows, pairs.read),
             prefill_floor_s=machine.floor(row.weight_bytes, flops),
             prefill_peak_bytes=peak(model.device),
+            prefill_profile=seen.work,
+            unprofiled=seen.why,
         )
         return row, cache
 
-    def _generate(self, model: Any, cache: Any, length: int) -> Timing:
+    def _generate(self, model: Any, row: Row, cache: Any) -> Row:
         """The time of one token inside `generate()`, the first few left out.
 
         `generate()` waits for the device once per token, when it asks whether the answer is over: from one stamp to the
         next is one token's whole time. To wait at each stamp, too, would have the device stand still for longer than it
         does when nobody looks.
+
+        A profile is made of further tokens of the same answer, for which recorded steps have room already.
         """
         device, stamps = model.device, []
+        seen, recorded = Profiled(device, _PROFILED), (0, 0)
+        timed = self.steps + _UNTIMED
+        new = timed + (1 + _PROFILED if self.profile else 0)
 
         def stamp(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             stamps.append(time.perf_counter())
+            if self.profile:
+                look(len(stamps) - timed)
             return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
-        ids = torch.randint(0, compat.text_config(model).vocab_size, (self.rows, length + 1), device=device)
-        new = self.steps + _UNTIMED
+        def look(further: int) -> None:
+            nonlocal recorded
+            if further == 0:
+                seen.prepare()
+            elif further == 1:
+                recorded = _recorded(cache)
+                seen.start()
+            elif further == 1 + _PROFILED:
+                seen.stop()
+
+        ids = torch.randint(0, compat.text_config(model).vocab_size, (self.rows, row.length + 1), device=device)
         wait(device)
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            stopping_criteria=[stamp],
-            pad_token_id=0,
-        )
-        gaps = [b - a for a, b in pairwise(stamps)]
-        return Timing.of(gaps[_UNTIMED - 1 :])
+        try:
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                stopping_criteria=[stamp],
+                pad_token_id=0,
+            )
+        finally:
+            seen.stop()  # a profiler that is left on would be in the way of the next row
+        gaps = [b - a for a, b in pairwise(stamps[:timed])]
+        work, why = seen.work, seen.why
+        if work is not None and _recorded(cache) != recorded:
+            work, why = None, "a step was recorded while tokens were profiled"
+        unprofiled = "; ".join(dict.fromkeys(filter(None, (row.unprofiled, why))))
+        return replace(row, decode=Timing.of(gaps[_UNTIMED - 1 :]), decode_profile=work, unprofiled=unprofiled)
+
+
+def _recorded(cache: Any) -> tuple[int, int]:
+    """Changes when a decode step is recorded, which takes further steps that are none of the answer."""
+    step = getattr(cache, "step", None)
+    return (0, 0) if step is None else (id(step), step.kinds)
 
 
 def peak(device: torch.device) -> int:

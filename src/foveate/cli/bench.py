@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ DeviceName = Annotated[str, typer.Option(help="auto (CUDA where there is one), c
 OnCpu = Annotated[bool, typer.Option("--cpu", help="Measure on the processor.")]
 Out = Annotated[Path | None, typer.Option(help="Write the record to this JSON file.")]
 Steps = Annotated[int, typer.Option(help="Tokens that are timed.")]
+Profiled = Annotated[bool, typer.Option("--profile", help="Look which kernels the time of a row goes to.")]
 Repeats = Annotated[int, typer.Option(help="Prompts that are timed.")]
 
 
@@ -43,13 +44,14 @@ def decode(
     layers: Layers = None,
     device: DeviceName = "auto",
     cpu: OnCpu = False,
+    profile: Profiled = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Milliseconds per token inside generate(), behind a context of random keys and values."""
     from foveate.bench.generation import Bench
 
-    _generation("decode", Bench(steps=steps, rows=rows), locals())
+    _generation("decode", Bench(steps=steps, rows=rows, profile=profile), locals())
 
 
 @app.command()
@@ -63,13 +65,14 @@ def prefill(
     layers: Layers = None,
     device: DeviceName = "auto",
     cpu: OnCpu = False,
+    profile: Profiled = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Seconds for a prompt of random tokens, and the most memory on the way."""
     from foveate.bench.generation import Bench
 
-    _generation("prefill", Bench(prompt=True, repeats=repeats, steps=0, rows=rows), locals())
+    _generation("prefill", Bench(prompt=True, repeats=repeats, steps=0, rows=rows, profile=profile), locals())
 
 
 @app.command()
@@ -84,13 +87,14 @@ def e2e(
     layers: Layers = None,
     device: DeviceName = "auto",
     cpu: OnCpu = False,
+    profile: Profiled = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """A prompt and its answer: prefill seconds, decode milliseconds per token, bytes held and peak bytes."""
     from foveate.bench.generation import Bench
 
-    _generation("e2e", Bench(prompt=True, repeats=repeats, steps=steps, rows=rows), locals())
+    _generation("e2e", Bench(prompt=True, repeats=repeats, steps=steps, rows=rows, profile=profile), locals())
 
 
 @app.command()
@@ -221,7 +225,7 @@ def _command(kind: str, given: dict[str, Any]) -> str:
     for name in ("methods", "budgets", "lengths", "repeats", "steps", "rows", "layers", "out"):
         if given.get(name) not in (None, ""):
             words += [f"--{name}", str(given[name])]
-    return shlex.join([*words, *(["--cpu"] if given["cpu"] else [])])
+    return shlex.join([*words, *(f"--{name}" for name in ("cpu", "profile") if given.get(name))])
 
 
 _COLUMNS: dict[str, Sequence[tuple[str, str, float, str]]] = {
@@ -264,9 +268,23 @@ def _show(kind: str, data: dict[str, Any]) -> None:
         note = row.get("refused") or (f"steps not recorded: {row['why_not']}" if row.get("why_not") else "")
         if note:
             console.print(f"{row['method']}, {row['length']} tokens: {note}", style="dim")
+        for line in _where(row):
+            console.print(f"{row['method']}, {row['length']} tokens, {line}", highlight=False)
     shortest = min(row["length"] for row in data["rows"])
     for found in data["crossovers"]:
         console.print(sentence(found, shortest), highlight=False)
+
+
+def _where(row: dict[str, Any], most: int = 5) -> Iterator[str]:
+    """What the time of a row went to, the prompt and a token a line each."""
+    for name, part in (("prefill", "prompt"), ("decode", "token")):
+        if work := row.get(f"{name}_profile"):
+            wall = work["device_ms"] + work["idle_ms"]
+            spent = [*((each["name"], each["ms"]) for each in work["kernels"][:most]), ("idle", work["idle_ms"])]
+            shares = (f"{what} {ms:,.3f} ms ({ms / wall:.0%})" for what, ms in spent)
+            yield f"{part}: {', '.join(shares)}; {work['launches']:,.0f} launches"
+    if row.get("unprofiled"):
+        yield f"no profile: {row['unprofiled']}"
 
 
 _KERNELS: list[tuple[str, str, float, str]] = [

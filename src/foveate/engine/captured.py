@@ -57,6 +57,11 @@ class Step:
         for index in self.call.stores:
             cache.touch(index)  # what was reserved counts
 
+    @property
+    def kinds(self) -> int:
+        """How many have been recorded."""
+        return len(self._replays)
+
     def catches_up(self) -> bool:
         """Take over what came by another way since the last replay. False if the next step can be none of these."""
         return self._look()[1]
