@@ -82,7 +82,8 @@ def launches(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]
     monkeypatch.setattr(StepCall, "attention", within)
     for made in ("arrive", "weigh", "evict", "scored", "listed", "token_weights", "replace_least"):
         monkeypatch.setattr(decoding.Held, made, noted(decoding.Held, made))
-    monkeypatch.setattr(decoding, "window", noted(decoding, "window"))
+    for made in ("window", "arrive_packed"):
+        monkeypatch.setattr(decoding, made, noted(decoding, made))
     net, case = model("llama", 2), CASES[name]
     ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 6).unsqueeze(0)
     with applied(net, case) as handle, recording(net, handle, by=record):
@@ -98,6 +99,7 @@ def launches(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]
         ("quest", ["arrive", "page_bounds", "select_best", "decode_lists"]),
         ("h2o", ["arrive", "weigh", "evict"]),
         ("delta-attention", ["arrive", "decode_lists"]),
+        ("kvtc", ["arrive_packed", "decode_coded"]),
         ("lycheedecode", ["arrive", "listed"]),
         ("recycled-attention", ["arrive", "listed", "replace_least"]),
         (

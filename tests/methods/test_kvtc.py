@@ -10,14 +10,19 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
+from tests.contract.recorded import recording, steps
+from tests.contract.runs import left_padded, tokens
 from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, stores
 from tests.methods.workbench import Workbench
 from torch import Tensor
 from transformers import LlamaConfig
 
 import foveate
+from foveate.attention import decoding
 from foveate.cache import PackedColumn
+from foveate.cache.fixed_column import FixedPacked
 from foveate.cache.transform import SCALE, losses
+from foveate.engine import captured
 from foveate.evaluate.setting import parse_one
 from foveate.heads.tap import Tap
 from foveate.heads.transform_coding import Moments, collect, longest, sensitivity, share_out, water_filling
@@ -139,6 +144,38 @@ def test_groups_and_compositions(heads: int, kv_heads: int, partner: Any) -> Non
     assert relative_rms(got, want) < 0.1
     assert [held(s) for s in stores(cache)] == [held(s) for s in stores(other)]
     assert all(isinstance(band.k, PackedColumn) for store in stores(cache) for band in store.bands)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "partner", "settings"),
+    [(8, 1, None, SMALL), (6, 2, SnapKV(budget=30, window=7), {"bits": 3, "residual": 1, "sink": 0})],
+)
+def test_recorded_steps_read_codes(
+    heads: int, kv_heads: int, partner: Any, settings: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows of different length, as on a GPU but in Triton's interpreter: nothing is unpacked, and tokens are packed
+    on the way."""
+    pytest.importorskip("triton")
+    if not decoding._interpreted():
+        pytest.skip("kernels run here in Triton's interpreter")
+    net, method = llama(heads=heads, kv_heads=kv_heads, layers=1), KVTC(**settings)
+    profile = profile_for(ModelShape.of(net))
+    ids, mask = left_padded([tokens(seed, 33), tokens(seed + 1, 61)])
+    new = torch.stack([tokens(seed + 2, 10), tokens(seed + 3, 10)])
+    with foveate.apply(net, partner | method if partner else method, profile=profile) as handle:
+        ordinary, want = steps(net, handle, ids, mask, new)
+        monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+        with recording(net, handle, by=captured.record):
+            monkeypatch.setattr(FixedPacked, "read", None)
+            cache, got = steps(net, handle, ids, mask, new)
+        assert cache.step is not None
+    assert_close(got, want, TOLERANCE)
+    for mine, other in zip(stores(cache), stores(ordinary), strict=True):
+        for a, b in ((x.k, y.k) for x, y in zip(mine.bands, other.bands, strict=True)):
+            assert isinstance(a, PackedColumn)
+            assert isinstance(b, PackedColumn)
+            assert (a.packed == b.packed).all()
+            assert a.packed.max() > 40 - 30 * bool(partner)
 
 
 def test_sliding_layers_are_left_alone() -> None:

@@ -26,7 +26,9 @@ class Side(Protocol):
     returns is handed to `pack` and `unpack` behind their arguments. A side that differs from kv head to kv head states
     `per_head` = True: the number of each pair's head, int16 [P], is then handed over before that. A side whose packed
     tensor holds some channels of the tokens as they came has a method `channels`: (what it was fitted to) -> which
-    these are, int16 [P, kept]; those that are missing unpack to 0.
+    these are, int16 [P, kept]; those that are missing unpack to 0. A side whose one packed tensor is rows of bits
+    that stand for components in a basis has a method `coded`: (dtype, what it was fitted to) -> heads, first tokens and
+    coding, as `attention.coded.CodedSide` has them.
     """
 
     @property

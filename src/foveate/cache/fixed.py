@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention import Geometry, Partial, Span, decoding, thinned
+from foveate.attention import Geometry, Partial, Span, coded, decoding, thinned
 from foveate.cache.band import Band
 from foveate.cache.column import Column, PackedColumn
 from foveate.cache.fixed_column import AnyFixed, FixedColumn, FixedPacked
@@ -251,6 +251,9 @@ class FixedBand:
         thin = self.k.thin() if isinstance(self.k, FixedPacked) and isinstance(self.v, FixedColumn) else None
         if thin is not None and self.v is not None:
             return thinned.attend(q, thin, self.v.read(self.used), self.lengths, scale, softcap)
+        keys, values = (x.coded() if isinstance(x, FixedPacked) else None for x in (self.k, self.v))
+        if keys is not None and values is not None:
+            return coded.attend(q, keys, values, self.lengths, scale, softcap)
         sides = []
         for column, per_channel in ((self.k, True), (self.v, False)):
             side = column.low_bit(per_channel) if isinstance(column, FixedPacked) else None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import decoding
+from foveate.attention.coded import CodedSide
 from foveate.cache.column import Column, Counts, LowBit, PackedColumn
 
 
@@ -95,6 +96,14 @@ class FixedPacked:
         if channels is None or not self.column.closed or not self.body:
             return None
         return self.body[0], channels(*self.column.fitted), self.tail, self.start
+
+    def coded(self) -> CodedSide | None:
+        """Codes, tail and packed tokens, as the kernel for components in a basis reads them; None where the side holds
+        something else."""
+        known = getattr(self.column.side, "coded", None)
+        if known is None or not self.body:
+            return None
+        return CodedSide(self.body[0], self.tail, self.start, *known(self.column.dtype, *self.column.fitted))
 
     def arrival(self) -> tuple[Any, ...] | None:
         """See `FixedColumn.arrival`: where whole groups are packed between steps, the tail alone."""

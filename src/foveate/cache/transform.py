@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention.at_once import at_once
+from foveate.attention.coded import Coding, levels_dtype
 from foveate.cache.column import Observed
 
 MOST = 8
@@ -43,6 +44,7 @@ class Transform:
     deviation: Tensor
     bits: Tensor
     _placed: dict[tuple[torch.device, torch.dtype], Placed] = field(default_factory=dict, repr=False)
+    _codings: dict[tuple[torch.device, torch.dtype, int], Coding] = field(default_factory=dict, repr=False)
 
     @property
     def row(self) -> int:
@@ -54,6 +56,28 @@ class Transform:
         if (device, dtype) not in self._placed:
             self._placed[device, dtype] = self._place(device, dtype)
         return self._placed[device, dtype]
+
+    def coding(self, device: torch.device, dtype: torch.dtype, pointers: int) -> Coding:
+        """What the decode kernel for tokens of this dtype works with, made once for each device.
+
+        Args:
+            pointers: the first code of a scale that points to an exact token.
+        """
+        key = device, levels_dtype(dtype), pointers
+        if key not in self._codings:
+            self._codings[key] = self._code(*key)
+        return self._codings[key]
+
+    def _code(self, device: torch.device, dtype: torch.dtype, pointers: int) -> Coding:
+        held = self.on(device, torch.float32)
+        byte = held.byte[:, 1:].clamp_max(max(0, self.row - 2))
+        # Fields of no bits may lie behind the row: what is before them counts for nothing.
+        shift = (held.shift[:, 1:] + 8 * (held.byte[:, 1:] - byte)).clamp_max(15)
+        scale = torch.arange(1 << SCALE, device=device)
+        sizes = torch.exp2((scale - UNITY).float() / FINE) * (scale < pointers)
+        fields = torch.stack([byte, shift, held.mask[:, 1:]], dim=1).int()
+        levels = held.levels.to(dtype)
+        return Coding(held.mean.contiguous(), held.back.contiguous(), fields.contiguous(), levels, sizes, pointers)
 
     def _place(self, device: torch.device, dtype: torch.dtype) -> Placed:
         deviation = self.deviation.double().clamp_min(1e-12)
@@ -168,6 +192,11 @@ class TransformSide:
         bare = torch.cat([held.mean[at].unsqueeze(1), *(exact.to(z.dtype) for exact in first)], dim=1)
         which = (scale - self._scales + 1).clamp_min(0) == torch.arange(bare.shape[1], device=scale.device)
         return torch.baddbmm(which.to(z.dtype) @ bare, z.mul_(size), held.back[at]).to(dtype)
+
+    def coded(self, dtype: torch.dtype, heads: Tensor, *first: Tensor) -> tuple[Tensor, Tensor, Coding]:
+        """See `Side`."""
+        exact = first[0] if first else heads.new_zeros(len(heads), 0, self.transform.mean.shape[1], dtype=dtype)
+        return heads, exact, self.transform.coding(heads.device, dtype, self._scales)
 
     @property
     def _scales(self) -> int:
