@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tests.attention.test_triton_decode import check, made, on, truth
+from tests.attention.test_triton_decode import DEVICE, check, made, on, truth
 from torch import Tensor
 
 from foveate.attention.coded import CodedSide
@@ -15,6 +15,7 @@ from foveate.errors import BadArgument
 
 pytest.importorskip("triton")
 
+from foveate.attention.triton import decode_coded as kernels
 from foveate.attention.triton.decode_coded import decode_coded, run
 from foveate.attention.triton.workers import Tuning
 
@@ -77,7 +78,7 @@ def sides(case: Case, lengths: list[int], packed: list[list[int]]) -> list[tuple
     found = []
     for dim, counts in zip(case.dims, packed, strict=True):
         how = TransformSide(transform(3, dim, case.most, case.none), case.sink, 1)
-        found.append(side(made(case.dtype, len(lengths), 200, dim), counts, lengths, how))
+        found.append(side(made(case.dtype, len(lengths), max(200, *lengths), dim), counts, lengths, how))
     return found
 
 
@@ -92,6 +93,51 @@ def test_coded_and_exact_tokens_in_one_pass(seed: int, case: Case) -> None:
     want = truth(q, k, v, held, scale=0.1, softcap=case.softcap)
     q, held = on(q, held)
     check(decode_coded(q, keys, values, held, 0.1, case.softcap), want, case.dtype)
+
+
+def test_workers_that_read_many_blocks(seed: int) -> None:
+    """On a GPU there are hundreds of workers, of which few tokens would give each one block at most."""
+    torch.manual_seed(seed)
+    n = 9000 if DEVICE.type == "cuda" else 300
+    case, lengths = Case(torch.bfloat16, 4, (128, 64), 2, 6, 0.2), [n, n - 37, n // 2]
+    (keys, k), (values, v) = sides(case, lengths, [[n - 3, n - 40, 7], [n - 16, n - 37, n // 2]])
+    q, held = made(torch.bfloat16, 1, 12, 1, 128), torch.tensor(lengths, dtype=torch.int32)
+    want = truth(q, k, v, held, scale=0.1)
+    q, held = on(q, held)
+    check(decode_coded(q, keys, values, held, 0.1), want, torch.bfloat16)
+
+
+def test_rows_of_one_byte(seed: int) -> None:
+    """Three bits beside those of the size."""
+    torch.manual_seed(seed)
+    lengths, found = [190, 70], []
+    for counts in ([176, 64], [180, 70]):
+        how = transform(3, 32, 1, 0.0)
+        bits = torch.zeros(3, 32, dtype=torch.int64)
+        bits[:, 4], bits[:2, 9] = 1, 2
+        coded = TransformSide(Transform(how.mean, how.analysis, how.deviation, bits), 2, 1)
+        assert coded.transform.row == 1
+        found.append(side(made(torch.float32, 2, 200, 32), counts, lengths, coded))
+    (keys, k), (values, v) = found
+    q, held = made(torch.float32, 1, 4, 1, 32), torch.tensor(lengths, dtype=torch.int32)
+    want = truth(q, k, v, held, scale=0.2)
+    q, held = on(q, held)
+    check(decode_coded(q, keys, values, held, 0.2), want, torch.float32)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="kernels are compiled on a GPU only")
+def test_rows_of_any_width_are_read_by_one_kernel(seed: int) -> None:
+    """Layers have rows of different widths: a kernel for each would be compiled for a minute at the first token."""
+    torch.manual_seed(seed)
+    counts = []
+    for most in (3, 5, 7, 8):
+        case, lengths = Case(torch.bfloat16, 2, (96, 96), 2, most, 0.1), [190, 70]
+        (keys, _), (values, _) = sides(case, lengths, [[176, 64], [176, 64]])
+        q, held = on(made(torch.bfloat16, 1, 4, 1, 96), torch.tensor(lengths, dtype=torch.int32))
+        decode_coded(q, keys, values, held, 0.2)
+        caches = (kernel.device_caches for kernel in (kernels._decode, kernels._edge))
+        counts.append([sum(len(one[0]) for one in cache.values()) for cache in caches])
+    assert counts[0] == counts[-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

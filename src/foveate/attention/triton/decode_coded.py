@@ -48,31 +48,31 @@ def _fields(fields, head, C: tl.constexpr, WC: tl.constexpr):
 
 
 @jit
-def _bits(codes, n, byte, keep, ROW: tl.constexpr, MASKED: tl.constexpr):
+def _bits(codes, n, byte, keep, width, ONE: tl.constexpr, MASKED: tl.constexpr):
     """Of tokens n behind codes: the 16 bits from each component's byte on, [WC, n], and the codes of their sizes [n];
-    0 for those that are not kept.
+    0 for those that are not kept. Rows have `width` bytes; ONE: a single one.
 
     Components are the first dimension, since neighbours there are fetched by neighbouring threads.
     """
-    rows = n.to(tl.int64) * ROW
-    place = (codes + byte)[:, None] + rows[None, :]
+    rows = n * width
+    place = byte[:, None] + rows[None, :]
     if MASKED:
-        x = tl.load(place, mask=keep[None, :], other=0).to(tl.int32)
+        x = tl.load(codes + place, mask=keep[None, :], other=0).to(tl.int32)
         size = tl.load(codes + rows, mask=keep, other=0).to(tl.int32) & 31
-        if ROW > 1:
-            x |= tl.load(place + 1, mask=keep[None, :], other=0).to(tl.int32) << 8
+        if not ONE:
+            x |= tl.load(codes + place + 1, mask=keep[None, :], other=0).to(tl.int32) << 8
     else:
-        x = tl.load(place).to(tl.int32)
+        x = tl.load(codes + place).to(tl.int32)
         size = tl.load(codes + rows).to(tl.int32) & 31
-        if ROW > 1:
-            x |= tl.load(place + 1).to(tl.int32) << 8
+        if not ONE:
+            x |= tl.load(codes + place + 1).to(tl.int32) << 8
     return x, size
 
 
 @jit
-def _last(codes, n, ROW: tl.constexpr):
+def _last(codes, n, width):
     """The largest code of a size of tokens n: whether one of them points to a first token."""
-    return tl.max(tl.load(codes + n.to(tl.int64) * ROW) & 31, 0)
+    return tl.max(tl.load(codes + n * width) & 31, 0)
 
 
 @jit
@@ -154,13 +154,14 @@ def _whole(k_packed, v_packed, lengths, number, keep, BLOCK: tl.constexpr):
     return tl.minimum(coded, tl.load(lengths + number, mask=keep, other=0)) // BLOCK
 
 
-@jit(do_not_specialize=["units", "workers"])
+# Layers have rows of other widths each, and all of them one kernel.
+@jit(do_not_specialize=["units", "workers", "stride_k", "stride_v", "width_k", "width_v"])
 def _decode(
     turned, k_codes, k_packed, k_heads, k_fields, k_levels, k_sizes, v_codes, v_packed, v_heads, v_fields, v_levels,
-    v_sizes, lengths, part, weight, factor, softcap, units, workers, stride_k, stride_v,
+    v_sizes, lengths, part, weight, factor, softcap, units, workers, stride_k, stride_v, width_k, width_v,
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr,
-    WCK: tl.constexpr, WCV: tl.constexpr, WV: tl.constexpr, ROW_K: tl.constexpr, ROW_V: tl.constexpr,
-    FROM_K: tl.constexpr, FROM_V: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    WCK: tl.constexpr, WCV: tl.constexpr, WV: tl.constexpr, FROM_K: tl.constexpr, FROM_V: tl.constexpr,
+    ONE_K: tl.constexpr, ONE_V: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks that are coded throughout."""
     worker, number = tl.program_id(0), tl.arange(0, UNITS)
@@ -182,23 +183,25 @@ def _decode(
             acc = tl.zeros([M, WCV], tl.float32)
             beside = tl.zeros([M, BARE], tl.float32)
             first = at - before
-            at_k = k_codes + pair * stride_k + tl.cast(first * BLOCK, tl.int64) * ROW_K
-            at_v = v_codes + pair * stride_v + tl.cast(first * BLOCK, tl.int64) * ROW_V
-            last_k, last_v = _last(at_k, n, ROW_K), _last(at_v, n, ROW_V)
+            at_k = k_codes + pair * stride_k + tl.cast(first * BLOCK, tl.int64) * width_k
+            at_v = v_codes + pair * stride_v + tl.cast(first * BLOCK, tl.int64) * width_v
+            last_k, last_v = _last(at_k, n, width_k), _last(at_v, n, width_v)
             for j in tl.range(first, stop - before):
                 # The first bytes of the next block's rows are asked for now, and with them come most of the others.
                 step = tl.where(j + 1 < stop - before, BLOCK, 0)
-                next_k, next_v = at_k + step * ROW_K, at_v + step * ROW_V
-                ahead_k = tl.load(next_k + n * ROW_K)
-                ahead_v = tl.load(next_v + n * ROW_V)
-                xk, size_k = _bits(at_k, n, byte_k, n >= 0, ROW_K, False)
+                next_k, next_v = at_k + step * width_k, at_v + step * width_v
+                ahead_k = tl.load(next_k + n * width_k)
+                ahead_v = tl.load(next_v + n * width_v)
+                # Nothing is added to the widths, but in a way that keeps addresses from being made before the loop and
+                # held all along: there are no registers for so many.
+                xk, size_k = _bits(at_k, n, byte_k, n >= 0, width_k + (last_k >> 5), ONE_K, False)
                 s = _scores(qt, bare, norm, xk, size_k, last_k, shift_k, mask_k, k_levels, k_sizes, valid, FROM_K,
                             PRECISION)  # fmt: skip
                 s *= factor
                 if CAPPED:
                     s = capped(s, softcap)
                 p, shrink, top, mass = _weigh(s, top, mass)
-                xv, size_v = _bits(at_v, n, byte_v, n >= 0, ROW_V, False)
+                xv, size_v = _bits(at_v, n, byte_v, n >= 0, width_v + (last_v >> 5), ONE_V, False)
                 acc, beside = _add(p, shrink, xv, size_v, last_v, shift_v, mask_v, v_levels, v_sizes, acc, beside,
                                    FROM_V, PRECISION)  # fmt: skip
                 last_k, last_v = tl.max(ahead_k & 31, 0), tl.max(ahead_v & 31, 0)
@@ -210,14 +213,14 @@ def _decode(
         unit += 1
 
 
-@jit
+@jit(do_not_specialize=["stride_kc", "stride_vc", "width_k", "width_v"])
 def _edge(
     q, turned, k_codes, k_tail, k_packed, k_heads, k_fields, k_levels, k_sizes, v_codes, v_tail, v_packed, v_heads,
     v_fields, v_levels, v_sizes, lengths, part, weight, factor, softcap, stride_kc, stride_k, stride_kt, stride_vc,
-    stride_v, stride_vt,
+    stride_v, stride_vt, width_k, width_v,
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr, DK: tl.constexpr,
-    DV: tl.constexpr, WCK: tl.constexpr, WCV: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, ROW_K: tl.constexpr,
-    ROW_V: tl.constexpr, FROM_K: tl.constexpr, FROM_V: tl.constexpr, CAPPED: tl.constexpr,
+    DV: tl.constexpr, WCK: tl.constexpr, WCV: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
+    FROM_K: tl.constexpr, FROM_V: tl.constexpr, ONE_K: tl.constexpr, ONE_V: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The newest tokens, of which some are exact: few, so that a program does all of a pair."""
@@ -236,7 +239,7 @@ def _edge(
     beside = tl.zeros([M, BARE], tl.float32)
     for j in tl.range(tl.minimum(tl.minimum(pk, pv), length) // BLOCK, (length + BLOCK - 1) // BLOCK):
         here = j * BLOCK + n
-        xk, size_k = _bits(kc, tl.where(here < pk, here, 0), byte_k, here < pk, ROW_K, True)
+        xk, size_k = _bits(kc, tl.where(here < pk, here, 0), byte_k, here < pk, width_k, ONE_K, True)
         s = _scores(qt, bare, norm, xk, size_k, tl.max(size_k, 0), shift_k, mask_k, k_levels, k_sizes, valid, FROM_K,
                     PRECISION)  # fmt: skip
         keep = (here >= pk) & (here < length)
@@ -246,7 +249,7 @@ def _edge(
             s = capped(s, softcap)
         p, shrink, top, mass = _weigh(tl.where((here < length)[None, :], s, float("-inf")), top, mass)
         inside = tl.where((here < pv)[None, :], p, 0.0)
-        xv, size_v = _bits(vc, tl.where(here < pv, here, 0), byte_v, here < pv, ROW_V, True)
+        xv, size_v = _bits(vc, tl.where(here < pv, here, 0), byte_v, here < pv, width_v, ONE_V, True)
         acc, beside = _add(inside, shrink, xv, size_v, tl.max(size_v, 0), shift_v, mask_v, v_levels, v_sizes, acc,
                            beside, FROM_V, PRECISION)  # fmt: skip
         coded = coded * shrink + tl.sum(inside, 1)
@@ -300,25 +303,26 @@ def run(
     edge, edge_weight = partials(units, rows, total, q.device)
     out, lse = outputs(q, v_dim)
     numbers, base_2 = power_of_two(units), in_base_2(scale, softcap)
+    widths = keys.codes.shape[2], values.codes.shape[2]
     # All workers of a multiprocessor fit on it at once.
     registers = min(255, 65536 // (32 * layout.warps * layout.per_sm) // 8 * 8)
     both: dict[str, Any] = {
         "R": rows, "M": max(16, power_of_two(rows)), "BLOCK": layout.block, "CK": ck, "CV": cv, "WCK": wck, "WCV": wcv,
-        "WV": wv, "ROW_K": keys.codes.shape[2], "ROW_V": values.codes.shape[2], "FROM_K": keys.coding.pointers,
-        "FROM_V": values.coding.pointers, "CAPPED": softcap is not None,
-        "PRECISION": precision_of(q.dtype), "num_warps": layout.warps,
+        "WV": wv, "FROM_K": keys.coding.pointers, "FROM_V": values.coding.pointers, "CAPPED": softcap is not None,
+        "ONE_K": widths[0] == 1, "ONE_V": widths[1] == 1, "PRECISION": precision_of(q.dtype),
+        "num_warps": layout.warps,
     }  # fmt: skip
     k_tables, v_tables = ((x.heads, x.coding.fields, x.coding.levels, x.coding.sizes) for x in (keys, values))
     _decode[(workers,)](
         turned, keys.codes, keys.packed, *k_tables, values.codes, values.packed, *v_tables, lengths, part, weight,
-        *base_2, units, workers, keys.codes.stride(0), values.codes.stride(0), UNITS=numbers, num_stages=layout.stages,
-        maxnreg=registers, **both,
+        *base_2, units, workers, keys.codes.stride(0), values.codes.stride(0), *widths, UNITS=numbers,
+        num_stages=layout.stages, maxnreg=registers, **both,
     )  # fmt: skip
     _edge[(units,)](
         q, turned, keys.codes, keys.tail, keys.packed, *k_tables, values.codes, values.tail, values.packed, *v_tables,
         lengths, edge, edge_weight, *base_2, keys.codes.stride(0), keys.tail.stride(0), keys.tail.stride(1),
-        values.codes.stride(0), values.tail.stride(0), values.tail.stride(1), DK=k_dim, DV=v_dim, WK=wk, num_stages=1,
-        **both,
+        values.codes.stride(0), values.tail.stride(0), values.tail.stride(1), *widths, DK=k_dim, DV=v_dim, WK=wk,
+        num_stages=1, **both,
     )  # fmt: skip
     _merge[(units * rows, total // PIECE)](
         part, weight, keys.packed, values.packed, lengths, edge, edge_weight, found, lse, units, workers, R=rows,
