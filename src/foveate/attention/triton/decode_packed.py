@@ -11,10 +11,10 @@ from torch import Tensor
 
 from foveate.attention.triton.decode import pair_blocks
 from foveate.attention.triton.workers import (
-    LN2,
     Tuning,
     absorb,
     check_heads,
+    deliver_channels,
     gather_channels,
     in_base_2,
     jit,
@@ -187,9 +187,7 @@ def _merge(
     d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     blocks = pair_blocks(lengths, units, UNITS, BLOCK)
     value, mass = gather_channels(part, weight, unit, row, blocks, workers, float("-inf"), 0.0, d, R, DV, UNITS, WIDE)
-    at = unit.to(tl.int64) * R + row
-    tl.store(out + at * DV + d, value.to(out.dtype.element_ty), mask=d < DV)
-    tl.store(lse + at, mass * LN2, mask=tl.program_id(1) == 0)
+    deliver_channels(out, lse, unit.to(tl.int64) * R + row, d, value, mass, tl.program_id(1) == 0, DV)
 
 
 def _even(group: int) -> bool:

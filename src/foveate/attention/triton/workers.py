@@ -274,6 +274,13 @@ def gather_parts(
 
 
 @jit
+def deliver_channels(out, lse, row, d, value, mass, first, DV: tl.constexpr):
+    """Write channels d of the merged output of one row, and its natural log-mass if they are the first ones."""
+    tl.store(out + row * DV + d, value.to(out.dtype.element_ty), mask=d < DV)
+    tl.store(lse + row, mass * LN2, mask=first)
+
+
+@jit
 def deliver(out, lse, row, value, mass, DV: tl.constexpr, D: tl.constexpr):
     """Write the merged output and natural log-mass of one row."""
     d = tl.arange(0, D)
