@@ -57,9 +57,16 @@ def where(row: dict[str, Any], most: int = 6) -> Iterator[str]:
     """What the device did in the time of a row, the prompt and a token a line each."""
     for name, part in (("prefill", "prompt"), ("decode", "token")):
         if work := row.get(f"{name}_profile"):
-            spent = (f"`{each['name']}` {each['ms']:,.2f} ms ({each['launches']:,.6g} x)" for each in work["kernels"])
+            spent = (
+                f"`{cut(each['name'])}` {each['ms']:,.2f} ms ({each['launches']:,.6g} x)" for each in work["kernels"]
+            )
             shown = ", ".join(list(spent)[:most])
             yield f"- **{label(row)}**, {part} of {row['length']:,}: {shown}, idle {work['idle_ms']:,.2f} ms."
+
+
+def cut(name: str, most: int = 32) -> str:
+    """A kernel's name, as much of it as tells kernels apart for a reader."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def made(data: dict[str, Any]) -> str:
