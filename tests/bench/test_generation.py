@@ -10,7 +10,9 @@ import pytest
 import torch
 from tests.cli.program import invoke
 
+from foveate import compat
 from foveate.bench.clock import Timing, clock, rates
+from foveate.bench.early import of_each_kind
 from foveate.bench.generation import PLAIN, Bench, read_bytes, weight_bytes
 from foveate.bench.pairs import dense_pairs
 from foveate.bench.prompt import filled, plain
@@ -201,3 +203,33 @@ def test_a_method_that_breaks_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(METHODS["snapkv"], "score", broken)
     first, second = Bench(steps=1, baseline=False).run(model, applied, [100])
     assert first.refused == "ValueError: no such luck" and second.decode is not None
+
+
+def test_the_first_prompt_ends_behind_a_layer_of_each_kind() -> None:
+    """It only compiles; what is timed reads all layers."""
+    model = tiny("gemma3", layers=8)
+    applied, done = [resolve("snapkv", ModelShape.of(model), 0.5)], []
+    hooks = [
+        module.register_forward_hook(lambda *args, number=i: done.append(number))
+        for i, module in enumerate(compat.attention_modules(model))
+    ]
+    (row,) = Bench(prompt=True, steps=0, repeats=2, baseline=False).run(model, applied, [100])
+    assert row.prefill is not None and row.prefill.repeats == 2
+    assert done == [*range(4), *range(8), *range(8)]
+    done.clear()
+    list(Bench(prompt=True, steps=0, baseline=False, profile=True).run(model, applied, [100]))
+    assert done == [*range(8), *range(8)]
+    for hook in hooks:
+        hook.remove()
+    assert of_each_kind("aaaaab") == 6 and of_each_kind("ab") == 4
+
+
+@pytest.mark.parametrize("how", [Bench(prompt=True, limit=1e-6), Bench(steps=3, limit=1e-6)])
+def test_a_row_that_takes_too_long_is_given_up(how: Bench) -> None:
+    model = tiny("llama")
+    rows = list(how.run(model, [resolve("dense", ModelShape.of(model), None)], [100]))
+    assert len(rows) == 2
+    assert all("more than the limit" in row.refused and row.decode is None for row in rows)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    (row, _) = replace(how, limit=60.0).run(model, [resolve("dense", ModelShape.of(model), None)], [100])
+    assert not row.refused and row.decode is not None

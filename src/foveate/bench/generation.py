@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -17,6 +17,7 @@ from foveate import compat
 from foveate.attention import Geometry, Selection
 from foveate.attention.pairs import bytes_read
 from foveate.bench.clock import Rates, Timing, rates, wait
+from foveate.bench.early import Deadline, Late, first_layers, of_each_kind
 from foveate.bench.pairs import PromptPairs, density, multiplied, narrowed, prompt_flops
 from foveate.bench.profile import Profiled, Work
 from foveate.bench.prompt import filled, plain
@@ -122,6 +123,7 @@ class Bench:
         rows: sequences side by side.
         baseline: measure plain transformers first.
         profile: look where the time goes, too: at the prompt that is not timed, and at tokens behind the timed ones.
+        limit: seconds that the prompts and tokens of a row may take before it is given up; None: any.
     """
 
     prompt: bool = False
@@ -130,6 +132,7 @@ class Bench:
     rows: int = 1
     baseline: bool = True
     profile: bool = False
+    limit: float | None = None
 
     def run(
         self, model: Any, methods: Sequence[Applied], lengths: Sequence[int], watch: Watch = lambda what: None
@@ -156,7 +159,7 @@ class Bench:
         try:
             with torch.no_grad():
                 return measure()
-        except FoveateError as error:
+        except (FoveateError, Late) as error:
             return replace(row, refused=str(error))
         except torch.OutOfMemoryError:
             return replace(row, refused="out of memory")
@@ -164,13 +167,14 @@ class Bench:
             return replace(row, refused=f"{type(error).__name__}: {str(error).strip()[-300:]}")
 
     def _plain(self, model: Any, length: int, machine: Rates) -> Row:
-        row = Row(PLAIN, length, weight_bytes=weight_bytes(model))
+        row, end = Row(PLAIN, length, weight_bytes=weight_bytes(model)), Deadline(self.limit)
         cache: Any = None
         if self.prompt:
-            row, cache = self._read(model, row, lambda: compat.DynamicCache(config=model.config), machine)
+            kinds = [(layer.kind, layer.window) for layer in ModelShape.of(model).layers]
+            row, cache = self._read(model, row, lambda: compat.DynamicCache(config=model.config), machine, kinds, end)
         if self.steps:
             cache = plain(model, length, rows=self.rows) if cache is None else cache
-            row = self._generate(model, row, cache)
+            row = self._generate(model, row, cache, end)
         held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
         floor = machine.floor(row.weight_bytes + held)
         return replace(row, floor_s=floor, read_bytes=held, kv_bytes=held, peak_bytes=peak(model.device))
@@ -181,12 +185,13 @@ class Bench:
         with apply(model, composition, profile=list(profiles.values())) as handle:
             handle.binding.check(row.length)
             cache: Any = None
+            end = Deadline(self.limit)
             if self.prompt:
-                count = narrowed(handle.binding, row.length)
-                row, cache = self._read(model, row, handle.cache, machine, count)
+                count, kinds = narrowed(handle.binding, row.length), layer_kinds(handle.binding, row.length)
+                row, cache = self._read(model, row, handle.cache, machine, kinds, end, count)
             if self.steps:
                 cache = filled(handle.binding, row.length, rows=self.rows) if cache is None else cache
-                row = self._generate(model, row, cache)
+                row = self._generate(model, row, cache, end)
                 recorded = cache.step is not None
                 why = "" if recorded else cache.unrecorded or handle.binding.ungraphed
                 cache.step = None  # a graph has memory of its own
@@ -198,27 +203,39 @@ class Bench:
         return row
 
     def _read(
-        self, model: Any, row: Row, make: Callable[[], Any], machine: Rates, count: bool = False
+        self,
+        model: Any,
+        row: Row,
+        make: Callable[[], Any],
+        machine: Rates,
+        kinds: Sequence[Hashable],
+        end: Deadline,
+        count: bool = False,
     ) -> tuple[Row, Any]:
         """Read a prompt into a new cache, several times; the last cache stays.
 
+        The first prompt compiles what this length asks for. Layers of one kind ask for the same, so that it ends behind
+        the first of each kind, unless it is to be profiled.
+
         Args:
+            kinds: of the layers.
             count: count the pairs that are read. What that takes is taken off the time.
         """
         vocabulary = compat.text_config(model).vocab_size
         ids = torch.randint(0, vocabulary, (self.rows, row.length), device=model.device)
         seconds, cache, pairs = [], None, PromptPairs()
         seen = Profiled(model.device)
-        for number in range(self.repeats + 1):  # the first prompt compiles what this length asks for
+        for number in range(self.repeats + 1):
             cache = None
             cache = make()
             pairs = PromptPairs()
             looked = self.profile and not number
+            layers = None if number or looked else of_each_kind(kinds)
             if count:  # what counting takes is no part of a profile, but a trace may change what kernels are taken
                 cache.trace = (lambda *read: None) if looked else pairs
             wait(model.device)
             start = time.perf_counter()
-            with seen if looked else nullcontext():
+            with seen if looked else nullcontext(), end.watched(model), first_layers(model, layers):
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             wait(model.device)
             if number:
@@ -238,7 +255,7 @@ class Bench:
         )
         return row, cache
 
-    def _generate(self, model: Any, row: Row, cache: Any) -> Row:
+    def _generate(self, model: Any, row: Row, cache: Any, end: Deadline) -> Row:
         """The time of one token inside `generate()`, the first few left out.
 
         `generate()` waits for the device once per token, when it asks whether the answer is over: from one stamp to the
@@ -254,6 +271,7 @@ class Bench:
 
         def stamp(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             stamps.append(time.perf_counter())
+            end.check()
             if self.profile:
                 look(len(stamps) - timed)
             return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
@@ -295,6 +313,14 @@ def _recorded(cache: Any) -> tuple[int, int]:
     """Changes when a decode step is recorded, which takes further steps that are none of the answer."""
     step = getattr(cache, "step", None)
     return (0, 0) if step is None else (id(step), step.kinds)
+
+
+def layer_kinds(binding: Binding, length: int) -> list[Hashable]:
+    """What tells layers apart that take other kernels for a prompt of this length."""
+    cache = binding.cache()
+    binding.plan_cache(cache, length)
+    plans = (plan for _, plan in sorted(binding.plans(cache).items()))
+    return [(p.shape.kind, p.shape.window, *(role.name for role in p.roles.values())) for p in plans]
 
 
 def peak(device: torch.device) -> int:

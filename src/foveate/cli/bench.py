@@ -31,6 +31,7 @@ Out = Annotated[Path | None, typer.Option(help="Write the record to this JSON fi
 Steps = Annotated[int, typer.Option(help="Tokens that are timed.")]
 Profiled = Annotated[bool, typer.Option("--profile", help="Look which kernels the time of a row goes to.")]
 Repeats = Annotated[int, typer.Option(help="Prompts that are timed.")]
+Limit = Annotated[float | None, typer.Option(help="Give a row up after so many seconds of prompts and tokens.")]
 
 
 @app.command()
@@ -45,13 +46,14 @@ def decode(
     device: DeviceName = "auto",
     cpu: OnCpu = False,
     profile: Profiled = False,
+    limit: Limit = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Milliseconds per token inside generate(), behind a context of random keys and values."""
     from foveate.bench.generation import Bench
 
-    _generation("decode", Bench(steps=steps, rows=rows, profile=profile), locals())
+    _generation("decode", Bench(steps=steps, rows=rows, profile=profile, limit=limit), locals())
 
 
 @app.command()
@@ -66,13 +68,16 @@ def prefill(
     device: DeviceName = "auto",
     cpu: OnCpu = False,
     profile: Profiled = False,
+    limit: Limit = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Seconds for a prompt of random tokens, and the most memory on the way."""
     from foveate.bench.generation import Bench
 
-    _generation("prefill", Bench(prompt=True, repeats=repeats, steps=0, rows=rows, profile=profile), locals())
+    _generation(
+        "prefill", Bench(prompt=True, repeats=repeats, steps=0, rows=rows, profile=profile, limit=limit), locals()
+    )
 
 
 @app.command()
@@ -88,13 +93,16 @@ def e2e(
     device: DeviceName = "auto",
     cpu: OnCpu = False,
     profile: Profiled = False,
+    limit: Limit = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """A prompt and its answer: prefill seconds, decode milliseconds per token, bytes held and peak bytes."""
     from foveate.bench.generation import Bench
 
-    _generation("e2e", Bench(prompt=True, repeats=repeats, steps=steps, rows=rows, profile=profile), locals())
+    _generation(
+        "e2e", Bench(prompt=True, repeats=repeats, steps=steps, rows=rows, profile=profile, limit=limit), locals()
+    )
 
 
 @app.command()
@@ -189,6 +197,8 @@ def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
     for name in ("rows", "steps", "repeats"):
         if given.get(name) is not None and given[name] < 1:
             raise BadArgument(name, given[name], "give 1 or more")
+    if given.get("limit") is not None and not given["limit"] > 0:
+        raise BadArgument("limit", given["limit"], "give seconds above 0")
     settings = settings_of(parse_methods(given["methods"]), parse_budgets(given["budgets"] or None))
     if any(not setting.reader.whole for setting in settings):
         raise BadArgument("methods", given["methods"], "retrieval reads passages of a text; give attention methods")
@@ -222,7 +232,7 @@ def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
 
 def _command(kind: str, given: dict[str, Any]) -> str:
     words = ["foveate", "bench", kind, given["shape"]]
-    for name in ("methods", "budgets", "lengths", "repeats", "steps", "rows", "layers", "out"):
+    for name in ("methods", "budgets", "lengths", "repeats", "steps", "rows", "layers", "limit", "out"):
         if given.get(name) not in (None, ""):
             words += [f"--{name}", str(given[name])]
     return shlex.join([*words, *(f"--{name}" for name in ("cpu", "profile") if given.get(name))])
