@@ -298,6 +298,15 @@ class Runner:
         self._write(length, task, state, tallies, known)
         self.batches.drop()
 
+    def batch(self, bound: Bound, length: int, task: Task, start: int) -> Tally:
+        """One setting on the batch of samples that begins at `start`, for whoever spreads less than a group.
+
+        Raises:
+            FoveateError: the setting is refused.
+        """
+        some = self.samples[length, task.name][start : start + rows_at_once(length, self.model.device.type)]
+        return self._tally(bound, some, task, None)
+
     def _tally(self, bound: Bound, some: Sequence[Sample], task: Task, shared: Shared | None) -> Tally:
         """Read and answer samples side by side where the device's memory allows it, else in halves; `shared` if read.
 
