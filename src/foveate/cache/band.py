@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import Span
+from foveate.attention.sent import sent
 from foveate.cache.column import Column, Counts, Observed, PackedColumn, Side, fitted, stack_index
 from foveate.cache.place import AnyColumn, Place, PlacedColumn, placed, recalled, slots
 from foveate.cache.state import Blocks, Tag
@@ -66,7 +67,7 @@ class Band:
         self.pairs, self.heads = pairs, heads
         self.rows = pairs // heads
         """Row of each pair, host int64 [P]."""
-        self.index = torch.from_numpy(pairs).to(device)
+        self.index = sent(pairs, device)
         """Pair numbers on the device, int64 [P]."""
 
     # -- what is held -------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class Band:
     def device_lengths(self) -> Tensor:
         """int32 [P]."""
         if self._device_lengths is None:
-            self._device_lengths = torch.from_numpy(self.lengths.astype(np.int32)).to(self.device)
+            self._device_lengths = sent(self.lengths.astype(np.int32), self.device)
         return self._device_lengths
 
     def keys(self, first: int = 0) -> Tensor:
@@ -195,7 +196,7 @@ class Band:
         if self.v is not None and v is not None:
             new.append((self.v, v))
         if self.positions is not None:
-            fresh = torch.from_numpy(self.seen[:, None] + np.arange(n)).to(self.device, torch.int32)
+            fresh = sent(self.seen[:, None] + np.arange(n), self.device).to(torch.int32)
             new.append((self.positions, fresh))
         for tag in self.tags.values():
             new.append((tag, tag.data.new_full((len(self.pairs), n, *tag.data.shape[2:]), tag.fill)))
@@ -285,8 +286,8 @@ class Band:
             self._renew()
             self.positions = Column(self.slot_positions().contiguous())
             self.positions.reserve(self.k.data.shape[1] if isinstance(self.k, Column) else self.used, self.used)
-        where = torch.from_numpy(pairs).to(self.device)
-        last = torch.from_numpy(self.lengths[pairs] - 1).to(self.device)
+        where = sent(pairs, self.device)
+        last = sent(self.lengths[pairs] - 1, self.device)
         for column in self._columns():
             assert not isinstance(column, PackedColumn), "a packed body is cut by whole groups only"
             column.move(slots.long(), last, where)
@@ -348,7 +349,7 @@ class Band:
         if gone.max() == 1:
             pairs = np.nonzero(gone)[0]
             dead = ~alive[pairs] & (np.arange(self.used)[None, :] < self.lengths[pairs, None])
-            self.drop_one(torch.from_numpy(dead.argmax(1)).to(self.device), pairs)
+            self.drop_one(sent(dead.argmax(1), self.device), pairs)
             return
         # One spare slot is all that a window needs: a token arrives, then the oldest leaves.
         self.keep([np.nonzero(a)[0] for a in alive], spare=1, upcoming=upcoming)
@@ -383,7 +384,7 @@ class Band:
 
     def pick(self, source: np.ndarray, pairs: np.ndarray) -> Band:
         """A copy of local pairs `source` under the names `pairs`."""
-        index = torch.from_numpy(source).to(self.device)
+        index = sent(source, self.device)
         new = Band.__new__(Band)
         new.spans, new.value_dim, new.place = self.spans, self.value_dim, self.place
         new._name(pairs, self.heads, self.device)

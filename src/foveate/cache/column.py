@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.attention.sent import sent
+
 SPARE = 16
 """Tokens that a growing column finds room for beyond what it needs, so that growing is not done per token."""
 
@@ -141,7 +143,7 @@ class Column:
             return
         # Slots that become readable through longer pairs hold nothing of old in shorter ones.
         self.data[:, int(starts.max()) : int((starts + counts).max())] = self.fill
-        pair, slot, token = (torch.from_numpy(i).to(self.data.device) for i in slot_index(starts, counts))
+        pair, slot, token = (sent(i, self.data.device) for i in slot_index(starts, counts))
         self.data[pair, slot] = x[pair, token].to(self.data.dtype)
 
     def write_level(self, x: Tensor, first: int) -> None:
@@ -248,18 +250,18 @@ class PackedColumn:
         gone, data = self.packed - self.start, self.tail.data
         if (gone == gone[0]).all() and int(gone[0]) + width <= data.shape[1]:
             return data[:, int(gone[0]) : int(gone[0]) + width]
-        slot = torch.from_numpy(gone).to(data.device)[:, None] + torch.arange(width, device=data.device)
+        slot = sent(gone, data.device)[:, None] + torch.arange(width, device=data.device)
         slot = slot.clamp_max(data.shape[1] - 1)
         return data.gather(1, slot.unsqueeze(-1).expand(-1, -1, data.shape[-1]))
 
     def _pack(self, pairs: np.ndarray, amount: int) -> None:
-        index, data = torch.from_numpy(pairs).to(self.tail.data.device), self.tail.data
+        index, data = sent(pairs, self.tail.data.device), self.tail.data
         first = (self.packed - self.start)[pairs]
         if (first == first[0]).all():
             leaving = data[:, first[0] : first[0] + amount]
             leaving = leaving if len(pairs) == data.shape[0] else leaving[index]
         else:
-            slot = torch.from_numpy(first).to(data.device)[:, None] + torch.arange(amount, device=data.device)
+            slot = sent(first, data.device)[:, None] + torch.arange(amount, device=data.device)
             leaving = data[index[:, None], slot]
         fresh = self.side.pack(leaving, *(t[index] for t in self.fitted))
         end = int(self.packed[pairs].max()) + amount
@@ -270,9 +272,7 @@ class PackedColumn:
             if (starts == starts[0]).all() and len(pairs) == held.shape[0]:
                 held[:, starts[0] : starts[0] + new.shape[1]] = new
             else:
-                slots = torch.from_numpy(starts).to(held.device)[:, None] + torch.arange(
-                    new.shape[1], device=held.device
-                )
+                slots = sent(starts, held.device)[:, None] + torch.arange(new.shape[1], device=held.device)
                 held[index[:, None], slots] = new
         packed = self.packed.copy()
         packed[pairs] += amount
@@ -373,7 +373,7 @@ class PackedColumn:
         for p in np.nonzero(cut)[0]:
             n = int(lengths[p] - keep[p])
             new[p, :n] = body[p, keep[p] : keep[p] + n]
-        same = torch.from_numpy(np.nonzero(opened == 0)[0]).to(old.device)
+        same = sent(np.nonzero(opened == 0)[0], old.device)
         new[same, : old.shape[1]] = old[same]
         self.tail.data, self.packed, self.start = new, keep, np.where(cut, keep, self.start)
 
@@ -384,4 +384,4 @@ def stack_index(lists: Sequence[np.ndarray], device: torch.device) -> Tensor:
     index = np.zeros((len(lists), width), dtype=np.int64)
     for i, x in enumerate(lists):
         index[i, : len(x)] = x
-    return torch.from_numpy(index).to(device)
+    return sent(index, device)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.attention.sent import sent
 from foveate.cache.column import SPARE, Column, Counts, PackedColumn
 
 HOST = torch.device("cpu")
@@ -78,14 +79,14 @@ class PlacedColumn:
             if len(pairs) == len(due) and (self.away == self.away[0]).all():
                 self.far.write_level(old[:, sink : sink + amount].to(self.far.data.device), int(self.away[0]))
                 continue
-            leaving = old[torch.from_numpy(pairs).to(old.device), sink : sink + amount].to(self.far.data.device)
+            leaving = old[sent(pairs, old.device), sink : sink + amount].to(self.far.data.device)
             slots = torch.from_numpy(self.away[pairs])[:, None] + torch.arange(amount)
             at = torch.from_numpy(pairs)[:, None]
             self.far.data[at.to(self.far.data.device), slots.to(self.far.data.device)] = leaving
         # What stays closes the gap, in a buffer of its own size.
         width = int((lengths - away).max())
         slot = torch.arange(width, device=old.device).expand(len(due), -1)
-        source = torch.where(slot < sink, slot, slot + torch.from_numpy(due).to(old.device)[:, None])
+        source = torch.where(slot < sink, slot, slot + sent(due, old.device)[:, None])
         self.near.gather(source.clamp_max(old.shape[1] - 1), width + SPARE)
         self.away = away
 
@@ -100,7 +101,7 @@ class PlacedColumn:
                 return near[:, first - same : used - same]
             far = self.far.data[:, :same].to(near.device)
             return torch.cat([near[:, :sink], far, near[:, sink : used - same]], dim=1)[:, first:]
-        count = torch.from_numpy(away).to(near.device)[:, None]
+        count = sent(away, near.device)[:, None]
         slot = torch.arange(first, used, device=near.device)
         on_host = (slot >= sink) & (slot < sink + count)
         local = torch.where(slot < sink, slot, slot - count).clamp(0, near.shape[1] - 1)

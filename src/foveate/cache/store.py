@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from foveate.attention import Span
+from foveate.attention.sent import sent
 from foveate.cache.band import GROWTH, Band
 from foveate.cache.column import Column, Counts, Observed, Side
 from foveate.cache.place import Place
@@ -86,7 +86,7 @@ class Store:
 
     def newest(self, fresh: Counts) -> Tensor:
         """Position of the first of the newest fresh[b] tokens of each row, int64 [B], on the device."""
-        return torch.from_numpy(self.seen - fresh).to(self.bands[0].device)
+        return sent(self.seen - fresh, self.bands[0].device)
 
     @property
     def lengths(self) -> np.ndarray:

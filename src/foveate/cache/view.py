@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import decoding
+from foveate.attention.sent import sent
 from foveate.cache.place import PlacedColumn
 from foveate.cache.store import Store
 
@@ -45,12 +46,12 @@ class View:
     @property
     def lengths(self) -> Tensor:
         """Readable slots, int32 [B, Hs]."""
-        return torch.from_numpy(self.host_lengths.astype(np.int32)).to(self._store.bands[0].device)
+        return sent(self.host_lengths.astype(np.int32), self._store.bands[0].device)
 
     @property
     def fresh(self) -> Tensor:
         """How many tokens this forward added, int32 [B]."""
-        return torch.from_numpy(self.host_fresh.astype(np.int32)).to(self._store.bands[0].device)
+        return sent(self.host_fresh.astype(np.int32), self._store.bands[0].device)
 
     @property
     def capacity(self) -> int:
@@ -97,7 +98,7 @@ class View:
     @property
     def seen(self) -> Tensor:
         """Tokens of each row so far, evicted ones counted, int64 [B]: position of the next token."""
-        return torch.from_numpy(self._store.seen).to(self._store.bands[0].device)
+        return sent(self._store.seen, self._store.bands[0].device)
 
     @property
     def positions(self) -> Tensor:
@@ -126,7 +127,7 @@ class View:
         for band in store.bands:
             far = band.k.far.data if isinstance(band.k, PlacedColumn) else band.k.read(0).to(place.device)
             keys.append(far[:, : int(band.away.max(initial=0))])
-        counts = torch.from_numpy(store.away).to(place.device)
+        counts = sent(store.away, place.device)
         return Away(store.grid(keys, fill=0.0), counts, place.sink)
 
     def tag(self, name: str) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import Geometry, Partial, Selection, Span, attend
+from foveate.attention.sent import sent
 from foveate.cache import Band, PlacedColumn
 
 
@@ -147,7 +148,7 @@ def _slots(selection: Selection, band: Band) -> Tensor:
 def _listed(slots: Tensor, part: Part, band: Band) -> Tensor:
     """The listed slots that are in one place, in its own count: int32, ascending, -1 behind the end."""
     assert isinstance(band.k, PlacedColumn)
-    sink, away = band.k.place.sink, torch.from_numpy(band.away).to(slots.device).view(-1, 1, 1, 1)
+    sink, away = band.k.place.sink, sent(band.away, slots.device).view(-1, 1, 1, 1)
     gone = (slots >= sink) & (slots < sink + away)
     if part.near:
         found = torch.where(gone | (slots < 0), -1, torch.where(slots < sink, slots, slots - away))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from foveate import compat
 from foveate.attention import ALL, Span
+from foveate.attention.sent import sent
 from foveate.cache import Column, FoveateCache, Store, View
 from foveate.cache.cache import CourierLayer
 from foveate.cache.remembered import State
@@ -342,9 +343,9 @@ def _capture_window(layer: CourierLayer, q: Tensor, real: np.ndarray, width: int
         layer.window = q[:, :, real[0] - width : real[0]].detach().clone()
     else:
         joined = torch.cat([layer.window, q.detach()], dim=2)
-        index = torch.from_numpy(real).to(q.device)[:, None] + torch.arange(width, device=q.device)
+        index = sent(real, q.device)[:, None] + torch.arange(width, device=q.device)
         layer.window = joined.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-    layer.window_seen = (layer.window_seen + torch.from_numpy(real).to(q.device)).clamp_max(width)
+    layer.window_seen = (layer.window_seen + sent(real, q.device)).clamp_max(width)
 
 
 def _finish(call: Call, plan: LayerPlan, layer: CourierLayer, index: int, how: Reading) -> None:

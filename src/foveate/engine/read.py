@@ -13,6 +13,7 @@ from foveate.attention import ALL, Geometry, Partial, Parts, Selection, Span, at
 from foveate.attention.angles import Angles
 from foveate.attention.columns import columns
 from foveate.attention.pairs import pairs as count_pairs
+from foveate.attention.sent import sent
 from foveate.cache import Band, Store
 from foveate.cache.fixed import FixedBand
 from foveate.engine.apart import attend_apart, is_apart
@@ -217,7 +218,7 @@ def column_sums(
     for band in store.bands:
         geometry = _geometry(band, how, queries)
         visible = how.spans if how.spans is not None else band.spans
-        valid = torch.from_numpy(how.fresh[band.rows]).to(q.device)
+        valid = sent(how.fresh[band.rows], q.device)
         mass = torch.zeros(len(band.pairs), group if each else 1, band.used, device=q.device)
         for part in (p.over if isinstance(p, Partial) else p for p in listed):
             if part is not None:
@@ -259,10 +260,10 @@ def _geometry(band: Band, how: Reading, queries: int) -> Geometry:
     lengths = first = None
     if not even:
         lengths = band.device_lengths().unsqueeze(1)
-        first = torch.from_numpy(band.lengths - fresh).to(device).unsqueeze(1)
+        first = sent(band.lengths - fresh, device).unsqueeze(1)
     q_positions = k_positions = None
     if band.positions is not None or not even:
-        start = torch.from_numpy(band.seen - fresh).to(device)
+        start = sent(band.seen - fresh, device)
         q_positions = start.unsqueeze(1) + torch.arange(queries, device=device)
     if band.positions is not None:
         k_positions = band.slot_positions().unsqueeze(1)
@@ -377,5 +378,5 @@ def _real_pairs(
 ) -> int:
     """Pairs of real queries only (padding queries read too, but nobody asked them to): the first of each pair."""
     fresh = how.fresh[band.rows]
-    real = None if (fresh == geometry.queries).all() else torch.from_numpy(fresh).to(band.device)
+    real = None if (fresh == geometry.queries).all() else sent(fresh, band.device)
     return int(count_pairs(selection, geometry, group, visible, real).sum())

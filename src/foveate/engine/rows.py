@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.attention.sent import sent
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -55,6 +57,6 @@ class Rows:
         if self.order is None:
             return x
         order = self.order.to(x.device)
-        real = torch.arange(x.shape[2], device=x.device) < torch.from_numpy(self.fresh).to(x.device)[:, None]
+        real = torch.arange(x.shape[2], device=x.device) < sent(self.fresh, x.device)[:, None]
         index = order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
         return torch.zeros_like(x).scatter(2, index, x * real[:, None, :, None].to(x.dtype))

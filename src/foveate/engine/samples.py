@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.attention.sent import sent
 from foveate.cache.cache import CourierLayer
 
 NEVER = torch.iinfo(torch.int64).max
@@ -22,8 +23,8 @@ def capture(layer: CourierLayer, q: Tensor, start: np.ndarray, fresh: np.ndarray
         q: [B, H, N, D], of which the first fresh[b] of row b are real; start: position of the first, int64 [B].
         count: queries to keep.
     """
-    order = torch.from_numpy(_numbers(start[:, None] + np.arange(q.shape[2]))).to(q.device)
-    real = torch.arange(q.shape[2], device=q.device) < torch.from_numpy(fresh).to(q.device)[:, None]
+    order = sent(_numbers(start[:, None] + np.arange(q.shape[2])), q.device)
+    real = torch.arange(q.shape[2], device=q.device) < sent(fresh, q.device)[:, None]
     order, best = order.masked_fill(~real, NEVER).sort(dim=1)
     order, found = order[:, :count], _rows(q.detach(), best[:, :count])
     if layer.samples is not None and layer.sample_order is not None:

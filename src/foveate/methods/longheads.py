@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate.attention import ALL, Frame, Parts, Selection
 from foveate.attention.at_once import at_once
+from foveate.attention.sent import sent
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Context, Method, Profile, Result, Role, register
@@ -146,8 +147,8 @@ class LongHeads(Method):
         if (view.host_lengths[:, 0] // size <= first // size).all():
             return features
         keys, values = view.k(), view.v()
-        start = torch.from_numpy(first).to(q.device)
-        end = torch.from_numpy(view.host_lengths[:, 0]).to(q.device)
+        start = sent(first, q.device)
+        end = sent(view.host_lengths[:, 0], q.device)
         inside = torch.arange(size, device=q.device)
         old = ctx.mine.get("queries", q.new_zeros(batch, heads, size, dim))
         for number in range(begun, total):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import ALL, Partial, Parts, Selection
+from foveate.attention.sent import sent
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register
@@ -132,12 +133,12 @@ class RecycledAttention(Method):
         due = self._due(q, ctx.clock + i, state, ctx) & real
         own = view.lengths - view.fresh[:, None] + i
         if not real.all():
-            own = own.masked_fill(~torch.from_numpy(real).to(own.device)[:, None], -1)
+            own = own.masked_fill(~sent(real, own.device)[:, None], -1)
         own = own.unsqueeze(-1)
         slot = torch.arange(keys.shape[2], dtype=torch.int32, device=q.device)
         read = torch.where(slot <= own, slot, -1)
         whole = bool(due[real].all()) or keys.shape[2] <= room + 1
-        some = None if due.all() or not due.any() else torch.from_numpy(due).to(q.device).view(-1, 1, 1)
+        some = None if due.all() or not due.any() else sent(due, q.device).view(-1, 1, 1)
         if not due.all() and state:
             listed = ascending(torch.cat([slots_of(state["list"], view), own], dim=-1))
             wide = F.pad(listed, (0, max(0, read.shape[-1] - listed.shape[-1])), value=-1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Parts, Selection, Span
+from foveate.attention.sent import sent
 from foveate.cache import View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Role, register, tries
@@ -68,7 +69,7 @@ class SinkLoRA(Method):
         step = math.gcd(half, *own.flatten().tolist())
         heads, stores = q.shape[1], own.shape[1]
         number = torch.arange(0, q.shape[2], step, device=q.device)
-        newest = (torch.from_numpy(own).to(q.device).unsqueeze(-1) + number) // half
+        newest = (sent(own, q.device).unsqueeze(-1) + number) // half
         newest = newest.repeat_interleave(heads // stores, dim=1)
         moved = torch.arange(heads, device=q.device) >= heads - round(self.shifted * (heads // 2))
         moved = moved.long().view(1, -1, 1)
