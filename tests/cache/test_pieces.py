@@ -16,6 +16,7 @@ from foveate.models.shape import ModelShape
 @pytest.mark.parametrize("first", [(430, 429, 428, 427), (257, 300, 129, 383)])
 def test_packed_rows_take_uneven_pieces(first: tuple[int, ...]) -> None:
     model, _ = small()
+    model = model.double()  # in float32 a number may be packed to the next code, since rows are read in other company
     shape = ModelShape.of(model)
     rows = [prompt(1, n, seed=n)[0].tolist() for n in first]
     more = [prompt(1, 40 + i, seed=i)[0].tolist() for i in range(4)]
@@ -30,4 +31,4 @@ def test_packed_rows_take_uneven_pieces(first: tuple[int, ...]) -> None:
 
         together = ends([0, 1, 2, 3])
         for i in range(4):
-            torch.testing.assert_close(together[:, i : i + 1], ends([i]), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(together[:, i : i + 1], ends([i]), rtol=1e-7, atol=1e-7)
