@@ -274,6 +274,7 @@ def shared_gpus(folder: Path) -> Iterator[bool]:
     if PIPES in os.environ:
         yield True
         return
+    folder = folder.absolute()  # the daemon works elsewhere
     program, places = shutil.which(DAEMON), {PIPES: str(folder / "pipe"), LOGS: str(folder / "log")}
     if program is None:
         yield False
