@@ -85,8 +85,8 @@ class Ledger:
             for i in granted:
                 holders[i] = creditor
             cold = cold[len(granted) :]
-        if cold or excess > len(holders):
-            raise Refused(f"{name} is full, and nobody lends it {max(len(cold), 1)} of {blocks} blocks for {request!r}")
+        if cold:
+            raise Refused(f"{name} is full, and nobody lends it {len(cold)} of {blocks} blocks for {request!r}")
         self.table[request], self.home[request] = holders, name
 
     def shrink(self, request: Hashable, blocks: int) -> None:
