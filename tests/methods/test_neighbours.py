@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.methods.policies import neighbours, orders, query_graphs
-from foveate.methods.policies.neighbours import scan, walk
+from foveate.methods.policies.neighbours import scan, walk, walk_abreast
 from foveate.methods.policies.orders import Best, counted, ranked
 from foveate.methods.policies.query_graphs import ENTRIES, query_graph
 
@@ -75,9 +75,12 @@ def slow_graph(keys: Tensor, queries: Tensor, knn: int, degree: int) -> tuple[li
     return edges, sorted(range(count), key=lambda a: -best_of[a])[:ENTRIES]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_a_graph_is_what_it_is_said_to_be(offset: float) -> None:
+def test_a_graph_is_what_it_is_said_to_be(offset: float, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where keys have much in common, next to which they differ little."""
+    if not compiled:
+        monkeypatch.setattr(query_graphs, "native", lambda noun: None)
     keys, queries = random(70, 8) + offset * random(8, seed=2), random(50, 8, seed=1)
     table = query_graph(keys, queries, 6, 8)
     edges, entries = slow_graph(keys, queries, 6, 8)
@@ -120,11 +123,14 @@ def slow_walk(q: Tensor, keys: Tensor, edges: Tensor, entries: Tensor, k: int, b
         known |= {x for node in turn for x in edges[node].tolist() if x >= 0}
 
 
-@pytest.mark.parametrize("whole", [0, 1000])
+@pytest.mark.parametrize("whole", [0, 1000, None])
 @pytest.mark.parametrize("beam", [1, 6, 25, 60, 500])
-def test_the_walk_is_best_first(beam: int, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In either way to compare; for rows with fewer keys and without a graph, several queries, heads in groups."""
-    monkeypatch.setattr(neighbours, "WHOLE", whole)
+def test_the_walk_is_best_first(beam: int, whole: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, or in either way to compare; for rows with fewer keys and without a graph, several queries, heads in
+    groups."""
+    if whole is not None:
+        monkeypatch.setattr(neighbours, "native", lambda noun: None)
+        monkeypatch.setattr(neighbours, "WHOLE", whole)
     q, keys, counts = random(2, 4, 3, 8, seed=5), random(2, 2, 300, 8), [[300, 120], [0, 300]]
     edges, entries = torch.full((2, 2, 300, 7), -1, dtype=torch.int32), torch.full((2, 2, 8), -1, dtype=torch.int32)
     for b in range(2):
@@ -155,12 +161,13 @@ def test_keys_that_are_many_are_not_all_compared(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(neighbours, "_comparison", counting)
     monkeypatch.setattr(torch, "mm", lambda a, b, **kwargs: whole.append(b.shape[1]) or product(a, b, **kwargs))
     monkeypatch.setattr(neighbours, "WHOLE", 7999 / (20 * 24))
+    monkeypatch.setattr(query_graphs, "native", lambda noun: None)  # its products are not to be counted
     queries = random(600, 8, seed=1)
     for count in (500, 2000, 8000):
         keys = random(count, 8)
         table = query_graph(keys, queries[20:], 16, 12)
         asked, stored = queries[None, None, :20], keys[None, None]
-        found = walk(asked, stored, table["edges"][None, None], table["entries"][None, None], 5, 24)
+        found = walk_abreast(asked, stored, table["edges"][None, None], table["entries"][None, None], 5, 24)
         exact = scan(asked, stored, torch.tensor([[count]]), 5)
         pairs = zip(found.keys[0, 0].tolist(), exact.keys[0, 0].tolist(), strict=True)
         assert sum(len(set(a) & set(b)) for a, b in pairs) > 0.9 * 20 * 5

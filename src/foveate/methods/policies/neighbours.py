@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.methods.policies.orders import Best, ranked
+from foveate.methods.policies.native import native
+from foveate.methods.policies.orders import Best, on_processor, ranked
 from foveate.methods.policies.query_graphs import ENTRIES
 
 STEPS = 4
@@ -68,12 +69,26 @@ def walk(
     q: Tensor, keys: Tensor, edges: Tensor, entries: Tensor, k: int, beam: int, finder: Best | None = None
 ) -> Found:
     """Best-first search: look at the neighbours of the best keys known, until the `beam` best have all been looked at.
+    Of equal keys the one found first is the better one, of those found in one round the one of lower number.
 
-    What has been found lies in the host's memory, in the order in which it was found. Keys may lie anywhere.
+    It is compiled where it can be: for a few queries that takes a tenth of the time.
 
     Args:
         q: [B, H, N, D]; keys: [B, Hs, A, D]; edges: [B, Hs, A, R]; entries: [B, Hs, E].
         finder: of another search, whose memory is used again.
+    """
+    loops = native("walk") if on_processor(q) and on_processor(keys) else None
+    if loops is None:
+        return walk_abreast(q, keys, edges, entries, k, beam, finder)
+    return Found(*loops.search(q, keys, edges, entries, k, beam, STEPS))
+
+
+def walk_abreast(
+    q: Tensor, keys: Tensor, edges: Tensor, entries: Tensor, k: int, beam: int, finder: Best | None = None
+) -> Found:
+    """`walk` of all queries at once, a step of each at a time.
+
+    What has been found lies in the host's memory, in the order in which it was found. Keys may lie anywhere.
     """
     finder = finder or Best()
     q, keys = q.detach(), keys.detach()
@@ -122,7 +137,7 @@ def walk(
             value = score.take(place)
             live = value > -np.inf
             if now >= beam:  # else there are too few for a beam without this one
-                live &= np.count_nonzero(value_of[:now] > value, axis=0) < beam
+                live &= np.count_nonzero(value_of[:now] >= value, axis=0) < beam
             looked[now, live] = number.take(place[live])
             value_of[now, live] = value[live]
             score.reshape(-1)[place[live]] = -np.inf

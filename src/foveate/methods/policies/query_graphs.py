@@ -1,18 +1,21 @@
 """Graphs over keys that follow queries: made when the prompt is over, searched at each step (`neighbours.walk`).
 
 They are made where the keys are. On a processor that is one (row, kv head) after the other, whose scores stay in its
-caches; on a device many at once, which is asked for few and large products, sorts and lookups.
+caches, by compiled loops where there are any; on a device many at once, which is asked for few and large products,
+sorts and lookups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from foveate.methods.policies.native import native
 from foveate.methods.policies.orders import Best, counted, in_order, on_processor, ranked
 
 ENTRIES = 8
@@ -47,6 +50,10 @@ def query_graphs(keys: Sequence[Tensor], queries: Sequence[Tensor], knn: int, de
     """`query_graph` of several sets of keys, each with queries of its own."""
     made, finder = [], Best()
     for bunch in _bunches(keys):
+        first, loops = bunch[0], native("graphs") if on_processor(keys[bunch[0]]) else None
+        if loops is not None and len(bunch) == 1 and len(keys[first]) ** 2 <= TOGETHER:
+            made.append(_compiled(keys[first], queries[first], knn, degree, finder, loops))
+            continue
         counts = [len(keys[i]) for i in bunch]
         stored, real = _padded([keys[i] for i in bunch])
         asked, some = _padded([queries[i] for i in bunch])
@@ -65,6 +72,30 @@ def query_graphs(keys: Sequence[Tensor], queries: Sequence[Tensor], knn: int, de
             entries = F.pad(entries[:count], (0, ENTRIES - len(entries[:count])), value=-1)
             made.append({"edges": whole.to(torch.int32), "entries": entries.to(torch.int32)})
     return made
+
+
+def _compiled(keys: Tensor, queries: Tensor, knn: int, degree: int, finder: Best, loops: Any) -> dict[str, Tensor]:
+    """`query_graph` by the loops of `native_graphs`."""
+    stored, asked, count = keys.detach().float(), queries.detach().float(), len(keys)
+    step, best = _at_once(stored[None]), torch.empty(len(asked), min(knn, count), dtype=torch.long)
+    room = finder.scores((step, count), stored)
+    for part, into in zip(asked.split(step), best.split(step), strict=True):
+        loops.largest(torch.mm(part, stored.T, out=room[: len(part)]).numpy(), into.numpy())
+    pivots, candidates = loops.shared(best.numpy(), count, 2 * degree)
+    centred = stored - stored.mean(0)
+    half = centred.square().sum(-1) / 2
+    table, best = (
+        finder.scores((count, count), stored),
+        torch.empty(count, max(1, min(degree, count - 1)), dtype=torch.long),
+    )
+    for start in range(0, count, step):
+        score = torch.addmm(-half, centred[start : start + step], centred.T, out=table[start : start + step])
+        score.diagonal(offset=start).fill_(-torch.inf)
+        loops.largest(score.numpy(), best[start : start + step].numpy())
+    near = loops.near(table.numpy(), best.numpy(), degree)
+    edges = torch.from_numpy(loops.chosen(table.numpy(), half.numpy(), candidates, near, degree))
+    popular = torch.from_numpy(pivots).argsort(descending=True, stable=True)[:ENTRIES]
+    return {"edges": edges, "entries": F.pad(popular, (0, ENTRIES - len(popular)), value=-1).to(torch.int32)}
 
 
 def _bunches(keys: Sequence[Tensor]) -> Iterator[range]:
@@ -140,7 +171,7 @@ def _nearest(centred: Tensor, half: Tensor, degree: int, finder: Best) -> tuple[
         score.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
         found.append(_columns(score, max(1, min(degree, count - 1)), finder))
     best, value = (torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*found, strict=True))
-    value, order = value.sort(dim=1, descending=True)
+    value, order = value.sort(dim=1, descending=True, stable=True)
     own, first = (
         torch.arange(count, device=best.device).repeat(sets)[:, None],
         _firsts(sets, count, count, best.device),
