@@ -49,15 +49,17 @@ def _search(q, keys, edges, entries, beam, steps, shift, best, scanned):
     number, value = np.empty(beam + most, dtype=np.int32), np.empty(beam + most, dtype=np.float32)
     looked = np.empty(beam + most, dtype=np.bool_)
     new_number, new_value = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.float32)
-    fresh = np.empty(most, dtype=np.int32)
+    fresh = np.empty(most + 1, dtype=np.int32)  # one more: what is seen again is written behind the end
     bits = np.empty(q.shape[1], dtype=np.uint32)
     key = bits.view(np.float32)
+    node, fetched = np.empty(steps, dtype=np.int32), np.empty(2, dtype=np.int64)
     for n in range(len(q)):
         size = _unseen(entries, n, found_by, fresh, 0)
         filled, seen, first, bound = 0, 0, 0, np.float32(-np.inf)
         while True:
             seen += size
             new = 0
+            fetched[0] = _fetched(keys, fresh, size)
             for i in range(size):
                 x = fresh[i]
                 for d in range(len(bits)):
@@ -87,11 +89,14 @@ def _search(q, keys, edges, entries, beam, steps, shift, best, scanned):
             while first < filled and turn < steps:
                 if not looked[first]:
                     looked[first] = True
-                    size = _unseen(edges[number[first]], n, found_by, fresh, size)
+                    node[turn] = number[first]
                     turn += 1
                 first += 1
             if turn == 0:
                 break
+            fetched[1] = _fetched(edges, node, turn)
+            for i in range(turn):
+                size = _unseen(edges[node[i]], n, found_by, fresh, size)
         scanned[n] = seen
         for i in range(best.shape[1]):
             best[n, i] = number[i] if i < filled else -1
@@ -102,11 +107,22 @@ def _unseen(listed, n, found_by, fresh, size):
     """Adds to `fresh`, which holds `size`, what of the keys listed query n did not come by yet."""
     for i in range(len(listed)):
         x = listed[i]
-        if 0 <= x < len(found_by) and found_by[x] != n:
-            found_by[x] = n
+        if 0 <= x < len(found_by):
             fresh[size] = x
-            size += 1
+            size += found_by[x] != n
+            found_by[x] = n
     return size
+
+
+@jit()
+def _fetched(table, wanted, size):
+    """Numbers out of every line of memory that `size` of the wanted rows lie in: so a processor fetches many lines at
+    once, where it would fetch one after the other as each row is worked on. The sum is of no use."""
+    total = np.int64(0)
+    for i in range(size):
+        for at in range(0, table.shape[1], 64 // table.itemsize):
+            total ^= table[wanted[i], at]
+    return total
 
 
 @jit(fastmath={"reassoc", "contract"})  # a sum in parts
