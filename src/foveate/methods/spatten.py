@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Parts, Selection, Span
-from foveate.attention.sent import sent
 from foveate.cache import View
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Context, Method, Needs, Profile, Result, Role, register
@@ -151,7 +150,7 @@ class SpAtten(Method):
         order = mass.masked_fill(forced, torch.inf).masked_fill(~before, -torch.inf)
         rank = order.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         left = np.array([self._left(ctx.role, int(n)) for n in view.host_lengths[:, 0]])
-        return before & (rank < sent(left, rank.device)[:, None])
+        return before & (rank < torch.from_numpy(left).to(rank.device)[:, None])
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> Tensor | None:
         if ctx.role.name != "cascade":
