@@ -30,7 +30,7 @@ from typing import Annotated, Any, Protocol
 import torch
 import typer
 
-from foveate.cli.app import explain
+from foveate.cli.app import exit_code
 from foveate.cli.options import whole_numbers
 from foveate.cli.screen import Watcher, say
 from foveate.errors import BadArgument, FoveateError
@@ -219,18 +219,7 @@ def add(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool and leave it: 2 after one line on stderr, 1 where a cell failed, 130 when it was interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # nor may `timeout` leave the service running
-    try:
-        code = app(args=arguments, prog_name="sweep", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        say("stopped")
-        code = 130
-    except Exception as error:
-        reason = explain(error)
-        if reason is None:
-            raise
-        say(reason)
-        code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(exit_code(lambda: app(args=arguments, prog_name="sweep", standalone_mode=False)))
 
 
 if __name__ == "__main__":

@@ -189,9 +189,12 @@ def merge(files: Sequence[Path], folder: Path) -> int:
 
 def _read(file: Path) -> list[Record]:
     try:
-        return [Record.from_json(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
+        found = [Record.from_json(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
     except (OSError, EOFError, ValueError) as error:  # gzip's own errors are among these
         raise BadArgument("file", str(file), f"give gzip of records, one a line ({error})") from None
+    if not found:
+        raise BadArgument("file", str(file), "holds no records; give what `sweep.py` wrote")
+    return found
 
 
 def _check(record: Record, dense: Record, name: str) -> None:

@@ -11,6 +11,8 @@ import torch
 from tests.contract.tape import record
 from torch import Tensor, nn
 
+from foveate.attention import decoding
+from foveate.cache.fixed_column import FixedPacked
 from foveate.engine import captured
 from foveate.engine.apply import Handle
 from foveate.engine.captured import Forward
@@ -39,3 +41,10 @@ def steps(net: nn.Module, handle: Handle, ids: Tensor, mask: Tensor | None, new:
             got = net(input_ids=new[:, i : i + 1], position_ids=start + i, past_key_values=cache, use_cache=True)
             out.append(got.logits[:, -1])
     return cache, torch.stack(out, dim=1)
+
+
+def steps_in_place(net: nn.Module, handle: Handle, ids: Tensor, mask: Tensor | None, new: Tensor) -> tuple[Any, Tensor]:
+    """`steps`, recorded as on a GPU but in Triton's interpreter; one that unpacks what a column holds fails."""
+    serve = patch.object(decoding, "serves", lambda q, forced=False: (True, ""))
+    with serve, recording(net, handle, by=captured.record), patch.object(FixedPacked, "read", None):
+        return steps(net, handle, ids, mask, new)

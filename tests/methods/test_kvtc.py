@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
-from tests.contract.recorded import recording, steps
+from tests.contract.recorded import steps, steps_in_place
 from tests.contract.runs import left_padded, tokens
 from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, stores
 from tests.methods.workbench import Workbench
@@ -20,9 +20,7 @@ from transformers import LlamaConfig
 import foveate
 from foveate.attention import decoding
 from foveate.cache import PackedColumn
-from foveate.cache.fixed_column import FixedPacked
 from foveate.cache.transform import SCALE, losses
-from foveate.engine import captured
 from foveate.evaluate.setting import parse_one
 from foveate.heads.tap import Tap
 from foveate.heads.transform_coding import Moments, collect, longest, sensitivity, share_out, water_filling
@@ -150,9 +148,7 @@ def test_groups_and_compositions(heads: int, kv_heads: int, partner: Any) -> Non
     ("heads", "kv_heads", "partner", "settings"),
     [(8, 1, None, SMALL), (6, 2, SnapKV(budget=30, window=7), {"bits": 3, "residual": 1, "sink": 0})],
 )
-def test_recorded_steps_read_codes(
-    heads: int, kv_heads: int, partner: Any, settings: Any, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recorded_steps_read_codes(heads: int, kv_heads: int, partner: Any, settings: Any, seed: int) -> None:
     """Of rows of different length, as on a GPU but in Triton's interpreter: nothing is unpacked, and tokens are packed
     on the way."""
     pytest.importorskip("triton")
@@ -164,10 +160,7 @@ def test_recorded_steps_read_codes(
     new = torch.stack([tokens(seed + 2, 10), tokens(seed + 3, 10)])
     with foveate.apply(net, partner | method if partner else method, profile=profile) as handle:
         ordinary, want = steps(net, handle, ids, mask, new)
-        monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
-        with recording(net, handle, by=captured.record):
-            monkeypatch.setattr(FixedPacked, "read", None)
-            cache, got = steps(net, handle, ids, mask, new)
+        cache, got = steps_in_place(net, handle, ids, mask, new)
         assert cache.step is not None
     assert_close(got, want, TOLERANCE)
     for mine, other in zip(stores(cache), stores(ordinary), strict=True):

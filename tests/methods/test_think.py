@@ -7,16 +7,13 @@ import os
 import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
-from tests.contract.recorded import recording, steps
+from tests.contract.recorded import steps, steps_in_place
 from tests.contract.runs import left_padded, tokens
 from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, stores, watching
 from torch import Tensor
 
 import foveate
-from foveate.attention import decoding
 from foveate.cache import Observed, PackedColumn
-from foveate.cache.fixed_column import FixedPacked
-from foveate.engine import captured
 from foveate.methods import KIVI, SnapKV, StreamingLLM, ThinK
 from foveate.methods.think import Thinned
 
@@ -215,9 +212,7 @@ def test_a_chain_with_quantisation(bits: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "evicted"), [(8, 1, False), (6, 2, True)])
-def test_kernels_read_the_channels_that_are_left(
-    heads: int, kv_heads: int, evicted: bool, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_read_the_channels_that_are_left(heads: int, kv_heads: int, evicted: bool, seed: int) -> None:
     """Recorded steps of rows of different length, as on a GPU but in Triton's interpreter: nothing is filled up."""
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -227,10 +222,7 @@ def test_kernels_read_the_channels_that_are_left(
     new = torch.stack([tokens(seed + 2, 4), tokens(seed + 3, 4)])
     with foveate.apply(net, SnapKV(budget=30, window=7) | thin if evicted else thin) as handle:
         _, want = steps(net, handle, ids, mask, new)
-        monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
-        with recording(net, handle, by=captured.record):
-            monkeypatch.setattr(FixedPacked, "read", None)
-            cache, got = steps(net, handle, ids, mask, new)
+        cache, got = steps_in_place(net, handle, ids, mask, new)
         assert cache.step is not None
     assert_close(got, want, TOLERANCE)
 

@@ -203,6 +203,10 @@ def test_merging_refuses_what_does_not_fit(tool: Any, whole: Path, partial: Path
     file.write_bytes(gzip.compress(b"no record\n"))
     with pytest.raises(BadArgument, match="give gzip of records"):
         merge([file], partial)
+    for nothing in (b"", gzip.compress(b"")):
+        file.write_bytes(nothing)
+        with pytest.raises(BadArgument, match="holds no records"):
+            merge([file], partial)
     write(good, file)
     with pytest.raises(FoveateError, match="is there already"):
         merge([file, file], partial)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
@@ -40,27 +41,30 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and leave it: 0 when all went well, 2 after one line on stderr, 130 when it was interrupted."""
+    given = sys.argv[1:] if arguments is None else arguments
+    sys.exit(exit_code(lambda: app(args=with_ray_named(given), prog_name="foveate", standalone_mode=False)))
+
+
+def exit_code(run: Callable[[], Any]) -> int:
+    """What a program leaves with: the number that `run` gives, else 0; 130 where it was interrupted; 2 after one line
+    on stderr about what a user can mend. A fault of the program is raised."""
     try:
-        code = app(
-            args=with_ray_named(sys.argv[1:] if arguments is None else arguments),
-            prog_name="foveate",
-            standalone_mode=False,
-        )
+        code = run()
         sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        say("stopped")
+        return 130
     except BrokenPipeError:
         # The reader went away (`foveate papers | head`): nothing is left to say, and flushing at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except (KeyboardInterrupt, typer.Abort):
-        say("stopped")
-        code = 130
+        return 1
     except Exception as error:
         reason = explain(error)
         if reason is None:
             raise
         say(reason)
-        code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+        return 2
+    return code if isinstance(code, int) else 0
 
 
 def explain(error: Exception) -> str | None:

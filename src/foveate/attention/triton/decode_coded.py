@@ -15,7 +15,7 @@ from foveate.attention.triton.workers import (
     LN2,
     Tuning,
     capped,
-    check_heads,
+    check_tails,
     gather_channels,
     in_base_2,
     jit,
@@ -350,11 +350,7 @@ def decode_coded(
     Returns:
         out [B, H, 1, Dv] in the dtype of q, lse [B, H, 1] float32; 0 and -inf where a pair holds nothing.
     """
-    units = lengths.numel()
-    check_heads(q, keys.tail.shape[2], units // max(1, q.shape[0]))
-    if q.shape[2] != 1 or units % q.shape[0] or q.dtype != keys.tail.dtype or q.dtype != values.tail.dtype:
-        given = f"{tuple(q.shape)} {q.dtype}"
-        raise BadArgument("q", given, f"one query per row, in the dtype of the {units} pairs, {keys.tail.dtype}")
+    units = check_tails(q, keys.tail, values.tail, lengths)
     for name, side in (("keys", keys), ("values", values)):
         if any(len(x) != units for x in (side.codes, side.tail, side.heads, side.first)):
             raise BadArgument(name, tuple(side.codes.shape), f"lengths are of {units} pairs")

@@ -13,7 +13,7 @@ from foveate.attention.triton.decode import pair_blocks
 from foveate.attention.triton.workers import (
     Tuning,
     absorb,
-    check_heads,
+    check_tails,
     deliver_channels,
     gather_channels,
     in_base_2,
@@ -264,11 +264,7 @@ def decode_packed(
     Returns:
         out [B, H, 1, Dv] in the dtype of q, lse [B, H, 1] float32; 0 and -inf where a pair holds nothing.
     """
-    units = lengths.numel()
-    check_heads(q, keys.tail.shape[2], units // max(1, q.shape[0]))
-    if q.shape[2] != 1 or units % q.shape[0] or q.dtype != keys.tail.dtype or q.dtype != values.tail.dtype:
-        given = f"{tuple(q.shape)} {q.dtype}"
-        raise BadArgument("q", given, f"one query per row, in the dtype of the {units} pairs, {keys.tail.dtype}")
+    units = check_tails(q, keys.tail, values.tail, lengths)
     for name, side in (("keys", keys), ("values", values)):
         dim = side.tail.shape[2]
         share = dim if name == "keys" else dim // side.group

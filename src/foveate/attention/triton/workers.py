@@ -75,6 +75,17 @@ def check_heads(q: Tensor, k_dim: int, stores: int) -> tuple[int, int, int, int]
     return batch, heads, queries, heads // stores
 
 
+def check_tails(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> int:
+    """Pairs of a step of q [B, H, 1, Dk] over stores whose newest tokens are exact: tails [P, T, D] of keys and values,
+    lengths int32 [P]."""
+    units = lengths.numel()
+    check_heads(q, keys.shape[2], units // max(1, q.shape[0]))
+    if q.shape[2] != 1 or units % q.shape[0] or q.dtype != keys.dtype or q.dtype != values.dtype:
+        given = f"{tuple(q.shape)} {q.dtype}"
+        raise BadArgument("q", given, f"one query per row, in the dtype of the {units} pairs, {keys.dtype}")
+    return units
+
+
 def partials(rows: int, per_row: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Room for what the workers find: outputs [rows, per_row, dim] and log-masses [rows, per_row], base 2."""
     out = torch.empty(rows, per_row, dim, dtype=torch.float32, device=device)
