@@ -97,9 +97,9 @@ def test_common_words_repeat_as_rulers_do(smollm2, seed, length, often, seldom, 
 
 def test_common_words_hide_in_no_other_word(bpe, seed):
     for sample in CWE.generate(bpe, 1500, 10, seed):
-        context = parts(bpe, sample)[0]
+        said = parts(bpe, sample)[0].removeprefix("<|start|>user\n")  # "start" is a word that may be asked for
         for word in sample.references:
-            assert context.count(word) == 6
+            assert said.count(word) == 6
 
 
 def test_frequencies_follow_zetas_law(smollm2, seed):
