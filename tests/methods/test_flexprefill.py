@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from tests.closeness import assert_close
+from tests.families import family_model
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
 
 import foveate
@@ -31,6 +32,82 @@ def run(ids: torch.Tensor, model=None, **kwargs) -> list[dict]:
     with watching() as seen:
         applied(model or llama(), FlexPrefill(**{"block": 8, "min_budget": 8, **kwargs}), ids)
     return seen
+
+
+def prefix(mass: list[float], limit: float) -> list[int]:
+    """The largest entries whose running sum stays within the limit."""
+    taken, total = [], 0.0
+    for i in sorted(range(len(mass)), key=lambda i: -mass[i]):
+        total += mass[i]
+        if total > limit:
+            break
+        taken.append(i)
+    return taken
+
+
+def plainly(
+    q: torch.Tensor, k: torch.Tensor, scale: float, cap: float | None, how: dict
+) -> tuple[set[tuple[int, int]], bool]:
+    """The card's steps for one head, q and k [m, D] in float64: active (query block, key block), query-aware or not."""
+
+    def logit(x: torch.Tensor) -> torch.Tensor:
+        return x * scale if cap is None else (x * scale / cap).tanh() * cap
+
+    m, b = len(k), how["block"]
+    nb = -(-m // b)
+    pieces = [range(b * i, min(b * i + b, m)) for i in range(nb)]
+    vertical, slash = [0.0] * m, [0.0] * m
+    for i in range(m - b, m):
+        for j, p in enumerate(logit(q[i] @ k[: i + 1].T).softmax(-1).tolist()):
+            vertical[j] += p / b
+            slash[i - j] += p / b
+    mean_k = torch.stack([k[list(piece)].mean(0) for piece in pieces])
+    columns, leaning = ([sum(mass[j] for j in piece) for piece in pieces] for mass in (vertical, slash))
+    estimate = logit(mean_k @ q[m - b :].mean(0)).softmax(-1).tolist()
+    far = 0.0
+    for x, y in zip(estimate, columns, strict=True):
+        far += sum(0.5 * z * math.log(z / ((x + y) / 2)) for z in (x, y) if z > 0)
+    aware = math.sqrt(max(far, 0.0)) < how["tau"]
+    least = min(nb, -(-how["min_budget"] // b))
+    most = nb if how.get("max_budget") is None else min(nb, -(-how["max_budget"] // b))
+    lines = []
+    for tokens, mass in ((vertical, columns), (slash, leaning)):
+        n = (len(prefix(tokens, how["gamma"])) + 1) // b + 1
+        n = least if aware else max(least, min(most, n))
+        lines.append([0, *sorted(range(1, nb), key=lambda i, mass=mass: -mass[i])][:n])
+    active = {(i, j) for i in range(nb) for j in range(i + 1) if j in lines[0] or i - j in lines[1]}
+    if aware:
+        pairs = [(i, j) for i in range(nb) for j in range(i + 1)]
+        rows = [logit(mean_k[: i + 1] @ q[list(pieces[i])].mean(0)).softmax(-1) for i in range(nb)]
+        active |= {pairs[at] for at in prefix([float(rows[i][j]) for i, j in pairs], how["gamma"] * nb)}
+    return active, aware
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("length", "block", "gamma", "min_budget", "max_budget"),
+    [(93, 8, 0.6, 8, None), (96, 8, 0.95, 16, None), (61, 2, 0.7, 4, None), (101, 4, 0.8, 8, 20)],
+)
+def test_reads_the_blocks_that_the_plain_rule_says(
+    family: str, length: int, block: int, gamma: float, min_budget: int, max_budget: int | None, seed: int
+) -> None:
+    """Both patterns, against loops; the softcap of a model holds for the estimate from means as for the probe."""
+    model, ids = family_model(family, heads=6, kv_heads=2), prompt(1, length, seed)
+    kinds = []
+    for tau in (0.0, 0.1, 0.2, 0.3, 2.0):
+        how = {"block": block, "gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
+        read = run(ids, model, **how)[-1]
+        scale, cap = read["how"].scale, read["how"].softcap
+        assert (cap is not None) == (family == "gemma2")
+        k = read["store"].bands[0].keys().double()
+        active = blocks(read, block)[0]
+        for head in range(6):
+            want, aware = plainly(read["q"][0, head].double(), k[head // 3], scale, cap, how)
+            assert {(i, j) for i, j in active[head].nonzero().tolist()} == want
+            kinds.append((tau, aware))
+    assert {aware for tau, aware in kinds if tau == 0} == {False}
+    assert {aware for tau, aware in kinds if tau == 2} == {True}
+    assert {aware for tau, aware in kinds if 0 < tau < 2} == {False, True}
 
 
 @pytest.mark.parametrize("length", [61, 64])
@@ -126,10 +203,16 @@ def test_short_prompts_are_dense() -> None:
     assert all(r["parts"].dense for r in run(prompt(1, 31), min_budget=32))
 
 
-def test_block_size_reaches_the_budget_conversion() -> None:
-    """Budgets are converted by the block size in use, not by a constant."""
-    small = run(prompt(1, 200), llama(layers=1), gamma=0.9, tau=0.0)[0]
-    assert blocks(small).sum() < blocks(run(prompt(1, 200), llama(layers=1), gamma=1.01, tau=0.0)[0]).sum()
+def test_a_threshold_near_one_lists_no_block_of_the_future() -> None:
+    """Pairs of blocks in the future have a mass of 0, which a nearly full sum still has room for."""
+    for gamma in (0.9999, 1.0, 1.01):
+        for read in run(prompt(1, 93), tau=2.0, gamma=gamma):
+            assert not blocks(read).triu(1).any()
+
+
+def test_defaults_are_the_papers() -> None:
+    method = FlexPrefill()
+    assert (method.block, method.gamma, method.tau, method.min_budget, method.max_budget) == (128, 0.9, 0.1, 1024, None)
 
 
 @pytest.mark.parametrize("bad", [{"block": 0}, {"gamma": 0.0}, {"max_budget": 8}, {"budget": 0.5}])

@@ -12,7 +12,7 @@ from foveate.cache import View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, register, tries
 from foveate.methods.policies.lists import coverage_count, coverage_mask, mask_lists
-from foveate.methods.policies.probes import block_mean, block_sum, last_rows, probe_lines
+from foveate.methods.policies.probes import block_mean, block_sum, capped, last_rows, probe_lines
 
 
 @register
@@ -95,14 +95,15 @@ class FlexPrefill(Method):
         rows = min(self.block, n)
         vertical, slash = probe_lines(last_rows(q, k, rows, ctx.scale, ctx.softcap))
         mean_k = block_mean(k, self.block)
+        # Means are compared with probabilities, so they pass the softcap that these passed.
         estimate = (q[:, -rows:].float().mean(1, keepdim=True) @ mean_k.transpose(1, 2)).squeeze(1) * ctx.scale
         columns = block_sum(vertical, self.block)
-        aware = js_distance(estimate.softmax(-1), columns) < self.tau
+        aware = js_distance(capped(estimate, ctx.softcap).softmax(-1), columns) < self.tau
         causal = self._causal(m, n, q.device)
         lines = self._lines(vertical, slash, columns, aware, causal, self._newest(m, n, q.device), n == m)
         if not aware.any():
             return lines
-        pooled = block_mean(q, self.block) @ mean_k.transpose(1, 2) * ctx.scale
+        pooled = capped(block_mean(q, self.block) @ mean_k.transpose(1, 2) * ctx.scale, ctx.softcap)
         mass = pooled.masked_fill(~causal, -torch.inf).softmax(-1)
         covered = coverage_mask(mass.flatten(1), self.gamma * mass.shape[1]).view_as(mass) & causal
         return torch.where(aware[:, None, None], lines | covered, lines)

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits under the model's softcap, if it has one."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
 def last_rows(q: Tensor, k: Tensor, rows: int, scale: float, softcap: float | None = None) -> Tensor:
     """Attention of the last `rows` queries over all keys of one sequence, float32.
 
@@ -16,9 +21,7 @@ def last_rows(q: Tensor, k: Tensor, rows: int, scale: float, softcap: float | No
         [H, rows, m].
     """
     m = k.shape[1]
-    logits = q[:, -rows:].float() @ k.float().transpose(1, 2) * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = capped(q[:, -rows:].float() @ k.float().transpose(1, 2) * scale, softcap)
     own = torch.arange(m - rows, m, device=q.device)
     future = torch.arange(m, device=q.device) > own[:, None]
     return logits.masked_fill(future, -torch.inf).softmax(-1)
