@@ -82,9 +82,11 @@ def test_features_do_not_depend_on_the_place() -> None:
         rope = Angles(*rotary(llama()))
 
     q, k, v = (torch.randn(1, heads, 6, 16) for heads in (4, 2, 2))
-    here = LongHeads(chunk=6)._feature(q, k, v, 0, Plain())
+    here = LongHeads(chunk=6)._feature(q, k, v, torch.zeros(len(q), dtype=torch.long), Plain())
     delta = torch.full((1, 6), 48)
-    there = LongHeads(chunk=6)._feature(Plain.rope.move(q, delta), Plain.rope.move(k, delta), v, 48, Plain())
+    there = LongHeads(chunk=6)._feature(
+        Plain.rope.move(q, delta), Plain.rope.move(k, delta), v, torch.full((len(q),), 48), Plain()
+    )
     assert_close(there, here, 1e-5)
     model, back = llama(), -torch.arange(6)
     want = [
@@ -92,6 +94,22 @@ def test_features_do_not_depend_on_the_place() -> None:
         for h in range(4)
     ]
     assert_close(here, torch.stack(want)[None], 1e-5)
+
+
+@pytest.mark.parametrize("numbers", [1, 1500])
+def test_features_are_those_of_any_number_of_chunks_at_a_time(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rows of different length and a prompt in pieces: one chunk at a time, two or three, all."""
+    model, rows = llama(), [prompt(1, 29)[0], prompt(1, 61, seed=2)[0]]
+    ids, mask = left_padded(rows)
+    found = []
+    for most in (1 << 24, numbers):
+        monkeypatch.setattr("foveate.methods.longheads.at_once", lambda device, most=most: most)
+        with foveate.apply(model, LongHeads(chunk=4, tokens=16)) as handle, torch.no_grad():
+            cache = handle.cache()
+            first = announced(model, cache, ids[:, :50], mask[:, :50])
+            rest = model(ids[:, 50:], attention_mask=mask, past_key_values=cache).logits
+        found.append(torch.cat([first, rest], dim=1)[mask.bool()])
+    assert_close(found[1], found[0], 1e-6)
 
 
 def test_up_to_the_attended_length_it_is_the_model() -> None:

@@ -165,7 +165,7 @@ def read(
     if softcap is None and per >= size and lists.shape[-1]:
         return _fused(q, k, v, selection, geometry, visible, scale=scale, move=move)
     if grouped.serves(selection, geometry, bounded):
-        return grouped.read(q, k, v, selection, geometry, scale=scale, softcap=softcap, move=move)
+        return grouped.read(q, k, v, selection, geometry, scale=scale, softcap=softcap, move=move, angles=angles)
     return attend(q, v, pieces(q, k, selection, geometry, visible, scale=scale, softcap=softcap, move=move))
 
 

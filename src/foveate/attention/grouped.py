@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.attention import turned
+from foveate.attention.angles import Angles
+from foveate.attention.at_once import at_once
 from foveate.attention.attend import attend
 from foveate.attention.kernel import softmax_attention
 from foveate.attention.scores import score_attention
@@ -23,7 +26,7 @@ TILE = 64
 LEAST = 16
 """Slots of a block that is worth it."""
 ENTRIES = 1 << 22
-"""Numbers of queries, one for each entry, that are alive at once on a processor, and on a GPU."""
+"""Numbers of queries, one for each entry, that are alive at once on a processor, and on a GPU without its kernel."""
 ENTRIES_GPU = 1 << 27
 
 Move = Callable[[Tensor, Tensor], Tensor]
@@ -47,6 +50,7 @@ def read(
     scale: float,
     softcap: float | None,
     move: Move,
+    angles: Angles | None = None,
 ) -> Partial:
     """Softmax attention of q [B, H, N, Dk] over the listed pairs of k [B, 1, M, Dk] and v [B, 1, M, Dv] under
     `selection.frame.keys`; see `framed.read`. No buffer grows with N."""
@@ -54,20 +58,26 @@ def read(
     assert lists is not None and places is not None and per is not None
     batch, heads, queries, dim = q.shape
     ends = geometry.ends().expand(batch, 1, queries)
-    alive = ENTRIES if q.device.type == "cpu" else ENTRIES_GPU
+    kernel = angles is not None and turned.serves(q, angles)
+    alive = 4 * at_once(q.device) if kernel else ENTRIES if q.device.type == "cpu" else ENTRIES_GPU
     step = max(1, alive // (batch * heads * lists.shape[-1] * dim))
     parts = []
     for first in range(0, queries, step):
         last = min(first + step, queries)
         some = torch.arange(first, last, device=q.device) // per
-        block, place = (x.index_select(2, some).long().expand(-1, heads, -1, -1) for x in (lists, places))
-        rows = q[:, :, first:last]
-        parts.append(_some(rows, k, v, block, place, ends[:, :, first:last], selection.k_block, scale, softcap, move))
+        block, place = (x.index_select(2, some).expand(-1, heads, -1, -1) for x in (lists, places))
+        rows, end = q[:, :, first:last], ends[:, :, first:last]
+        how = {"size": selection.k_block, "scale": scale, "softcap": softcap}
+        if kernel:
+            assert angles is not None
+            parts.append(turned.read_grouped(rows, k[:, 0], v[:, 0], block, place, end[:, 0], angles, **how))
+        else:
+            parts.append(_some(rows, k, v, block.long(), place.long(), end, move=move, **how))
     return Partial(torch.cat([part.out for part in parts], dim=2), torch.cat([part.lse for part in parts], dim=2))
 
 
 def _some(
-    q: Tensor, k: Tensor, v: Tensor, block: Tensor, place: Tensor, ends: Tensor, size: int, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, block: Tensor, place: Tensor, ends: Tensor, *, size: int, scale: float,
     softcap: float | None, move: Move,
 ) -> Partial:  # fmt: skip
     """`read` for queries that fit: block and place [B, H, n, K], ends [B, 1, n]."""
@@ -82,11 +92,11 @@ def _some(
         entries = _Entries.of(taken, block, -(-k.shape[2] // size))
         if entries is None:
             continue
-        turned = move(
+        moved = move(
             table.index_select(0, entries.which // block.shape[3]).view(1, 1, -1, q.shape[3]),
             delta.index_select(0, entries.which).unsqueeze(0),
         )
-        rows = q.new_zeros(entries.count * q.shape[0], q.shape[3]).index_copy_(0, entries.row, turned[0, 0])
+        rows = q.new_zeros(entries.count * q.shape[0], q.shape[3]).index_copy_(0, entries.row, moved[0, 0])
         rows = rows.view(q.shape[0], 1, entries.count, q.shape[3])
         if everything:
             found = _whole(rows, k, v, entries, size, scale, softcap)

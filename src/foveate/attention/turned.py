@@ -60,6 +60,25 @@ def read(
     return Partial(*kernel(q, k, v, *given, last=angles.last, page=page, scale=scale, softcap=softcap))
 
 
+def read_grouped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    places: Tensor,
+    ends: Tensor,
+    angles: Angles,
+    *,
+    size: int,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    """Attention of q [B, H, n, Dk] over the blocks `lists` [B, H, n, K] of k [B, M, Dk] and v [B, M, Dv], whose first
+    keys stand at `places`; of slots below `ends` [B, n]. Whatever its queries, each block is read with all of them."""
+    kernel = _kernels("grouped_read").grouped_read
+    return Partial(*kernel(q, k, v, lists, places, ends, angles, size=size, scale=scale, softcap=softcap))
+
+
 def votes(
     voters: Tensor,
     k: Tensor,

@@ -149,16 +149,23 @@ class LongHeads(Method):
         keys, values = view.k(), view.v()
         start = sent(first, q.device)
         end = sent(view.host_lengths[:, 0], q.device)
-        inside = torch.arange(size, device=q.device)
         old = ctx.mine.get("queries", q.new_zeros(batch, heads, size, dim))
-        for number in range(begun, total):
-            new = (number * size + inside) - start[:, None]
+        step = max(1, at_once(q.device) // (2 * batch * heads * size * max(size, dim)))
+        for number in range(begun, total, step):
+            some = torch.arange(number, min(number + step, total), device=q.device)
+            count, slots = len(some), slice(number * size, (number + len(some)) * size)
+            new = torch.arange(slots.start, slots.stop, device=q.device) - start[:, None]
             index = new.clamp(0, q.shape[2] - 1)[:, None, :, None].expand(-1, heads, -1, dim)
-            rows = torch.where((new >= 0)[:, None, :, None], q.gather(2, index), old)
-            slots = slice(number * size, (number + 1) * size)
-            made = self._feature(rows, keys[:, :, slots], values[:, :, slots], number * size, ctx)
-            now = (start < (number + 1) * size) & ((number + 1) * size <= end)
-            features[:, :, number] = torch.where(now[:, None, None], made, features[:, :, number])
+            rows = torch.where((new >= 0)[:, None, :, None], q.gather(2, index), old.repeat(1, 1, count, 1))
+            held, fresh = (x[:, :, slots] for x in (keys, values))
+            q_of, k_of, v_of = (
+                x.unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1) for x in (rows, held, fresh)
+            )
+            made = self._feature(q_of, k_of, v_of, some.repeat(batch) * size, ctx)
+            made = made.unflatten(0, (batch, count)).transpose(1, 2)
+            now = (start[:, None] < (some + 1) * size) & ((some + 1) * size <= end[:, None])
+            places = features[:, :, number : number + count]
+            places.copy_(torch.where(now[:, None, :, None], made, places))
         return features
 
     def _completed(self, q: Tensor, known: Tensor, view: View, ctx: Context) -> Tensor:
@@ -168,12 +175,10 @@ class LongHeads(Method):
         keys, values = last.of(view.k(), size), last.of(view.v(), size)
         return last.put(known, self._feature(rows, keys, values, last.number * size, ctx))
 
-    def _feature(self, q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, ctx: Context) -> Tensor:
-        """Feature [B, H, D] of the chunk q [B, H, w, D], k and v [B, Hs, w, D] that begins at position `start`, one for
-        all rows or [B]."""
+    def _feature(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, ctx: Context) -> Tensor:
+        """Features [X, H, D] of chunks q [X, H, w, D], k and v [X, Hs, w, D] that begin at positions `start` [X]."""
         group = q.shape[1] // k.shape[1]
-        back = -start[:, None] if isinstance(start, Tensor) else torch.full((len(k), 1), -start, device=k.device)
-        near = ctx.rope.move(k, back.expand(-1, k.shape[2]))
+        near = ctx.rope.move(k, -start[:, None].expand(-1, k.shape[2]))
         k, v, near = (x.float().repeat_interleave(group, dim=1) for x in (k, v, near))
         mean = (_weights(q.float() @ k.transpose(-1, -2), ctx) @ v).mean(2, keepdim=True)
         return (_weights(mean @ near.transpose(-1, -2), ctx) @ near).squeeze(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -20,7 +21,8 @@ def _merge(part, weight, out, lse, splits, R: tl.constexpr, DV: tl.constexpr, D:
         at = (place // R * splits + n) * R + place % R
         e = tl.load(weight + at, mask=n < splits, other=float("-inf"))
         x = part + at[:, None] * DV + d[None, :]
-        x = tl.load(x, mask=(n < splits)[:, None] & (d < DV)[None, :], other=0.0)
+        # What saw nothing may hold anything.
+        x = tl.load(x, mask=(e > float("-inf"))[:, None] & (d < DV)[None, :], other=0.0)
         acc, top, mass = join(e, x, acc, top, mass)
     seen = mass > 0
     some = tl.where(seen, mass, 1.0)
@@ -42,5 +44,24 @@ def merge_splits(q: Tensor, part: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     out, lse = outputs(q, dim)
     _merge[(heads,)](
         part, weight, out, lse, slots * rows // heads, R=rows, DV=dim, D=power_of_two(dim), WIDE=32 if dim <= 128 else 8
+    )
+    return out, lse
+
+
+def merge_rows(part: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and lse of what many queries found of equally many pieces.
+
+    Args:
+        part: [B, H, N, K, Dv], in any dtype; weight: float32 [B * H * N * K], log-masses to the base 2.
+
+    Returns:
+        out [B, H, N, Dv] in the dtype of the parts, lse [B, H, N] float32; 0 and -inf where nothing was seen.
+    """
+    *shape, splits, dim = part.shape
+    out = torch.empty(*shape, dim, dtype=part.dtype, device=part.device)
+    lse = torch.empty(shape, dtype=torch.float32, device=part.device)
+    wide = min(32 if dim <= 128 else 8, power_of_two(splits))
+    _merge[(lse.numel(),)](
+        part, weight, out, lse, splits, R=1, DV=dim, D=power_of_two(dim), WIDE=wide, num_warps=1 if wide < 32 else 4
     )
     return out, lse

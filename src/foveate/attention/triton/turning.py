@@ -27,17 +27,21 @@ def tokens_at_once(dim: int, width: int) -> int:
 
 
 @jit
-def halves(x, offsets, keep, FIRST: tl.constexpr, F: tl.constexpr, FP: tl.constexpr):
-    """Both halves [n, FP] of the rotated channels of rows at offsets [n] behind x, float32; 0 where not kept."""
+def held_halves(x, offsets, keep, FIRST: tl.constexpr, F: tl.constexpr, FP: tl.constexpr):
+    """Both halves [n, FP] of the rotated channels of rows at offsets [n] behind x; 0 where not kept."""
     d = tl.arange(0, FP)
     inside = keep[:, None]
     if FP > F:
         inside = inside & (d < F)[None, :]
     place = x + offsets[:, None] + FIRST + d[None, :]
-    return (
-        tl.load(place, mask=inside, other=0.0).to(tl.float32),
-        tl.load(place + F, mask=inside, other=0.0).to(tl.float32),
-    )
+    return tl.load(place, mask=inside, other=0.0), tl.load(place + F, mask=inside, other=0.0)
+
+
+@jit
+def halves(x, offsets, keep, FIRST: tl.constexpr, F: tl.constexpr, FP: tl.constexpr):
+    """`held_halves` in float32."""
+    x1, x2 = held_halves(x, offsets, keep, FIRST, F, FP)
+    return x1.to(tl.float32), x2.to(tl.float32)
 
 
 @jit
