@@ -203,6 +203,11 @@ def test_a_trained_model_keeps_what_it_can() -> None:
     assert right(Opposite(block=3)) < 0.7
 
 
+def test_defaults_are_the_papers() -> None:
+    method = SparseD()
+    assert (method.ratio, method.skip, method.block) == (0.3, 0.2, 128)
+
+
 @pytest.mark.parametrize("bad", [{"ratio": -0.1}, {"ratio": 1.1}, {"skip": -0.1}, {"skip": 1.5}, {"block": 0}])
 def test_bad_parameters(bad: dict) -> None:
     with pytest.raises(foveate.BadArgument, match=next(iter(bad))):

@@ -164,6 +164,11 @@ def test_first_layers_short_prompts_and_decode_are_dense() -> None:
     assert_close(got, want, TOLERANCE)
 
 
+def test_defaults_are_the_papers() -> None:
+    method = Radial()
+    assert (method.block, method.decay, method.sink, method.dense_layers) == (128, 1.0, True, 1)
+
+
 @pytest.mark.parametrize("bad", [{"block": 0}, {"frame": 6}, {"decay": 0.0}, {"dense_layers": -1}, {"budget": 0.5}])
 def test_bad_parameters(bad: dict[str, Any]) -> None:
     with pytest.raises(foveate.BadArgument, match=next(iter(bad))):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close
+from tests.contract.runs import left_padded, run, tokens
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
 from torch import Tensor
 
@@ -118,6 +119,32 @@ def test_decode_continues_the_prompt_under_latent_attention() -> None:
         want = model(ids).logits[:, 60:]
     got, _ = applied(model, S2Attention(**PATTERN), ids[:, :61], ids[:, 61:])
     assert_close(got, want, TOLERANCE)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_prompt_and_steps_are_dense_attention_under_the_mask(heads: int, kv_heads: int, seed: int) -> None:
+    """Rows of different length, each by blocks that are counted from its own first token."""
+    lengths = (29, 61)
+    model = llama(layers=1, heads=heads, kv_heads=kv_heads)
+    ids, mask = left_padded([tokens(seed + n, n) for n in lengths])
+    with foveate.apply(model, S2Attention(**PATTERN)) as handle, watching() as seen:
+        run(model, handle.cache(), ids, tokens(seed, 2, 5), mask)
+    assert not seen[0]["parts"].dense
+    (band,) = seen[0]["store"].bands
+    k, v = (x.unflatten(0, (2, kv_heads)).repeat_interleave(heads // kv_heads, 1) for x in (band.keys(), band.values()))
+    for step, read in enumerate(seen):
+        for row, length in enumerate(lengths):
+            length += step
+            new = length if step == 0 else 1
+            shards = torch.stack([truth(length, h * kv_heads // heads, kv_heads)[-new:] for h in range(heads)])
+            logit = read["q"][row, :, :new] @ k[row, :, :length].mT * read["how"].scale
+            want = logit.masked_fill(~shards, -torch.inf).softmax(-1) @ v[row, :, :length]
+            assert_close(read["result"].out[row, :, :new], want, TOLERANCE)
+
+
+def test_defaults_are_those_of_the_example() -> None:
+    method = S2Attention()
+    assert (method.block, method.local, method.stride, method.dense_heads) == (64, 32, 8, 0)
 
 
 @pytest.mark.parametrize("bad", [{"block": 0}, {"local": 0}, {"stride": 0}, {"dense_heads": -1}])

@@ -27,9 +27,13 @@ class SparseD:
         skip: share of steps before the sparse ones; of S steps, steps 0 to int(S * skip) + 1 are dense.
         block: queries that share a list, and keys that are listed together (paper: 128, and 32 for short prompts).
 
-    Logits are scaled by the root of the head size; the release for LLaDA takes the root of the number of heads instead,
-    the one for Dream does not. Making the lists costs all pairs once more, one block of queries at a time.
-    Source: 2509.24014; released code for which steps are dense and how many blocks are read.
+    Differs from the released code: logits are scaled by the root of the head size, where the release for LLaDA takes
+    the root of the number of heads; each part has a count of its own, where the release reads of the prompt what is
+    among the best int(n * ratio) + 1 of all n blocks, which may be none; a block with tokens of both counts there as
+    prompt, unless it is the last; and the mean of a short last block is taken there over a whole one. Making the lists
+    costs all pairs once more, one block of queries at a time.
+
+    Source: 2509.24014; released code for which steps are dense and the count of a part.
     """
 
     ratio: float = 0.3

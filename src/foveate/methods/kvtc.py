@@ -49,8 +49,8 @@ class KVTC(Method):
     Args:
         bits: average bits of a number of all layers, with the token's scale (5 bits); rows are whole bytes. Under a
             budget it is what the budget has room for.
-        residual: newest tokens are held exactly until so many are complete.
-        sink: first tokens that are held exactly.
+        residual: newest tokens are held exactly until so many are complete (paper: always the last 128).
+        sink: first tokens that are held exactly (paper: 4).
 
     Source: 2511.01815, section 3.
     """

@@ -1,4 +1,4 @@
-"""Oracle: the best that any selection of this size could do."""
+"""Oracle: the list that holds most of the softmax, of all lists of its size."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ SLOTS_OF = {"decode": {"decode"}, "prefill": {"prefill"}, "both": {"prefill", "d
 @register
 @dataclass(frozen=True, kw_only=True)
 class Oracle(Method):
-    """Every query reads the keys that its own softmax would weigh most, of all it may see. An upper bound for methods
-    that read a list, not a way to save anything: to find the list all keys are read, in every layer and step, which the
-    pairs read do not include.
+    """Every query reads the keys that its own softmax would weigh most, of all it may see. No list of this size holds
+    more of the softmax; that is what other lists are measured by, though one with less of it may by chance end nearer
+    to the dense output. It is no way to save anything: to find the list all keys are read, in every layer and step,
+    which the pairs read do not include.
 
     Args:
         part: where it selects: "decode", "prefill" or "both". Lists of a prompt take 4 bytes per query head, query and

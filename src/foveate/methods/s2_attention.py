@@ -29,7 +29,9 @@ class S2Attention(Method):
         stride: one block in so many is read behind them.
         dense_heads: last kv heads that read everything.
 
-    Source: 2407.17678; released code for the phase of a head: head times max(1, stride // number of kv heads).
+    Source: 2407.17678; released code for the pattern. The phase of a kv head is its number times max(1, stride // kv
+    heads), so that phases are spread evenly; the released code divides by the number of query heads, which under
+    grouped heads leaves them side by side. How many blocks are read by some head is the same.
     """
 
     id = "s2-attention"
