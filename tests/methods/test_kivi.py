@@ -9,7 +9,9 @@ import pytest
 import torch
 from tests.closeness import assert_close, relative_rms
 from tests.contract.recorded import recording, steps
-from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores
+from tests.contract.runs import tokens
+from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores, watching
+from torch import Tensor
 
 import foveate
 from foveate.attention import decoding
@@ -64,6 +66,49 @@ def test_residual_lengths(length: int, steps: int) -> None:
         assert isinstance(band.v, PackedColumn)
         assert (total - band.k.packed == total % 8).all()
         assert (total - band.v.packed == min(total, 8)).all()
+
+
+def by_groups(x: Tensor, along: int) -> Tensor:
+    """x [P, n, D] in two bits, group by group of four along tokens (1) or channels (2), by the formula."""
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for group, made in zip(x.double().split(4, along), out.split(4, along), strict=True):
+        zero, high = group.amin(along, keepdim=True), group.amax(along, keepdim=True)
+        made.copy_(zero + (high - zero) / 3 * ((group - zero) * 3 / (high - zero)).round())
+    return out
+
+
+def test_keys_are_grouped_along_tokens_and_values_along_channels(seed: int) -> None:
+    """As they are cached (rotated), whole groups of `residual` keys at once and values one by one: in the first layer
+    dense tokens are the truth."""
+    model, ids, new = llama(layers=1), tokens(seed, 1, 43), tokens(seed + 1, 1, 9)
+    _, dense = applied(model, "dense", ids, new)
+    _, cache = applied(model, KIVI(bits=2, group=4, residual=8), ids, new)
+    (exact,), (band,) = stores(dense)[0].bands, stores(cache)[0].bands
+    for got, x, packed, along in ((band.keys(), exact.keys(), 48, 1), (band.values(), exact.values(), 44, 2)):
+        assert torch.equal(got[:, packed:52], x[:, packed:52])
+        error = {axis: relative_rms(got[:, :packed], by_groups(x[:, :packed], axis)) for axis in (1, 2)}
+        # Scales and zero points in float16 send a few codes to the level beside.
+        assert error[along] < 0.4 * error[3 - along], error
+
+
+def test_a_step_is_one_softmax_over_packed_and_exact_tokens(seed: int) -> None:
+    model, ids, new = llama(layers=1), tokens(seed, 2, 45), tokens(seed + 1, 2, 1)
+    with foveate.apply(model, KIVI(bits=2, group=4, residual=8)) as handle, torch.no_grad(), watching() as seen:
+        cache = handle.cache()
+        cache.expect(45)
+        model(ids, past_key_values=cache)
+        (band,) = stores(cache)[0].bands
+        before = [x[:, :45].clone() for x in (band.keys(), band.values())]
+        model(new, past_key_values=cache)
+    own = (band.keys()[:, 45:46], band.values()[:, 45:46])
+    k, v = (torch.cat(x, dim=1).unflatten(0, (2, 2)).repeat_interleave(3, 1) for x in zip(before, own, strict=True))
+    want = (seen[-1]["q"] @ k.mT * seen[-1]["how"].scale).softmax(-1) @ v
+    assert_close(seen[-1]["result"].out, want, TOLERANCE)
+
+
+def test_defaults_are_the_papers() -> None:
+    method = KIVI()
+    assert (method.bits, method.group, method.residual, method.early, method.hadamard) == (4, 32, 128, None, "none")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

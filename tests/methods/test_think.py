@@ -16,6 +16,7 @@ import foveate
 from foveate.cache import Observed, PackedColumn
 from foveate.methods import KIVI, SnapKV, StreamingLLM, ThinK
 from foveate.methods.think import Thinned
+from foveate.models.shape import ModelShape
 
 SMALL = {"ratio": 0.9, "recent": 5, "window": 7}
 
@@ -121,6 +122,15 @@ def test_bytes_of_the_keys(recent: int) -> None:
     assert sum(t.numel() * t.element_size() for t in column.fitted) == 2 * kept * 2
     assert column.tail.data.shape[1] <= recent + 16
     assert (column.packed == 61 - recent).all()
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_what_is_saved_is_the_papers(ratio: float) -> None:
+    """ratio / 2 of keys and values, of all tokens but the newest; less the names of the channels."""
+    shape = ModelShape.of(llama(head_dim=32, dtype=torch.bfloat16))
+    for length, recent in ((300, 32), (1000, 0)):
+        saved = 1 - ThinK(recent=recent).share(shape, length, ratio)
+        assert ratio / 2 * (1 - recent / length) - 1 / length < saved < ratio / 2 * (1 - recent / length)
 
 
 def test_what_is_generated_keeps_all_channels() -> None:
