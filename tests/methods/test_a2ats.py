@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close
-from tests.contract.runs import left_padded, run
+from tests.contract.runs import left_padded, run, tokens
+from tests.families import family_model
 from tests.heads.words import WordTokenizer
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores, watching
 from tests.methods.workbench import Workbench
@@ -23,6 +24,14 @@ from foveate.models import tiny
 from foveate.models.shape import ModelShape
 
 SMALL = {"budget": 22, "sink": 3, "window": 6}
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def profile_for(shape: ModelShape, centroids: int = 12) -> Profile:
@@ -79,12 +88,12 @@ def test_reads_what_the_codes_say(heads: int, kv_heads: int) -> None:
     for step, read in enumerate(seen[1:]):
         for row, length in enumerate(lengths):
             length += step + 1
-            for head, tokens in enumerate(truth(model, method, read, book, length, row)):
-                assert listed(read, row, head) == tokens
+            for head, wanted in enumerate(truth(model, method, read, book, length, row)):
+                assert listed(read, row, head) == wanted
                 group = read["q"].shape[1] // kv_heads
-                assert len(tokens) <= 8 + group * int(0.11 * length)
+                assert len(wanted) <= 8 + group * int(0.11 * length)
                 k, v = (
-                    x.unflatten(0, (-1, kv_heads))[row, head, tokens]
+                    x.unflatten(0, (-1, kv_heads))[row, head, wanted]
                     for x in (read["store"].bands[0].keys(), read["store"].bands[0].values())
                 )
                 q = read["q"][row, head * group : (head + 1) * group, 0]
@@ -239,6 +248,31 @@ def test_moments_are_of_queries_at_one_distance() -> None:
     q = turn(model, seen[0]["q"][0], 100 - torch.arange(40))
     texts = [q[:, :n].unflatten(0, (2, 3)).flatten(1, 2) for n in (40, 9)]
     assert_close(moment, torch.stack([x.transpose(1, 2) @ x for x in texts]).sum(0), 1e-4)
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("llama", {"rope_parameters": SCALED}), ("qwen3", {})])
+def test_codebooks_and_codes_start_from_what_the_model_makes(family: str, changes: dict[str, Any], seed: int) -> None:
+    """Keys behind their own norm and before the rotation; queries turned by the model's angles, scaled ones, too."""
+    model, ids = family_model(family, layers=1, heads=6, **changes), tokens(seed, 1, 40)
+    attn, made = model.model.layers[0].self_attn, []
+    ends = (attn.q_norm, attn.k_norm) if family == "qwen3" else (attn.q_proj, attn.k_proj)
+    hooks = [end.register_forward_hook(lambda *a: made.append(a[2])) for end in ends]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    q, k = (x.view(40, -1, 16).transpose(0, 1) for x in made)
+    cos, sin = (x[0].double() for x in model.model.rotary_emb(q, torch.tensor([[100]])))
+    q = q.double() * cos + torch.cat([-q[..., 8:], q[..., :8]], dim=-1).double() * sin
+    q = q.unflatten(0, (2, 3)).flatten(1, 2)
+    keys, moment = collect(model, [ids[0].tolist()], 100, lambda *_: None)[0]
+    assert_close(keys, k, 1e-3)
+    assert_close(moment, q.mT @ q, 1e-4)
+    profile = of(model, 50)
+    _, cache = applied(model, A2ATS(**SMALL), ids, tokens(seed, 1, 1), profile=profile)
+    book = Codebook.of(profile.tensors, "0")
+    want = Codebook(book.centroids.double(), book.lower.double()).codes(k.double())
+    assert torch.equal(stores(cache)[0].bands[0].tags["a2ats"].data[:, :40, 0].long(), want)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

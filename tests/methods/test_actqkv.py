@@ -289,4 +289,5 @@ def test_defaults_are_the_released_ones() -> None:
     method = ActQKV()
     assert (method.block, method.init, method.local, method.topk) == (32, 64, 512, 46)
     assert (method.representatives, method.chunk, method.least, method.history) == (4, 256, 32, 100)
+    assert (method.probe, method.cap) == ("window", 1000)
     assert math.isclose(method.block * method.topk, 1472)

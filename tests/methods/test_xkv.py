@@ -16,6 +16,7 @@ import foveate
 from foveate.cache import JointColumn
 from foveate.engine import seal as sealing
 from foveate.errors import Refused
+from foveate.heads.passkeys import running_examples
 from foveate.methods import XKV
 from foveate.methods.declared import Codec, Joint
 from foveate.methods.xkv import LowRank
@@ -101,7 +102,13 @@ def test_bytes_are_those_of_the_formula(group: int, batch: int) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "group", "ratio"),
-    [((384, 576), 4, 8.03), ((96, 144), 1, 8.40), ((1280, 1920), 4, 2.41), ((192, 288), 2, 8.27)],
+    [
+        ((384, 576), 4, 8.03),
+        ((96, 144), 1, 8.40),
+        ((1280, 1920), 4, 2.41),
+        ((192, 288), 2, 8.27),
+        ((640, 960), 2, 2.48),
+    ],
 )
 def test_shares_are_the_papers(ranks: tuple[int, int], group: int, ratio: float) -> None:
     """Compression 2 M g w / ((r_k + r_v)(M + g w)) of Llama-3.1-8B at 64K tokens."""
@@ -133,6 +140,21 @@ def test_layers_that_are_alike_share_what_a_layer_alone_cannot() -> None:
     together = (torch.cat(layers, dim=1) - (a @ b).float()).norm()
     alone = torch.stack([(x - cut(x, 2)).norm() for x in layers]).norm()
     assert together < 0.2 * alone
+
+
+def test_real_layers_share_more_the_more_there_are(seed: int) -> None:
+    """In the built-in model's cache: at equal rank a layer, larger groups keep more of keys without positions, and of
+    values."""
+    model, tokenizer = foveate.load("smollm2", dtype="float32", device="cpu")
+    ids = torch.tensor([next(running_examples(tokenizer, (256,), seed)).ids])
+    layers = exact_prompt(model, ids)[8:16]
+    for of_keys in (True, False):
+        parts = [turn(model, k[0], -torch.arange(256)) if of_keys else v[0] for k, v in layers]
+        lost = []
+        for group in (1, 2, 4):
+            wide = [side_by_side(parts[i : i + group]) for i in range(0, 8, group)]
+            lost.append(sum(float((x - cut(x, 16 * group)).square().sum()) for x in wide))
+        assert lost[0] > 1.1 * lost[1] > 1.21 * lost[2], lost
 
 
 def test_what_is_generated_stays_exact() -> None:
@@ -227,8 +249,15 @@ def test_latents_are_held_together_and_rotated_channels_stay() -> None:
     """MLA: the latents of a group by one basis; the rotated channels beside them to the bit."""
     model, ids = tiny("deepseek-v3", layers=3, heads=4, kv_heads=4), prompt(2, 61)
     rank = ModelShape.of(model).layers[0].latent_dim
+    normed: list[Tensor] = []
+    norms = [layer.self_attn.kv_a_layernorm for layer in model.model.layers]
+    hooks = [norm.register_forward_hook(lambda *a: normed.append(a[2])) for norm in norms]
     _, dense = applied(model, "dense", ids)
+    for hook in hooks:
+        hook.remove()
     exact = [store.bands[0].keys() for store in stores(dense)]
+    for x, latent in zip(exact, normed, strict=True):  # the released code packs latents before their norm
+        assert_close(x[..., :rank], latent, TOLERANCE)
     got, cache = applied(model, XKV(group=2, rank_k=5), ids, prompt(2, 3, seed=1))
     assert got.isfinite().all()
     for row in (0, 1):
