@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
@@ -72,6 +73,24 @@ def test_what_bounds_leave_over_goes_on_in_order() -> None:
     assert error_aware([0.9, 0.06, 0.04], 20, least=5, most=40) == [40, 11, 9]
     assert error_aware([0.5, 0.3, 0.2], 20, least=5, most=60) == [27, 19, 14]
     assert error_aware([0.0, 0.0, 1.0], 20, least=5, most=30) == [15, 15, 30]
+
+
+def test_what_is_left_over_goes_token_by_token(seed: int) -> None:
+    """As released: rounds of single tokens, given to those that suffer most first, taken from those that do least."""
+    chance = random.Random(seed)
+    for _ in range(60):
+        layers, average, least = chance.randrange(1, 9), chance.randrange(8, 60), chance.randrange(0, 9)
+        errors = [chance.random() ** 4 for _ in range(layers)]
+        most = chance.randrange(average, 3 * average + 1)
+        order = sorted(range(layers), key=lambda i: -errors[i])
+        spare = layers * (average - least)
+        want = [min(most, least + round(spare * error / sum(errors))) for error in errors]
+        while left := layers * average - sum(want):
+            step = 1 if left > 0 else -1
+            open_ = [i for i in order[::step] if want[i] != (most if step > 0 else least)]
+            for i in open_[: abs(left)]:
+                want[i] += step
+        assert error_aware(errors, average, least=least, most=most) == want
 
 
 def test_large_divisions_are_quick() -> None:
@@ -280,6 +299,11 @@ def test_a_lost_profile_is_named() -> None:
     with pytest.raises(foveate.BadArgument, match="calibrate"):
         CompressKV().plan(ModelShape.of(net), profile(net, errors=[0.5]), 100)
     assert built_in_profile("compresskv", ModelShape.of(net)) is None
+
+
+def test_defaults_are_the_papers() -> None:
+    method = CompressKV()
+    assert (method.voters, method.window, method.kernel, method.least, method.most) == (4, 8, 5, 32, 3)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,30 @@ def test_released_first_call_leaves_the_prompt_dense() -> None:
     assert (strict - got).abs().max() > 1e-2
 
 
+def test_scaled_rotations_are_the_models_own(seed: int) -> None:
+    """Angles of Llama 3.1, which the released static path takes for linearly scaled ones; in prompt and decode."""
+    model = llama()
+    model.config.rope_parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    plain = model.model.rotary_emb.inv_freq
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    slowed = plain / model.model.rotary_emb.inv_freq
+    assert slowed.min() == 1 < slowed.max()  # not one factor for all channels
+    ids, steps = prompt(1, 61, seed % 10**6), prompt(1, 5, seed % 10**6 + 1)
+    streaming = streaming_heads(profile(model).data["gates"], 3)
+    want = masked(model, torch.cat([ids, steps], dim=1), lambda layer, head, i, j: (
+        (j < SINK) | (i - j <= RECENT) | torch.tensor((layer, head) not in streaming)
+    ))[:, 60:]  # fmt: skip
+    got, _ = applied(model, DuoAttention(**SMALL), ids, steps, profile=profile(model))
+    assert_close(got, want, TOLERANCE)
+
+
 def test_only_a_dense_prompt_is_shared() -> None:
     model = llama()
     with foveate.apply(model, DuoAttention(**SMALL), profile=profile(model)) as handle:
@@ -241,6 +265,12 @@ def test_damaged_profiles_are_refused(table: Any) -> None:
     given = Profile("duo-attention", fingerprint(ModelShape.of(model)), {"gates": table})
     with pytest.raises(foveate.BadArgument, match="one gate per kv head"):
         foveate.apply(model, DuoAttention(), profile=given)
+
+
+def test_defaults_are_the_papers() -> None:
+    recipe = GateRecipe()
+    assert (DuoAttention().sink, DuoAttention().recent) == (64, 256)
+    assert (recipe.steps, recipe.lr, recipe.l1, recipe.full_term) == (2000, 0.02, 0.05, "teacher")
 
 
 @pytest.mark.parametrize("bad", [{"sink": -1}, {"recent": -1}, {"sparsity": 1.5}, {"sparsity": -0.1}])

@@ -76,6 +76,16 @@ def test_exactly_the_budget_for_every_head_and_scores_travel() -> None:
             assert (mass.squeeze(-1)[old] > 0).all()
 
 
+def test_rows_of_a_batch_evict_alone(seed: int) -> None:
+    """The released cache that really drops adds up the mass of a whole batch."""
+    model, ids, steps = llama(), prompt(3, 41, seed % 10**6), prompt(3, 9, seed % 10**6 + 1)
+    _, together = applied(model, H2O(budget=16), ids, steps)
+    for row in range(3):
+        _, alone = applied(model, H2O(budget=16), ids[row : row + 1], steps[row : row + 1])
+        for both, one in zip(stores(together), stores(alone), strict=True):
+            assert held(both)[2 * row : 2 * row + 2] == held(one)
+
+
 def test_recent_window_is_held_by_share() -> None:
     _, cache = applied(llama(), H2O(budget=16, heavy=0.25), prompt(1, 41))
     for store in stores(cache):
@@ -105,6 +115,11 @@ def test_tokens_cannot_be_taken_back() -> None:
         model(prompt(1, 41), past_key_values=cache)
         with pytest.raises(foveate.Refused, match="h2o"):
             cache.crop(-1)
+
+
+def test_half_of_the_budget_is_for_heavy_hitters() -> None:
+    assert H2O().heavy == 0.5
+    assert H2O().protect.recent == 0.5
 
 
 def test_bad_parameters() -> None:

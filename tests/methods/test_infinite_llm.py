@@ -119,6 +119,22 @@ def test_what_crosses_over_does_not_grow_with_the_text(monkeypatch: pytest.Monke
     assert crossed[40] == crossed[120] == [(2 * 6 * 16, 2 * 6 * 16, 2 * 6)] * 4
 
 
+def test_masses_are_merged_in_float32(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 two parts whose masses were rounded would not add up to one softmax."""
+    masses, original = [], apart.attend_apart
+
+    def note(*args, **kwargs):
+        parts = original(*args, **kwargs)
+        masses.extend(part.lse for part in parts)
+        return parts
+
+    monkeypatch.setattr("foveate.engine.read.attend_apart", note)
+    ids, steps = prompt(2, 61, seed % 10**6), prompt(2, 2, seed % 10**6 + 1)
+    applied(llama(layers=1, dtype=torch.bfloat16), InfiniteLLM(**SMALL), ids, steps)
+    assert len(masses) == 4  # two steps, device and host
+    assert all(lse.dtype == torch.float32 and (lse != lse.bfloat16()).any() for lse in masses)
+
+
 def test_full_memories_refuse_and_nothing_changes() -> None:
     model = llama(layers=2)
     ids, then = prompt(2, 41), prompt(2, 4, seed=1)

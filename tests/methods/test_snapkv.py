@@ -8,6 +8,7 @@ from tests.closeness import assert_close
 from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, sealed_memory, stores, watching
 
 import foveate
+from foveate.heads.tap import Tap, Tapped
 from foveate.methods import SnapKV
 
 SMALL = {"budget": 24, "window": 5, "kernel": 3}
@@ -79,6 +80,25 @@ def test_the_window_is_always_held_and_decode_adds() -> None:
             assert set(range(54, 67)) <= set(positions)
 
 
+def test_steps_stand_behind_the_whole_prompt(seed: int) -> None:
+    """A step's position counts what the prompt had, not what is left of it; it reads that, and the steps before it."""
+    model, ids, steps = llama(layers=2), prompt(1, 61, seed % 10**6), prompt(1, 5, seed % 10**6 + 1)
+    got, cache = applied(model, SnapKV(budget=20, window=7), ids, steps)
+    left = [[set(x) for x in held(store)] for store in stores(cache)]
+
+    def serve(layer: Tapped) -> torch.Tensor:
+        mask = torch.ones(6, 66, 66).tril().bool()
+        for head in range(6):
+            kept = left[layer.shape.index][head // 3]
+            mask[head, 61:, [j for j in range(61) if j not in kept]] = False
+        k, v = (x.repeat_interleave(3, 1) for x in (layer.k, layer.v))
+        return (layer.q @ k.transpose(2, 3) * layer.scale).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+    with torch.no_grad(), Tap(model, serve):
+        want = model(torch.cat([ids, steps], dim=1)).logits[:, 60:]
+    assert_close(got, want, TOLERANCE)
+
+
 @pytest.mark.parametrize("chunks", [1, 3, 30])
 def test_chunks_keep_the_same(chunks: int) -> None:
     model, ids = llama(), prompt(1, 61)
@@ -97,6 +117,11 @@ def test_a_prompt_shorter_than_the_window_stays_whole() -> None:
     want, _ = logits(model, ids, steps)
     got, _ = applied(model, SnapKV(budget=0.25), ids, steps)
     assert_close(got, want, TOLERANCE)
+
+
+def test_defaults_are_the_released_ones() -> None:
+    method = SnapKV()
+    assert (method.window, method.kernel, method.pool, method.capacity) == (32, 5, "avg", 2048)
 
 
 @pytest.mark.parametrize("bad", [{"window": 0}, {"kernel": 4}, {"pool": "sum"}, {"reduce": "median"}, {"budget": 0.0}])

@@ -170,6 +170,21 @@ def test_a_chain_of_subsets() -> None:
         assert all(held(store)[2 * row] == held(store)[2 * row + 1] for store in stores(cache))
 
 
+def test_rows_of_a_batch_are_pruned_alone(seed: int) -> None:
+    """Tokens, heads and values; the released demo adds up the attention of a whole batch."""
+    model, method = llama(), SpAtten(**SMALL, heads=0.5, values=0.6)
+    ids, steps = prompt(3, 41, seed % 10**6), prompt(3, 2, seed % 10**6 + 1)
+    got, together = applied(model, method, ids, steps)
+    left = set()
+    for row in range(3):
+        want, alone = applied(model, method, ids[row : row + 1], steps[row : row + 1])
+        assert_close(got[row : row + 1], want, TOLERANCE)
+        for both, one in zip(stores(together), stores(alone), strict=True):
+            assert held(both)[2 * row : 2 * row + 2] == held(one)
+        left.add(str([held(store) for store in stores(alone)]))
+    assert len(left) == 3
+
+
 def test_all_shares_at_one_are_dense() -> None:
     model, ids, steps = llama(), prompt(2, 41), prompt(2, 7, seed=1)
     want, _ = logits(model, ids, steps)

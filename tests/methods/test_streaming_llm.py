@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from tests.closeness import assert_close
@@ -10,6 +12,8 @@ from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, 
 import foveate
 from foveate.attention import Geometry, Selection, Span, reference
 from foveate.methods import Quest, StreamingLLM
+from foveate.models import load
+from foveate.tasks.corpora import corpus
 
 SMALL = {"sink": 3, "recent": 17}
 
@@ -34,6 +38,19 @@ def test_holds_sinks_and_recent_only(chunks: int | None) -> None:
     for store in stores(cache):
         assert all(x == want for x in held(store))
         assert all(band.capacity <= 3 + 17 for band in store.bands)
+
+
+def test_any_stream_holds_sinks_and_recent_only(seed: int) -> None:
+    """Pieces of any length, and never more after one of them than there is room for."""
+    chance, fed = random.Random(seed), 0
+    with foveate.apply(model := llama(layers=2), StreamingLLM(sink=3, recent=17)) as handle, torch.no_grad():
+        cache = handle.cache()
+        for _ in range(12):
+            more = chance.choice((1, 1, 2, 9, 30))
+            model(prompt(2, more, seed=seed % 10**6 + fed), past_key_values=cache)
+            fed += more
+            want = sorted({*range(min(3, fed)), *range(max(0, fed - 16), fed)})
+            assert all(x == want for store in stores(cache) for x in held(store))
 
 
 @pytest.mark.parametrize("positions", ["cache", "absolute"])
@@ -83,6 +100,35 @@ def test_cache_positions_equal_reindexed_keys() -> None:
             assert_close(got[:, :, i : i + 1], want, TOLERANCE)
 
 
+def test_a_step_depends_on_what_is_held_alone(seed: int) -> None:
+    """One layer, whose keys and values know their own token only: a text of the held tokens gives the same logits."""
+    model, ids, steps = llama(layers=1), prompt(2, 61, seed % 10**6), prompt(2, 5, seed % 10**6 + 1)
+    got, _ = applied(model, StreamingLLM(sink=3, recent=17), ids, steps)
+    text = torch.cat([ids, steps], dim=1)
+    for step in range(6):
+        kept = [*range(3), *range(61 + step - 17, 61 + step)]
+        want, _ = logits(model, text[:, kept])
+        assert_close(got[:, step], want[:, 0], TOLERANCE)
+
+
+def test_without_sinks_a_real_model_loses_its_way(seed: int) -> None:
+    """A window alone costs far more than a window and four sinks."""
+    loaded, sentences = load("smollm2", dtype="float32", device="cpu"), corpus().sentences
+    first = seed % (len(sentences) - 60)
+    ids = loaded.tokenizer(" ".join(sentences[first : first + 60]), return_tensors="pt").input_ids[:, :192]
+    loss = {}
+    for name, method in {
+        "dense": "dense",
+        "window": StreamingLLM(sink=0, recent=48),
+        "sinks": StreamingLLM(sink=4, recent=44),
+    }.items():
+        with foveate.apply(loaded.model, method), torch.no_grad():
+            out = loaded.model(ids).logits[0, 64:-1]
+        loss[name] = float(torch.nn.functional.cross_entropy(out, ids[0, 65:]))
+    assert loss["window"] > loss["dense"] + 0.5
+    assert loss["sinks"] - loss["dense"] < 0.5 * (loss["window"] - loss["dense"])
+
+
 def test_positions_matter() -> None:
     model, ids = llama(), prompt(1, 61)
     cached, _ = applied(model, StreamingLLM(sink=3, recent=17), ids)
@@ -100,6 +146,10 @@ def test_recounted_positions_leave_no_room_for_selectors() -> None:
     with pytest.raises(foveate.BadArgument, match="decode"):
         StreamingLLM() | Quest()
     assert (StreamingLLM(positions="absolute") | Quest()).id == "streaming-llm|quest"
+
+
+def test_defaults_are_the_papers() -> None:
+    assert (StreamingLLM().sink, StreamingLLM().recent, StreamingLLM().positions) == (4, 512, "cache")
 
 
 @pytest.mark.parametrize("bad", [{"sink": -1}, {"recent": 0}, {"positions": "relative"}])

@@ -179,6 +179,12 @@ def test_below_the_floor_is_refused_with_it() -> None:
         handle.bind(TaskKV(budget=error.value.floor, sink=16, recent=48)).check(400)
 
 
+def test_defaults_are_the_papers() -> None:
+    method = TaskKV()
+    assert (method.beta, method.far, method.top) == (0.3, 1, 256)
+    assert (method.sink, method.recent, method.window, method.kernel) == (16, 256, 32, 7)
+
+
 @pytest.mark.parametrize(
     "bad",
     [

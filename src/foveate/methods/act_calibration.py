@@ -34,6 +34,7 @@ class ACT(Method):
     A forward's map counts, as released: all its queries together in a prompt (so queries are edited by what later ones
     look at), each query for itself behind the prompt. The released code spares the first sink that it finds, wherever
     it stands, and edits the first row of a batch alone; here the first token of each row is spared, and nobody else.
+    Behind the prompt it also gives sinks a part of what they lose and the first token a weight of 1, which is not done.
 
     Args:
         beta: share of its mass that a sink keeps (paper: 0.4).

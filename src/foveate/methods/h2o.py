@@ -19,7 +19,8 @@ class H2O(Method):
     """Heavy hitters: a running sum of attention per key decides, at the end of the prompt and at every step after it,
     who is held besides the recent window. What is evicted never returns.
 
-    The sum runs over all rows so far, causally (no later row is ever looked at), and over the query heads of a kv head.
+    The sum runs over all rows so far, causally (no later row is ever looked at, while the released evaluation script
+    sums over those of the whole text), and over the query heads of a kv head.
     It is not divided by the number of rows that could see a key, as in the paper, so early keys are favoured.
 
     Args:

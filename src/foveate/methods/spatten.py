@@ -31,8 +31,8 @@ class SpAtten(Method):
     on. Within a head and row, values of the smallest probabilities are not read, and nothing is rescaled for it.
 
     The first layer has everything, and shares fall linearly with depth. Importance is not divided by how many rows
-    could see a token, as in the paper, which favours old tokens; hence `recent`. Rows of pruned tokens go on through
-    the model and still vote: they read what is left, and themselves. What is generated later is held, not pruned.
+    could see a token, as in the paper, which favours old tokens; hence `recent`. Pruned heads still vote on tokens, and
+    so do rows of pruned tokens: they read what is left, and themselves. What is generated later is held, not pruned.
     With `msb`, generated tokens first look at the upper bits of quantised keys, and at all bits where their attention
     comes out flat. That shows what it costs in accuracy; the traffic it saves is that of the paper's accelerator.
 

@@ -26,6 +26,9 @@ class StreamingLLM(Method):
     moved to where it would stand if the gap had closed, so no key is ever rotated again. With "absolute" keys keep
     their distance in the text (what most later papers call StreamingLLM).
 
+    Every token looks back as if the text had come token by token. The released code reads a piece of text whole and
+    makes room for all of it before, so that its first tokens see less and its last ones more.
+
     Args:
         sink: first tokens held (paper: 4).
         recent: newest tokens held, the current one included; a budget replaces it by what is left after the sinks.
