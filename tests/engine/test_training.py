@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
-from tests.contract.runs import assert_used, tokens
+from tests.closeness import assert_close, relative_rms
+from tests.contract.runs import EXACT, assert_used, tokens
 from tests.contract.subjects import CASES, applied, model
 from torch import Tensor, nn
 
@@ -22,9 +22,10 @@ def gradients(net: nn.Module, ids: Tensor, **kwargs: bool) -> tuple[Tensor, dict
 
 def compare(got: tuple[Tensor, dict[str, Tensor]], want: tuple[Tensor, dict[str, Tensor]]) -> None:
     assert got[1].keys() == want[1].keys()
-    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    assert_close(got[0], want[0], EXACT)
     for name, grad in want[1].items():
-        torch.testing.assert_close(got[1][name], grad, rtol=1e-3, atol=1e-5, msg=name)
+        error = relative_rms(got[1][name], grad)
+        assert error < EXACT, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -70,10 +71,9 @@ def test_a_sparse_prompt_trains(seed: int) -> None:
         with applied(net, CASES[name]):
             loss, grads = gradients(net, ids, use_cache=False)
         assert loss.isfinite()
-        assert not torch.allclose(loss, dense[0], rtol=1e-4)
         assert grads.keys() == dense[1].keys()
         for part, grad in grads.items():
             assert grad.isfinite().all(), part
             if part.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
                 size = dense[1][part].norm()
-                assert grad.norm() > 0.1 * size and (grad - dense[1][part]).norm() > 1e-3 * size, part
+                assert grad.norm() > 0.1 * size and (grad - dense[1][part]).norm() > 0.1 * size, part
