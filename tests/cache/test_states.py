@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tests.closeness import assert_close
+from tests.contract.runs import EXACT, tokens
 
 import foveate
 from foveate.models.converted import container, replace
@@ -17,8 +19,8 @@ def hybrid():
 
 
 @pytest.mark.parametrize("choose", ["select", "repeat"])
-def test_rows_are_chosen_in_all_layers(hybrid, choose: str) -> None:
-    ids, more = torch.randint(3, 250, (3, 14)), torch.randint(3, 250, (6, 1))
+def test_rows_are_chosen_in_all_layers(hybrid, choose: str, seed: int) -> None:
+    ids, more = tokens(seed, 3, 14), tokens(seed + 1, 6, 1)
     rows = [2, 0, 2] if choose == "select" else [0, 0, 1, 1, 2, 2]
     with foveate.apply(hybrid, "dense") as handle, torch.no_grad():
         cache = handle.cache()
@@ -30,4 +32,4 @@ def test_rows_are_chosen_in_all_layers(hybrid, choose: str) -> None:
         step = more[: len(rows)]
         got = hybrid(step, past_key_values=cache).logits[:, -1]
         want = hybrid(torch.cat([ids[rows], step], dim=1)).logits[:, -1]
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert_close(got, want, EXACT)

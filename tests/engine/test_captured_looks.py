@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.closeness import assert_close
 from tests.contract.recorded import recording
+from tests.contract.runs import EXACT, tokens
 from torch import Tensor
 
 import foveate
@@ -14,7 +16,7 @@ from foveate.engine.step import StepCall
 from foveate.models import tiny
 
 
-def test_looks_are_made_behind_a_step_and_anew_after_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looks_are_made_behind_a_step_and_anew_after_changes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net = tiny("llama")
     looks: list[bool] = []
     stale: Any = StepCall.stale
@@ -24,14 +26,14 @@ def test_looks_are_made_behind_a_step_and_anew_after_changes(monkeypatch: pytest
         return stale.fget(self)
 
     monkeypatch.setattr(StepCall, "stale", property(counted))
-    new = torch.randint(3, 200, (1, 12))
+    ids, new = tokens(seed, 1, 30), tokens(seed + 1, 1, 12)
 
     def step(i: int) -> Tensor:
         return net(input_ids=new[:, i : i + 1], past_key_values=cache, use_cache=True).logits
 
     with torch.no_grad(), foveate.apply(net, "dense") as handle, recording(net, handle):
         cache = handle.cache()
-        net(input_ids=torch.randint(3, 200, (1, 30)), past_key_values=cache, use_cache=True)
+        net(input_ids=ids, past_key_values=cache, use_cache=True)
         cache.waiting = 1
         for i in range(4):
             step(i)
@@ -46,7 +48,7 @@ def test_looks_are_made_behind_a_step_and_anew_after_changes(monkeypatch: pytest
         other = cache.fork(handle.binding)
         cache.crop(-1)
         cache.waiting, cache.step = 99, None
-        torch.testing.assert_close(step(4), want, atol=1e-5, rtol=1e-5)
+        assert_close(step(4), want, EXACT)
         before = [layer.changes for layer in other.couriers()]
         other.reorder_cache(torch.tensor([0]))
         assert all(layer.changes > count for layer, count in zip(other.couriers(), before, strict=True))

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.closeness import assert_close
+from tests.contract.runs import EXACT, tokens
 from torch import nn
 
 from foveate import compat
@@ -57,9 +59,9 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_what_is_equal_is_fused(family: str, kernels: list[str]) -> None:
+def test_what_is_equal_is_fused(family: str, kernels: list[str], seed: int) -> None:
     model = tiny(family)
-    ids = torch.randint(0, 256, (3, 1))
+    ids = tokens(seed, 3, 1)
     want = logits(model, ids)
     source = sys.modules[type(next(compat.attention_modules(model))).__module__]
     before = source.apply_rotary_pos_emb
@@ -68,20 +70,20 @@ def test_what_is_equal_is_fused(family: str, kernels: list[str]) -> None:
         got = logits(model, ids)
         assert set(kernels) == {"rms_norm", "swiglu", "rope"}
         assert kernels.count("rms_norm") >= 2 * 3 + 1
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert_close(got, want, EXACT)
     assert source.apply_rotary_pos_emb is before
     assert not any("forward" in m.__dict__ for m in model.modules())
     assert torch.equal(logits(model, ids), want)
 
 
-def test_what_differs_is_left_alone(kernels: list[str]) -> None:
+def test_what_differs_is_left_alone(kernels: list[str], seed: int) -> None:
     """Gemma's norm adds one to its weight, and its MLP has another activation."""
     model = tiny("gemma3")
-    ids = torch.randint(0, 256, (1, 9))
+    ids = tokens(seed, 1, 9)
     want = logits(model, ids)
     with module.fused(model):
         kernels.clear()
-        assert torch.allclose(logits(model, ids), want, atol=1e-4)
+        assert_close(logits(model, ids), want, EXACT)
         assert set(kernels) == {"rope"}
 
 
