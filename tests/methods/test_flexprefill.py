@@ -167,8 +167,9 @@ def test_lines_cover_gamma_of_the_probe() -> None:
         n = coverage_count(mass, 0.7)
         best = mass.sort(-1, descending=True).values
         for head in range(4):
-            assert best[head, : n[head]].sum() >= 0.7
-            assert best[head, : n[head] - 1].sum() <= 0.7
+            # Another sum than the running one, which rounds otherwise.
+            assert best[head, : n[head]].double().sum() > 0.7 - 1e-6
+            assert best[head, : n[head] - 1].double().sum() < 0.7 + 1e-6
 
 
 def test_slash_equals_a_loop_over_diagonals() -> None:
