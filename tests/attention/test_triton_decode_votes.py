@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.attention.test_triton_decode import made, on
+from tests.attention.test_triton_decode import DEVICE, bound, made, on
 from tests.closeness import assert_close
 
 from foveate.attention.angles import Angles
@@ -23,7 +23,8 @@ CASES = [
     (torch.float32, 48, 12, False, 3),  # a part of the channels is rotated
     (torch.bfloat16, 48, 8, True, 3),  # and here they are the last ones
 ]
-LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+ON_A_GPU = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+LIMIT = {dtype: most if DEVICE.type == "cuda" else bound(dtype) for dtype, most in ON_A_GPU.items()}
 """Keys are rounded to their dtype where they are turned."""
 
 
@@ -65,8 +66,9 @@ def test_votes(seed: int, dtype, dim: int, pairs: int, last: bool, group: int, c
     assert (some[1] == -torch.inf).all()
 
 
-def test_votes_far_from_the_first_token() -> None:
+def test_votes_far_from_the_first_token(seed: int) -> None:
     """Angles of hundreds of thousands of positions are kept, though float32 keeps no more than 1/64 of a turn there."""
+    torch.manual_seed(seed)
     f = speeds(16)
     far = 200_000
     k = torch.zeros(1, far + 70, 32)
@@ -75,7 +77,9 @@ def test_votes_far_from_the_first_token() -> None:
     keys = turn(k[0, far:], -torch.arange(far, far + 70).double()[:, None] * f.double())
     want = (voters[0, 0].double() @ keys.T).softmax(-1).sum(0)
     voters, k, edges, f = on(voters, k, edges, f)
-    assert_close(turned_votes(voters, k, far, edges, f, 1.0, rounded=False)[0, 0, far:].cpu(), want, 1e-5)
+    assert_close(
+        turned_votes(voters, k, far, edges, f, 1.0, rounded=False)[0, 0, far:].cpu(), want, LIMIT[torch.float32]
+    )
 
 
 @pytest.mark.parametrize(("dtype", "dim", "pairs", "last", "group"), CASES)
