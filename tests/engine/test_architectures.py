@@ -39,6 +39,9 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+TOO_MUCH = 1e-2
+"""A model whose own rounding moves its logits by this much tells nothing apart."""
+
 
 def gemma2() -> nn.Module:
     """Softcapped logits, every other layer sliding. Its softcap works with eager attention only."""
@@ -119,6 +122,7 @@ def test_dense_equals_transformers(make: Callable[[], nn.Module], seed: int) -> 
         got = run(net, cache, ids, then)
         assert_used(net, cache, less=False)
     limit = max(EXACT, 2 * own_noise(net, ids, then, want))
+    assert limit < TOO_MUCH
     assert_close(got.prompt, want.prompt, limit)
     assert_close(got.steps, want.steps, limit)
 
@@ -160,6 +164,7 @@ def test_compressed_generate_in_a_padded_batch(make: Callable[[], nn.Module], se
     dense = plain(net, rows[1][None], then[1:])
     limit = max(EXACT, 2 * own_noise(net, rows[1][None], then[1:], dense))
     limit = max(limit, *(shaken(net, row[None], then[b : b + 1]) for b, row in enumerate(rows)))
+    assert limit < TOO_MUCH
     with foveate.apply(net, CASES["snapkv"].method()) as handle:
         cache = handle.cache()
         got = run(net, cache, ids, then, mask)
@@ -173,7 +178,7 @@ def test_compressed_generate_in_a_padded_batch(make: Callable[[], nn.Module], se
             assert held(cache, b) == held(alone, 0)
         again = prompt(net, handle.cache(), ids, mask)
         assert_close(again[:, -1], got.prompt[:, -1], limit)
-    assert relative_rms(got.steps[1:], dense.steps) > 1e-3
+    assert relative_rms(got.steps[1:], dense.steps) > 10 * limit
 
 
 def held_of(cache: Any, index: int) -> list[list[int]]:
