@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.closeness import assert_close
+from tests.contract.runs import left_padded, run, tokens
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watching
 
 import foveate
@@ -70,6 +71,36 @@ def test_rows_are_independent() -> None:
         assert_close(both[row : row + 1], alone, TOLERANCE)
 
 
+def test_a_row_may_have_fewer_pages_than_a_list(seed: int) -> None:
+    """Lists hold all pages of such a row, of others exactly as many as asked, ascending, the newest ones always."""
+    model, method = llama(layers=4), DeltaAttention(page=4, pages=5, recent=2, full_layers=(0,))
+    rows, steps = [tokens(seed + length, length) for length in (9, 18, 61)], tokens(seed, 3, 5)
+    ids, mask = left_padded(rows)
+    with foveate.apply(model, method) as handle:
+        with watching() as seen:
+            together = run(model, handle.cache(), ids, steps, mask).steps
+        for b, row in enumerate(rows):
+            cache = handle.cache()
+            handle.binding.plan_cache(cache, 61)
+            assert_close(together[b : b + 1], run(model, cache, row[None], steps[b : b + 1]).steps, TOLERANCE)
+    for step in range(5):
+        for read in seen[4 * step + 5 : 4 * step + 8]:
+            for row, listed in zip(rows, read["parts"].lists[:, 0, 0].tolist(), strict=True):
+                pages, newest = [page for page in listed if page >= 0], (len(row) + step) // 4
+                assert pages == sorted(set(pages))
+                assert len(pages) == min(5, newest + 1)
+                assert pages[-2:] == [newest - 1, newest]
+
+
+def test_of_equal_pages_the_first_are_read(seed: int) -> None:
+    model = llama(layers=2)
+    model.model.layers[0].self_attn.q_proj.weight.data.zero_()  # so all tokens weigh the same
+    with watching() as seen:
+        method = DeltaAttention(page=4, pages=5, recent=2, full_layers=(0,))
+        applied(model, method, prompt(1, 61, seed), prompt(1, 1, seed + 1))
+    assert seen[-1]["parts"].lists.flatten().tolist() == [0, 1, 2, 14, 15]
+
+
 def test_full_layers_stand_at_the_papers_depths() -> None:
     model = llama(layers=28, heads=2, kv_heads=1)
     with foveate.apply(model, DeltaAttention()) as handle:
@@ -90,3 +121,8 @@ def test_bad_parameters(bad: dict) -> None:
         DeltaAttention(**bad)
     with pytest.raises(foveate.BadArgument, match="layers"), foveate.apply(llama(), DeltaAttention(full_layers=(0, 9))):
         pass
+
+
+def test_defaults_are_the_released_ones() -> None:
+    method = DeltaAttention()
+    assert (method.page, method.pages, method.recent) == (16, 64, 8)

@@ -83,6 +83,20 @@ def test_every_query_equals_the_slow_algorithm(heads: int, kv_heads: int, option
             first += count
 
 
+@pytest.mark.parametrize("pieces", [None, 7, 19])
+def test_retrieving_all_is_the_full_grouped_softmax(pieces: int | None, seed: int) -> None:
+    """Every past block is a group of its own, nothing is chosen, and it makes no difference how the tokens arrive."""
+    model, method = llama(layers=1), LandmarkMeans(block=4, k=11, recent=1, softmax="grouped")
+    with watching() as seen:
+        _, cache = applied(model, method, prompt(1, 38, seed), prompt(1, 5, seed + 1), chunks=pieces)
+    q, out = (torch.cat(x, dim=2)[0] for x in zip(*((r["q"], r["result"].out) for r in seen), strict=True))
+    band = stores(cache)[0].bands[0]
+    for h in range(6):
+        lists, want = slow(model, q[h], band.keys()[h // 3], band.values()[h // 3], method, seen[0]["how"].scale)
+        assert all(chosen == list(range(i // 4)) for i, chosen in enumerate(lists))
+        assert_close(out[h], want, TOLERANCE)
+
+
 @pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
 def test_retrieving_all_is_dense(family: str) -> None:
     model, ids, steps = tiny(family, heads=6, kv_heads=2), prompt(2, 41), prompt(2, 7, seed=1)
@@ -147,3 +161,8 @@ def test_below_the_floor_is_refused_with_it() -> None:
 def test_bad_parameters(bad: dict) -> None:
     with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
         LandmarkMeans(**bad)
+
+
+def test_defaults_are_the_papers() -> None:
+    method = LandmarkMeans()
+    assert (method.block, method.k, method.softmax, method.reposition) == (50, 5, "plain", True)

@@ -16,7 +16,7 @@ from tests.methods.test_duo_attention import Probe
 import foveate
 from foveate.attention import decoding
 from foveate.engine import captured
-from foveate.heads.hardkuma import KumaRecipe
+from foveate.heads.hardkuma import HardKuma, KumaRecipe, Stretch
 from foveate.methods import LycheeDecode, Profile, SnapKV
 from foveate.methods.profile import built_in_profile, fingerprint, load_profile, save_profile
 from foveate.models import ModelShape, tiny
@@ -261,6 +261,15 @@ def test_the_shipped_profile_fits_its_model() -> None:
     roles = LycheeDecode(budget=0.5).plan(shape, shipped, 2048)
     reads = sum(2048 * len(r.extra["looking"]) + r.extra["keep"] * (3 - len(r.extra["looking"])) for r in roles)
     assert 0.49 < reads / (90 * 2048) <= 0.5
+
+
+def test_defaults_are_the_papers() -> None:
+    method, recipe, stretch = LycheeDecode(), KumaRecipe(), Stretch()
+    assert (method.tokens, method.retrieval, method.reduce, method.corrects) == (4096, None, "max", 0)
+    assert (recipe.steps, recipe.open, recipe.seen) == (3000, 32 / 256, 0.3)
+    assert (stretch.low, stretch.high) == (-0.1, 1.1)
+    gates = HardKuma(6, 2, 2, 0, torch.device("cpu"), recipe.climb, stretch)
+    assert gates.logs.exp().tolist() == [[1.0] * 4] * 2  # alpha and beta
 
 
 # -- corrections -------------------------------------------------------------------------------------------------------

@@ -20,13 +20,14 @@ def test_bound_is_never_below_the_truth(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     k, q = torch.randn(2, 5, 4, 16, generator=g), torch.randn(1, 6, 3, 16, generator=g)
     valid = torch.ones(2, 5, 4, dtype=torch.bool)
-    valid[:, 4, 2:] = False
+    valid[:, 4, 1:] = False
     summary = minmax(k, k, valid).unsqueeze(0)
     bound = bound_scores(q, summary)
     logit = torch.einsum("bhnd,hpsd->bhnps", q, k.repeat_interleave(3, 0))
     best = logit.masked_fill(~valid.repeat_interleave(3, 0)[None, :, None], -torch.inf).amax(-1)
     assert (bound >= best - 1e-4).all()
     assert (bound - best).max() > 0.1
+    assert_close(bound[..., 4], best[..., 4], 1e-5)  # what lies behind the one token of a page says nothing
 
 
 def test_one_token_pages_are_exact() -> None:
@@ -41,6 +42,26 @@ def test_one_token_pages_are_exact() -> None:
     logit[:, 41] = torch.inf
     want = logit.topk(9).indices.sort(-1).values
     assert torch.equal(lists.long(), want)
+
+
+@pytest.mark.parametrize("share", ["head", "group"])
+def test_pages_with_the_largest_bounds_are_read(share: str, seed: int) -> None:
+    """By the keys that are held, channel by channel; pages that decoding opened and filled are among them."""
+    steps = 9
+    with watching() as seen:
+        method = Quest(page=4, dense_layers=1, tokens=20, share=share)
+        applied(llama(layers=2), method, prompt(1, 61, seed), prompt(1, steps, seed + 1))
+    for step, read in enumerate(seen[3::2]):
+        q, keys = read["q"][0, :, 0].double(), read["store"].bands[0].keys()[:, : 62 + step].double()
+        # kv head of query head h is h // group
+        bound = torch.tensor(
+            [[float(torch.maximum(q[h] * p.amin(0), q[h] * p.amax(0)).sum()) for p in keys[h // 3].split(4)]
+             for h in range(6)]
+        )  # fmt: skip
+        bound = bound.unflatten(0, (2, 3)).amax(1) if share == "group" else bound
+        bound[:, -1] = torch.inf
+        assert torch.equal(read["parts"].lists[0, :, 0].long(), bound.topk(5).indices.sort(-1).values)
+    assert step == steps - 1
 
 
 @pytest.mark.parametrize("share", ["head", "group"])
@@ -78,9 +99,10 @@ def test_lists_hold_the_newest_page_and_the_budget(share: str, lists: int) -> No
         assert (selection.lists.diff(dim=-1) > 0).all()
 
 
-def test_summary_bytes_are_counted() -> None:
+@pytest.mark.parametrize("length", [61, 64])
+def test_summary_bytes_are_counted(length: int) -> None:
     """2 * ceil(M / P) * Hkv * D numbers per sparse layer."""
-    model, ids = llama(layers=3), prompt(1, 64)
+    model, ids = llama(layers=3), prompt(1, length)
     _, cache = applied(model, Quest(page=4, dense_layers=1, tokens=20), ids)
     summaries = [t for store in stores(cache) for band in store.bands for t in band.summaries.values()]
     assert sum(t.numel() for t in summaries) == 2 * (2 * 16 * 2 * 16)
@@ -112,3 +134,8 @@ def test_below_the_floor_is_refused_with_it() -> None:
 def test_bad_parameters(bad: dict) -> None:
     with pytest.raises(foveate.BadArgument, match=next(iter(bad))):
         Quest(**bad)
+
+
+def test_defaults_are_the_papers() -> None:
+    method = Quest()
+    assert (method.page, method.dense_layers, method.share, method.tokens) == (16, 2, "head", 2048)

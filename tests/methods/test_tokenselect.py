@@ -123,6 +123,16 @@ def test_votes_add_up_to_the_heads(scale: float) -> None:
     assert_close(head_votes(voters[:, :, order], keys[:, [1, 0]], between, scale), votes, 1e-6)
 
 
+def test_votes_are_those_of_exact_scores(seed: int) -> None:
+    """Scores as large as unscaled ones are, which bfloat16 (a released kernel's) would shift by whole votes."""
+    g = torch.Generator().manual_seed(seed)
+    voters, keys = 4 * torch.randn(1, 2, 6, 16, generator=g), torch.randn(1, 2, 40, 16, generator=g)
+    want = torch.stack(
+        [sum((keys[0, h // 3].double() @ voters[0, t, h].double()).softmax(0) for h in range(6)) for t in range(2)]
+    )
+    assert_close(head_votes(voters, keys, torch.ones(1, 2, 40, dtype=torch.bool))[0], want, 1e-5)
+
+
 def test_pooled_votes_are_the_largest_around(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[torch.Tensor] = []
     original = Ballot._pooled
@@ -249,3 +259,4 @@ def test_bad_parameters(bad: dict) -> None:
 def test_defaults_are_the_released_ones() -> None:
     method = TokenSelect()
     assert (method.init, method.local, method.k, method.chunk, method.theta) == (128, 512, 2048, 512, 0.9)
+    assert (method.kernel, method.scaled, method.reposition) == (1, False, True)

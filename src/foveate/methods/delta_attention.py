@@ -25,7 +25,8 @@ PLACES = (0.0, 1 / 28, 2 / 28, 14 / 28, 22 / 28)
 @dataclass(frozen=True, kw_only=True)
 class DeltaAttention(Method):
     """At each decode step full layers read everything; the last of each run of full layers (a Δ-layer) scores tokens by
-    the largest probability over all its heads and passes the best pages to the layers behind it. All is held.
+    the largest probability over all its heads and passes the best pages to the layers behind it. All is held. Of equal
+    pages the first is the better one (a released selector takes 1e-7 times its number from each page's score instead).
 
     Args:
         page: tokens per page.

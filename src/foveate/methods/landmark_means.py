@@ -58,7 +58,7 @@ class LandmarkMeans(Method):
         recent: newest blocks always read, the query's own included.
         softmax: "plain" is one softmax over all that is read. "grouped" is the paper's: the local tokens share one with
             the landmarks, and what a landmark wins is divided among its block's tokens by a softmax of their own; a
-            model that was not trained for it gives past blocks too little.
+            model that was not trained for it gives past blocks too little. A budget of 1.0 leaves dense attention.
         reposition: False reads retrieved blocks where they stand in the text.
 
     Source: 2305.16300, sections 3.1 and 3.2.

@@ -37,13 +37,13 @@ class RecycledAttention(Method):
         tokens: K when no budget is given; a recycled step reads K + 1 tokens. A budget holds on average over a period,
             full steps counted in.
         stride: S, one step in so many is full.
-        similarity: s; instead of the stride, every `every` steps the query is compared with that of the last full step
-            (cosine of the rotated vectors, mean over heads, in each layer), and the step is full where it is below s.
-            A budget then holds even if no check passes.
+        similarity: s (paper: 0.8); instead of the stride, every `every` steps the query is compared with that of the
+            last full step (cosine of the rotated vectors, mean over heads, in each layer), and the step is full where
+            it is below s. A budget then holds even if no check passes.
         every: steps between two comparisons.
         reduce: how the query heads of a kv head agree: "max" or "mean" of their probabilities.
 
-    Source: 2411.05787, section 3; defaults of its evaluation at 32K tokens.
+    Source: 2411.05787, section 3; defaults of its evaluation at 32K tokens. Its continued pre-training is not here.
     """
 
     id = "recycled-attention"

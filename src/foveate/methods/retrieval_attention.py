@@ -61,7 +61,7 @@ class RetrievalAttention(Method):
         beam: keys in view during a search in a graph; at least k.
         probes: lists of "ivf" that are scanned, of the square root of the number of keys.
         segment, cluster, estimated: "wave": consecutive keys that are clustered together, keys per cluster on average,
-            share of the keys that is estimated.
+            share of the keys that is estimated. (Its paper has sink=4, recent=64.)
         seed: of k-means in "ivf".
 
     Source: 2409.10516, section 3; "wave" after RetroInfer, 2505.02922. The released repository holds only the latter.
