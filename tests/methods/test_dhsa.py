@@ -408,4 +408,6 @@ def test_bad_parameters(bad: dict[str, Any]) -> None:
 def test_defaults_are_the_papers() -> None:
     method = DHSA()
     assert (method.tokens, method.block, method.sink, method.instruction, dhsa.WINDOW) == (2048, 128, 128, 64, 4)
-    assert BoundaryRecipe().theta == 1.1
+    assert (method.local, method.apart, method.boundaries) == (64, 8, "predicted")
+    recipe = BoundaryRecipe()
+    assert (recipe.theta, recipe.window, recipe.apart, recipe.sharpness, recipe.focus) == (1.1, 4, 8, 4.0, 2.0)

@@ -39,7 +39,7 @@ def slow_search(low: int, high: int, slots: int, value: Any) -> set[int]:
         for a, b in groups:
             middle = a + (b - a) // 2
             halves += [(x, y) for x, y in ((a, middle), (middle, b)) if y > x]
-        halves.sort(key=lambda half: -value(half[0]))
+        halves.sort(key=lambda half: (-value(half[0]), half[0]))
         groups = halves[:slots]
     return {a for a, _ in groups}
 
@@ -62,10 +62,11 @@ def test_finds_the_one_peak(blocks: int, slots: int) -> None:
     assert (found == peak[:, None]).any(-1).all()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_equals_the_slow_search(seed: int) -> None:
+@pytest.mark.parametrize("levels", [0, 3])
+def test_equals_the_slow_search(levels: int, seed: int) -> None:
+    """Of equal scores the earlier ones: with three levels nearly all are equal."""
     g = torch.Generator().manual_seed(seed)
-    value = torch.randn(60, generator=g)
+    value = torch.randint(0, levels, (60,), generator=g).float() if levels else torch.randn(60, generator=g)
     low = torch.randint(0, 20, (40,), generator=g)
     high = low + torch.randint(-2, 40, (40,), generator=g)
     for slots in (1, 3, 8):
@@ -97,6 +98,37 @@ def test_logits_looked_at_grow_with_the_logarithm(blocks: int, slots: int) -> No
 
     descend(torch.tensor([0]), torch.tensor([blocks]), slots, score)
     assert looked <= 2 * slots * math.ceil(math.log2(blocks / slots))
+
+
+@pytest.mark.parametrize(("length", "q_stride", "tokens"), [(256, 1, 16), (205, 2, 8), (133, 3, 10)])
+def test_a_prompt_looks_at_so_many_logits_a_block(
+    length: int, q_stride: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 2K · keys of a block · queries asked · log2(T/k) for each head and block of queries."""
+    looked, original = 0, HiP._search
+
+    def searched(self: HiP, asking: Tensor, keys: Tensor, *rest: Any) -> Tensor:
+        def counting(low: Tensor, high: Tensor, slots: int, score: Any, most: int) -> Tensor:
+            def counted(at: Tensor) -> Tensor:
+                nonlocal looked
+                looked += at.numel() * self.k_block * asking.shape[3]
+                return score(at)
+
+            return descend(low, high, slots, counted, most)
+
+        monkeypatch.setattr(module, "descend", counting)
+        return original(self, asking, keys, *rest)
+
+    monkeypatch.setattr(HiP, "_search", searched)
+    run(llama(layers=1), prompt(1, length), dense_layers=0, q_stride=q_stride, tokens=tokens)
+    lists, asked = 6 * -(-length // 8), len(range(q_stride - 1, 8, q_stride))
+    assert 0 < looked <= lists * 2 * tokens * asked * math.ceil(math.log2(length / tokens))
+
+
+def test_defaults_are_the_papers() -> None:
+    method = HiP()
+    assert (method.tokens, method.q_block, method.k_block, method.q_stride) == (512, 32, 2, 2)
+    assert (method.dense_layers, method.refresh) == (3, 8)
 
 
 # -- in a model --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from foveate.heads.influence import distance_profile, influence, window_losses
 from foveate.heads.passkeys import Example
 from foveate.heads.tap import Tap, Tapped
 from foveate.methods import MoASpans, Profile
+from foveate.methods import moa_spans as module
+from foveate.methods.budget import PAIR_BYTES
 from foveate.methods.moa_spans import blocks, rules
 from foveate.methods.policies.choice import choose
 from foveate.methods.profile import built_in_profile, fingerprint
@@ -176,6 +178,29 @@ def test_rules_are_the_released_grid() -> None:
             assert blocks(alpha, beta, 64, n) == min(count, max(1, int(alpha / 64 + beta * count + 1e-9)))
 
 
+@pytest.mark.parametrize("density", [0.4, 0.6])
+def test_the_plan_is_the_best_of_all(density: float, seed: int) -> None:
+    """All pairs of rules for two heads: what they hold at the profiled lengths and at the prompt's, what they lose."""
+    rng, shape, length = np.random.default_rng(seed), ModelShape.of(llama(layers=1)), 150
+    lost = {n: np.flip(rng.random((2, n // BLOCK)).cumsum(1), 1) - 0.01 for n in LENGTHS}
+    loss = [[table.tolist()] for table in lost.values()]
+    data = {"block": BLOCK, "lengths": list(LENGTHS), "loss": loss}
+    slot, found = 2 * 16 * 4, {}
+    for pair in product(rules(BLOCK, LENGTHS), repeat=2):
+        tokens = {n: [min(n, BLOCK + BLOCK * blocks(*rule, BLOCK, n)) for rule in pair] for n in (*LENGTHS, length)}
+        nbytes = sum(min(t * (slot + 4) + PAIR_BYTES, length * slot) for t in tokens[length])
+        if nbytes > density * 2 * length * slot or any(sum(tokens[n]) > density * 2 * n for n in LENGTHS):
+            continue
+        value = 0.0
+        for n in LENGTHS:
+            at = [blocks(*rule, BLOCK, n) - 1 for rule in pair]
+            value += lost[n][[0, 1], at].sum() / lost[n][:, 0].sum()
+        found.setdefault(round(value, 9), set()).add(tuple(BLOCK * blocks(*rule, BLOCK, length) for rule in pair))
+    assert len(found) > 20
+    (role,) = MoASpans(density=density).plan(shape, Profile("moa-spans", fingerprint(shape), data), length)
+    assert role.extra["windows"] in found[min(found)]
+
+
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8, "24 tokens"])
 def test_every_density_is_respected(budget: Any) -> None:
     """At each profiled length and at the prompt's own; more is spent on heads that lose more."""
@@ -222,6 +247,15 @@ def test_all_windows_whole_is_dense() -> None:
     for method in (MoASpans(budget=1.0), MoASpans(density=1.0)):
         got, _ = applied(model, method, ids, steps, profile=profile(model))
         assert_close(got, want, TOLERANCE)
+
+
+def test_windows_as_wide_as_the_prompt_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """alpha = 0, beta = 1 in every head, where a plan may choose it."""
+    monkeypatch.setattr(module, "choose", lambda loss, cost, capacity: np.full(len(loss), cost.shape[1] - 1))
+    model, ids, steps = llama(), prompt(2, 61), prompt(2, 9, seed=1)
+    want, _ = logits(model, ids, steps)
+    got, _ = applied(model, MoASpans(), ids, steps, profile=profile(model))
+    assert_close(got, want, TOLERANCE)
 
 
 @pytest.mark.parametrize("chunks", [None, 1, 7])
@@ -278,6 +312,10 @@ def test_damaged_profiles_are_refused(data: dict) -> None:
     model = llama()
     with pytest.raises(foveate.BadArgument, match="foveate calibrate"):
         foveate.apply(model, MoASpans(), profile=Profile("moa-spans", fingerprint(ModelShape.of(model)), data))
+
+
+def test_half_is_held_by_default() -> None:
+    assert MoASpans().density == 0.5
 
 
 @pytest.mark.parametrize("bad", [{"density": 0.0}, {"density": 1.5}])

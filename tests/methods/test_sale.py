@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.closeness import assert_close
+from tests.families import family_model
 from tests.heads.words import WordTokenizer
 from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores, watching
 from torch import Tensor
@@ -16,7 +17,7 @@ from transformers import LlamaConfig
 
 import foveate
 from foveate.attention import Partial
-from foveate.heads.thresholds import Halving
+from foveate.heads.thresholds import Halving, _lower
 from foveate.methods import H2O, SALE, Profile
 from foveate.methods.policies import lowbit
 from foveate.methods.policies.lowbit import block_peaks, low_bit
@@ -123,31 +124,37 @@ def test_codes_are_four_bits_and_close(tile: int) -> None:
         assert_close(scale[:, i], x[:, i : i + tile].abs().amax((1, 2)) / 7, 1e-6)
 
 
-def captured(ids: Tensor, model: Any) -> tuple[Tensor, Tensor, float]:
+def captured(ids: Tensor, model: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Queries and keys of the last layer under dense attention, and what makes logits of their products."""
     with watching() as seen:
         applied(model, "dense", ids)
-    read = seen[0]
-    return read["q"][0], read["store"].bands[0].keys().repeat_interleave(3, 0), read["how"].scale
+    read = seen[-1]
+    scale, cap = read["how"].scale, read["how"].softcap
+    keys = read["store"].bands[0].keys().repeat_interleave(3, 0)
+    return read["q"][0], keys, lambda x: x * scale if cap is None else (x * scale / cap).tanh() * cap
 
 
-@pytest.mark.parametrize("length", [93, 96])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(("length", "local"), [(93, 8), (96, 12)])
 @pytest.mark.parametrize("coded", [True, False])
 def test_reads_the_blocks_with_a_pair_above_the_threshold(
-    monkeypatch: pytest.MonkeyPatch, length: int, coded: bool
+    monkeypatch: pytest.MonkeyPatch, family: str, length: int, local: int, coded: bool
 ) -> None:
-    """Brute force over tokens: mass of sink and window, weight of each estimated pair beside it."""
+    """Brute force over tokens: mass of sink and window, weight of each estimated pair beside it. Gemma 2 caps its
+    logits; its first layer slides and is left alone."""
     if not coded:
         uncoded(monkeypatch)
-    model, ids = llama(layers=1), prompt(1, length)
-    q, k, scale = captured(ids, model)
-    exact, rest = exact_and_rest(run(ids, model, 1.5)[0])
-    logit = q @ k.mT * scale
+    model = llama(layers=1) if family == "llama" else family_model(family, heads=6, kv_heads=2)
+    ids, tau = prompt(1, length), 1.5 if family == "llama" else 0.5
+    q, k, logits_of = captured(ids, model)
+    exact, rest = exact_and_rest(run(ids, model, tau, local=local)[-1])
+    logit = logits_of(q @ k.mT)
     mean_q, mean_k = q.mean(1, keepdim=True), k.mean(1, keepdim=True)
     coded_q, coded_k = (c * s[..., None] for c, s in (lowbit.low_bit(x, 4) for x in (q - mean_q, k - mean_k)))
-    estimate = (coded_q @ coded_k.mT + mean_q @ (k - mean_k).mT + q @ mean_k.mT) * scale
+    estimate = logits_of(coded_q @ coded_k.mT + mean_q @ (k - mean_k).mT + q @ mean_k.mT)
     for i in range(-(-length // 8)):
         first, last = 8 * i, min(8 * i + 8, length) - 1
-        window = max(0, (first - 8) // 8 * 8)
+        window = max(0, (first - local) // local * local)
         near = {0} | set(range(window // 4, last // 4 + 1))
         assert set(exact[0, 0, i].nonzero().flatten().tolist()) == near
         for head in range(6):
@@ -156,9 +163,10 @@ def test_reads_the_blocks_with_a_pair_above_the_threshold(
                 for row in range(first, last + 1):
                     tokens = [t for b in near for t in range(4 * b, 4 * b + 4) if t <= row]
                     mass = logit[head, row, tokens].exp().sum()
-                    if (estimate[head, row, 4 * j : 4 * j + 4].exp() / mass > 1.5).any():
+                    if (estimate[head, row, 4 * j : 4 * j + 4].exp() / mass > tau).any():
                         kept.add(j)
             assert set(rest[0, head, i].nonzero().flatten().tolist()) == kept
+    assert rest.any()
 
 
 def test_a_higher_threshold_never_adds_a_block() -> None:
@@ -232,6 +240,18 @@ def test_a_smaller_error_means_smaller_thresholds() -> None:
     assert set((found[1] / 16).log2().flatten().tolist()) <= {-float(i) for i in range(17)}
 
 
+def test_thresholds_are_halved_until_they_hold_or_are_zero() -> None:
+    """An error of theta itself is too large; what would fall below the least is dense."""
+    holds = torch.tensor([1.0, 0.0011, 1.3e-4, 1.1e-4])
+    wrong, tau = torch.full((1, 4, 10, 2), 0.25), torch.full((4,), 0.008)
+
+    def sparse(heads: Tensor, tried: Tensor) -> Tensor:
+        return wrong[:, heads] * (tried > holds[heads])[:, None, None]
+
+    _lower(torch.zeros_like(wrong), sparse, tau, Halving(theta=0.5))
+    assert torch.equal(tau, 0.008 / torch.tensor([1.0, 8.0, 64.0, torch.inf]))
+
+
 def test_more_texts_only_lower_thresholds() -> None:
     model = llama(layers=1)
     assert (taus(model, 1.0, samples=3, start=16.0) <= taus(model, 1.0, samples=1, start=16.0)).all()
@@ -276,6 +296,12 @@ def test_the_shipped_profile_fits_its_model() -> None:
     assert set(table.unique().tolist()) <= {0.0, *(x for i in range(7) for x in torch.tensor([0.008 / 2**i]).tolist())}
     assert shipped.provenance["theta"] == 0.4
     assert len(table.unique()) > 1
+
+
+def test_defaults_are_those_of_the_released_code() -> None:
+    method, rule = SALE(), Halving()
+    assert (method.q_block, method.k_block, method.local, method.tile, method.dense_below) == (64, 32, 128, 16, 1024)
+    assert (rule.theta, rule.start, rule.least) == (0.4, 0.008, 1e-4)
 
 
 @pytest.mark.parametrize("table", [None, {}, {"tau": [[0.1]]}, {"tau": [[-1.0] * 6] * 3}, {"tau": "x"}])

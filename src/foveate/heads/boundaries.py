@@ -28,7 +28,7 @@ class BoundaryRecipe:
 
     Args:
         texts: how many are looked at, one in eight of them to measure with.
-        epochs: times each text is gone through.
+        epochs: times each text is gone through (paper: about 2, with far more text).
         lr: learning rate of Adam (paper: 1e-4, with far more text).
         window: w, tokens on each side of a gap.
         apart: labels stand further apart than this.

@@ -37,7 +37,7 @@ class MoASpans(Method):
     prompt made them, as the released cache does. There is one rule per kv head, on the summed influence of its query
     heads, where the released runtime gives grouped keys up. Losses of several lengths are added, each as a share of
     what the narrowest windows would lose there; the paper scans the Pareto front and keeps the plan that does best at
-    an unseen length. Kernels' wish for at most two rules in a layer is not followed.
+    an unseen length. Kernels' wish for at most two rules in a layer is not followed, and no least density asked.
 
     Args:
         density: share that is held when no budget is given.
@@ -177,7 +177,7 @@ class MoASpans(Method):
 
 
 def rules(block: int, profiled: Sequence[int]) -> list[tuple[float, float]]:
-    """(alpha, beta) to choose from: windows above 0 at the shortest profiled length and within the longest."""
+    """(alpha, beta): one block (ours); windows above 0 at the shortest profiled length and within the longest."""
     low, high = profiled[0], profiled[-1]
     alphas = range(-low, high + 1, max(block, low // 2))
     grid = [(float(a), b / 8) for a in alphas for b in range(9) if a + b / 8 * low > 0 and a + b / 8 * high <= high]
