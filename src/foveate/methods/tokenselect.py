@@ -39,6 +39,8 @@ class TokenSelect(Method):
     (the released kernel keeps scores in bfloat16), and every query head votes by its own kv head (the released kernel
     takes kv heads modulo their number, which mixes up grouped heads). Sums of votes are compared to three digits, and
     of equal ones the first wins: without positions, a word has nearly the same key wherever it stands.
+    The released code counts a block of the prompt in `local`, so that its first queries are sure of no token before it,
+    though it turns voters as if `local` tokens stood there; and votes never stand in it: `theta` is the paper's.
 
     Args:
         init: first tokens always read.
