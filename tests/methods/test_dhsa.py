@@ -171,7 +171,8 @@ def test_equal_chunks_are_ranked_as_by_plain_means() -> None:
     q, k = torch.randn(4, 16, 8), torch.randn(4, 48, 8)
     got = chunk_scores(q, k, torch.arange(0, 48, 6), 8)[:, ::6]
     plain = q.mean(0).view(2, 8, 8).mean(1) @ k.mean(0).view(8, 6, 8).mean(1).T
-    assert torch.equal(got.argsort(-1), plain.argsort(-1))
+    ordered = plain.gather(-1, got.argsort(-1))
+    assert (ordered.diff(dim=-1) > -1e-6).all()  # near equals go either way
 
 
 def test_noise_scores_the_same_whatever_a_chunks_length() -> None:

@@ -118,7 +118,8 @@ def test_codes_are_four_bits_and_close(tile: int) -> None:
     x[1, :16] = 0
     codes, scale = low_bit(x, tile)
     assert set(codes.unique().tolist()) <= set(range(-7, 8))
-    assert (x - codes * scale[..., None]).abs().le(scale[..., None] / 2 + 1e-7).all()
+    half = scale.double()[..., None] / 2
+    assert (x - codes.double() * 2 * half).abs().le(half * (1 + 1e-6)).all()  # a quotient near a border is rounded
     for i in range(0, 37, tile):
         assert (scale[:, i : i + tile] == scale[:, i : i + 1]).all()
         assert_close(scale[:, i], x[:, i : i + tile].abs().amax((1, 2)) / 7, 1e-6)
