@@ -239,6 +239,7 @@ def test_peaks_stand_apart_and_the_best_come_first() -> None:
     got = separate_peaks(scores, 9, 8)
     assert len(got) == 9
     assert (got.diff() > 8).all()
+    assert separate_peaks(torch.randn(4000), 4000, 8).diff().min() == 9
     assert int(scores.argmax()) in got.tolist()
     for place in scores.argsort(descending=True)[:30].tolist():  # whoever was passed over stands near a better one
         rivals = [p for p in got.tolist() if abs(p - place) <= 8 and scores[p] >= scores[place]]
