@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.closeness import assert_close
 
 from foveate.attention import ALL, Geometry, Selection, Span, attend, columns, entropies, merge, triton_prefill
 from foveate.errors import BadArgument, Refused
+from foveate.methods.policies.lists import mask_lists
 
 MODULE = import_module("foveate.attention.columns")  # its function has taken its name
 
@@ -155,6 +157,47 @@ def test_the_kernel_gives_the_same(
     if not each:
         want = entropies(q.double(), clean.double(), lse.double(), ALL, geometry, **options)
         assert_close(entropies(q, k, lse, ALL, geometry, backend="triton", **options), want, 5e-6)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dim", "k_block", "span", "shared", "ragged", "options"),
+    [
+        ((1, 3, 1, 150, 150), 32, 1, Span(window=1), True, False, {}),
+        ((2, 4, 2, 70, 190), 16, 1, Span(window=1), False, True, {"softcap": 3.0}),
+        ((2, 4, 2, 40, 150), 16, 6, None, False, True, {"scale": 0.3}),
+    ],
+)
+def test_one_list_for_all_queries(
+    seed: int, shape, dim, k_block, span, shared, ragged, options, each, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that are listed, and each query's own beside them; by the kernel too. The rest may hold anything."""
+    torch.manual_seed(seed)
+    monkeypatch.setattr(MODULE, "at_once", lambda device: 3000)  # a few queries at a time
+    q, k, v = tensors(*shape, dim)
+    batch, heads, k_heads, queries, keys = shape
+    geometry, valid = None, None
+    if ragged:
+        lengths = torch.randint(keys - 20, keys + 1, (batch, 1))
+        first = lengths - queries
+        geometry = Geometry(batch, queries, keys, lengths, first, first + torch.arange(queries))
+        valid = torch.randint(1, queries + 1, (batch,))
+    kept = torch.rand(batch, 1 if shared else k_heads, -(-keys // k_block)) < 0.3
+    kept[0, 0, 0] = True
+    selection = Selection(mask_lists(kept)[:, :, None], k_block=k_block, span=span)
+    lse = attend(q, k, v, selection, geometry, **options).lse
+    read = Read(q, k, v, selection, geometry, options=options)
+    map_ = whole_map(read, lse, valid)
+    unread = ~selection.mask(read.places(), heads).unflatten(1, (k_heads, -1)).any(2).any(2)
+    k = k.masked_fill(unread.unsqueeze(-1), torch.nan)
+    for entropy in (False, True):
+        want = torch.special.entr(map_) if entropy else map_
+        want = want.sum(2) if each else want.unflatten(1, (k_heads, -1)).sum((2, 3))
+        how = {"valid": valid, "each": each, "entropy": entropy, **options}
+        assert_close(columns(q, k, lse, selection, geometry, **how), want, 1e-10)
+        if not torch.cuda.is_available() and find_spec("triton") and triton_prefill._interpreted():
+            got = columns(q.float(), k.float(), lse.float(), selection, geometry, backend="triton", **how)
+            assert_close(got, want, 5e-6)
 
 
 def test_the_kernel_refuses_lists() -> None:

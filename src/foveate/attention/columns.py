@@ -68,14 +68,19 @@ def columns(
     out = torch.zeros(batch, heads if each else k_heads, keys, dtype=asked.wide, device=q.device)
     if 0 in q.shape or keys == 0:
         return out
+    slots = asked.one_list()
+    if slots is not None:
+        asked.take(slots)
+        out = out.new_zeros(*out.shape[:2], slots.shape[-1])
     if asked.by_kernel(backend):
         from foveate.attention.triton.columns import column_sums
 
-        return column_sums(q, k, lse, **asked.for_kernel, each=each, entropy=entropy)
-    for _, _, weights in asked.weights():
-        x = torch.special.entr(weights) if entropy else weights
-        out[..., : x.shape[-1]] += x.view(batch, out.shape[1], -1, x.shape[-1]).sum(2)
-    return out
+        out = column_sums(q, asked.k, lse, **asked.for_kernel, each=each, entropy=entropy)
+    else:
+        for _, _, weights in asked.weights():
+            x = torch.special.entr(weights) if entropy else weights
+            out[..., : x.shape[-1]] += x.unflatten(1, (out.shape[1], -1)).sum((2, 3))
+    return out if slots is None else asked.spread(out, slots, k, entropy)
 
 
 def entropies(
@@ -123,6 +128,8 @@ class _Asked:
     Attributes:
         wide: the type of the sums.
         factor: of the scores.
+        slots: int64 [B, 1 or Hk, T], where the keys stand, where these are those of one list alone; as many as there
+            are keys where there is none. None: each at its own number.
     """
 
     def __init__(
@@ -150,6 +157,58 @@ class _Asked:
         self.visible, self.softcap = visible, softcap
         self.factor = k_dim**-0.5 if scale is None else scale
         self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.slots: Tensor | None = None
+
+    def one_list(self) -> Tensor | None:
+        """The slots of the one list that all queries of a store head read, with at most their own key beside it:
+        ascending, int64 [B, 1 or Hk, T], as many as there are keys behind the end. None: other pairs are read."""
+        if len(self.selections) != 1 or not all(span.unbounded for span in self.visible):
+            return None
+        read, keys = self.selections[0], self.k.shape[2]
+        lists = read.lists
+        if lists is None or lists.shape[2] > 1 or lists.shape[1] not in (1, self.k.shape[1]):
+            return None
+        if read.span is not None and (read.span != Span(window=1) or self.geometry.k_positions is not None):
+            return None
+        slots = lists[:, :, 0, :, None].long() * read.k_block + torch.arange(read.k_block, device=lists.device)
+        return slots.masked_fill(lists[:, :, 0, :, None] < 0, keys).flatten(-2).clamp_max(keys)
+
+    def take(self, slots: Tensor) -> None:
+        """Look at these keys alone."""
+        self.slots = slots
+        index = slots.clamp_max(self.k.shape[2] - 1).unsqueeze(-1).expand(-1, self.k.shape[1], -1, self.k.shape[3])
+        self.k = self.k.gather(2, index)
+
+    def spread(self, sums: Tensor, slots: Tensor, k: Tensor, entropy: bool) -> Tensor:
+        """The sums [B, h, T] of keys of a list as those of all keys k, with those of the queries' own keys that are not
+        listed: [B, h, M]."""
+        batch, heads, _ = sums.shape
+        keys = k.shape[2]
+        out = sums.new_zeros(batch, heads, keys + 1)  # the last one for slots that are none
+        out.scatter_(2, to_heads(slots, heads).expand(batch, heads, -1), sums)
+        if self.selections[0].span is not None:
+            listed = torch.zeros(batch, slots.shape[1], keys + 1, dtype=torch.bool, device=k.device)
+            listed = listed.scatter_(2, slots.expand(batch, -1, -1), True).expand(-1, k.shape[1], -1)
+            for own, weights in self._own(k, listed):
+                x = torch.special.entr(weights) if entropy else weights
+                out.scatter_add_(2, to_heads(own, heads).expand(-1, heads, -1), x.unflatten(1, (heads, -1)).sum(2))
+        return out[..., :keys]
+
+    def _own(self, k: Tensor, listed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Slots [B, 1 or Hk, n] of the queries' own keys, and what each gives to its own [B, H, n], 0 where it is
+        listed (bool [B, Hk, M + 1]) or not seen: some queries at a time."""
+        (batch, heads, queries, dim), k_heads = self.q.shape, k.shape[1]
+        step = max(1, at_once(k.device) // (batch * heads * dim))
+        for start in range(0, queries, step):
+            stop = min(start + step, queries)
+            rows = self.geometry.rows(start, stop)
+            own = rows.positions()[0].expand(batch, k_heads, -1)
+            hidden = (own >= rows.ends()) | (own < 0)
+            own = own.masked_fill(hidden, 0)
+            mine = k.gather(2, own.unsqueeze(-1).expand(-1, -1, -1, dim)).to(self.wide).unsqueeze(2)
+            scores = (self.q[:, :, start:stop].to(self.wide).unflatten(1, (k_heads, -1)) * mine).sum(-1) * self.factor
+            weights = self._probabilities(scores.flatten(1, 2), start, stop)
+            yield own, weights.masked_fill_(to_heads(hidden | listed.gather(2, own), heads), 0.0)
 
     def by_kernel(self, backend: str | None) -> bool:
         """Whether the kernel serves this read."""
@@ -157,37 +216,52 @@ class _Asked:
             raise BadArgument("backend", backend, "choose one of triton, torch")
         if backend == "torch":
             return False
-        reason = machine(self.q, backend is not None) or _beyond_kernel(self.q, self.k, self.selections, self.visible)
+        reads = (ALL,) if self.slots is not None else self.selections
+        reason = machine(self.q, backend is not None) or _beyond_kernel(self.q, self.k, reads, self.visible)
         if backend is not None and reason:
             raise Refused(f"the kernel cannot sum these columns: {reason}")
-        return not reason and (backend is not None or self.q.shape[2] >= _FEWEST)
+        return not reason and (backend is not None or self.q.shape[2] >= _FEWEST) and self.k.shape[2] > 0
 
     @property
     def for_kernel(self) -> dict[str, Any]:
         from foveate.attention.triton.block_sparse_tiles import Place
 
         at = Place(self.geometry.first, self.geometry.lengths)
-        return {"scale": self.factor, "softcap": self.softcap, "at": at, "valid": self.valid}
+        given: dict[str, Any] = {"scale": self.factor, "softcap": self.softcap, "at": at, "valid": self.valid}
+        if self.slots is not None:
+            given |= {"slots": self.slots.int().expand(self.q.shape[0], -1, -1), "held": self.geometry.keys}
+        return given
 
     def weights(self) -> Iterator[tuple[int, int, Tensor]]:
         """Probabilities [B, H, stop - start, end] of queries start..stop-1 for the first `end` keys, block by block."""
         (batch, heads, queries, _), (k_heads, keys) = self.q.shape, self.k.shape[1:3]
         turned = self.k.to(self.wide).transpose(-1, -2)
-        step = max(1, at_once(self.q.device) // (batch * heads * keys))
+        step = max(1, at_once(self.q.device) // max(1, batch * heads * keys))
         for start in range(0, queries, step):
             stop = min(start + step, queries)
-            end = keys - queries + stop if self.geometry.plain else keys
-            mask = _union(self.selections, self.geometry, self.visible, start, stop)[..., :end]
+            end = keys - queries + stop if self.geometry.plain and self.slots is None else keys
             rows = self.q[:, :, start:stop].to(self.wide)
             scores = (fold(rows, k_heads) @ turned[..., :end]).mul_(self.factor).view(batch, heads, stop - start, end)
-            if self.softcap is not None:
-                scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-            mass = self.lse[:, :, start:stop].to(self.wide)
-            counts = mass > -torch.inf
-            if self.valid is not None:
-                counts = counts & (torch.arange(start, stop, device=self.q.device) < self.valid.view(-1, 1, 1))
-            scores = scores.sub_(torch.where(counts, mass, torch.inf).unsqueeze(-1))
-            yield start, stop, scores.masked_fill_(~to_heads(mask, heads), -torch.inf).exp_()
+            weights = self._probabilities(scores, start, stop)
+            yield start, stop, weights.masked_fill_(~to_heads(self._mask(start, stop)[..., :end], heads), 0.0)
+
+    def _mask(self, start: int, stop: int) -> Tensor:
+        """The pairs of queries start..stop-1, bool [1 or B, 1, Hk or H, n, M or T]."""
+        if self.slots is None:
+            return _union(self.selections, self.geometry, self.visible, start, stop)
+        return self.slots.unsqueeze(2) < self.geometry.rows(start, stop).ends().unsqueeze(3)
+
+    def _probabilities(self, scores: Tensor, start: int, stop: int) -> Tensor:
+        """exp(score - lse), in place, of scores [B, H, n, ...] of queries start..stop-1; 0 where a query does not count
+        or saw nothing."""
+        if self.softcap is not None:
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        mass = self.lse[:, :, start:stop].to(self.wide)
+        counts = mass > -torch.inf
+        if self.valid is not None:
+            counts = counts & (torch.arange(start, stop, device=self.q.device) < self.valid.view(-1, 1, 1))
+        mass = torch.where(counts, mass, torch.inf)
+        return scores.sub_(mass.view(*mass.shape, *(1,) * (scores.dim() - 3))).exp_()
 
 
 def _beyond_kernel(q: Tensor, k: Tensor, selections: Sequence[Selection], visible: Sequence[Span]) -> str:

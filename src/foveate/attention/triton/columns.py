@@ -19,6 +19,8 @@ def column_sums(
     softcap: float | None = None,
     at: Place | None = None,
     valid: Tensor | None = None,
+    slots: Tensor | None = None,
+    held: int | None = None,
     each: bool = False,
     entropy: bool = False,
 ) -> Tensor:
@@ -32,6 +34,8 @@ def column_sums(
         scale, softcap: as given to `attend`.
         at: where queries and keys stand, without a span.
         valid: int [B], how many queries count in each row; None: all.
+        slots: int32 [B, 1 or Hk, M], where the keys stand among `held` ones, ascending; None: each at its own number.
+            What stands behind them all is none.
         each: a sum for each query head, instead of one for its group.
         entropy: sum -p ln p instead of p.
 
@@ -46,9 +50,9 @@ def column_sums(
     rows, columns = (32 if wide else 64), (64 if wide else 128)
     across = -(-keys // columns)
     _columns[(batch * sums.shape[1] * across,)](
-        q, k, lse.float().contiguous(), sums, valid, at.first, at.lengths,
-        *q.stride()[:3], *k.stride()[:3], *strides(at.first), *strides(at.lengths),
-        queries, keys, across,
+        q, k, lse.float().contiguous(), sums, valid, at.first, at.lengths, slots,
+        *q.stride()[:3], *k.stride()[:3], *strides(at.first), *strides(at.lengths), *strides(slots),
+        queries, keys if held is None else held, keys, across,
         scale * LOG2E if softcap is None else 2 * scale * LOG2E / softcap, 0.0 if softcap is None else softcap * LOG2E,
         OUT_HEADS=sums.shape[1], HEADS=heads, K_GROUP=heads // k_heads, D=dim, WIDE=padded(dim),
         CAP=softcap is not None, ENTROPY=entropy, BM=rows, BN=columns, num_warps=4 if wide else 8, num_stages=2,
@@ -114,10 +118,10 @@ def _surprise(x):
     return tl.exp2(x) * x * -0.6931471805599453
 
 
-@jit
+@jit(do_not_specialize=["columns", "across"])
 def _columns(
-    q_ptr, k_ptr, lse_ptr, sums_ptr, valid_ptr, first_ptr, lengths_ptr,
-    qsb, qsh, qsn, ksb, ksh, ksm, fsb, fsh, lsb, lsh, queries, keys, across, factor, cap,
+    q_ptr, k_ptr, lse_ptr, sums_ptr, valid_ptr, first_ptr, lengths_ptr, slots_ptr,
+    qsb, qsh, qsn, ksb, ksh, ksm, fsb, fsh, lsb, lsh, ssb, ssh, queries, keys, columns, across, factor, cap,
     OUT_HEADS: tl.constexpr, HEADS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -138,14 +142,17 @@ def _columns(
     if valid_ptr is not None:
         count = tl.minimum(tl.load(valid_ptr + b).to(tl.int32), queries)
     cols = tile * BN + tl.arange(0, BN)
-    held = (cols < length) & (cols < first + queries)
+    slot = cols
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + b * ssb + h * ssh + cols, mask=cols < columns, other=2147483647)
+    held = (cols < columns) & (slot < length) & (slot < first + queries)
     d = tl.arange(0, WIDE)
     k_at = k_ptr + b.to(tl.int64) * ksb + h.to(tl.int64) * ksh + cols.to(tl.int64)[:, None] * ksm + d[None, :]
     k = tl.load(k_at, mask=held[:, None] & (d < D)[None, :], other=0.0)
     # Tiles of queries: those that see some of the keys, then those that see all of them.
-    low = tl.maximum(tile * BN - first, 0) // BM
-    high = tl.cdiv(tl.maximum(tile * BN + BN - 1 - first, 0), BM)
-    end = tl.where(tile * BN < length, tl.cdiv(count, BM), 0)
+    low = tl.maximum(tl.min(slot, 0) - first, 0) // BM
+    high = tl.cdiv(tl.maximum(tl.max(tl.where(held, slot, 0), 0) - first, 0), BM)
+    end = tl.where(tl.min(slot, 0) < length, tl.cdiv(count, BM), 0)
     sums = tl.zeros((BN,), tl.float32)
     for g in range(GROUP):
         q_base = q_ptr + b.to(tl.int64) * qsb + (head + g).to(tl.int64) * qsh
@@ -154,12 +161,12 @@ def _columns(
             i = t * BM + tl.arange(0, BM)
             p = _weights(k, q_base, lse_base, i, count, qsn, factor, cap, D, WIDE, CAP, ENTROPY)
             ends = row_ends(i, b, h, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
-            sums += tl.sum(tl.where(cols[:, None] < ends[None, :], p, 0.0), 1)
+            sums += tl.sum(tl.where(slot[:, None] < ends[None, :], p, 0.0), 1)
         for t in tl.range(tl.maximum(high, low), end):
             i = t * BM + tl.arange(0, BM)
             sums += tl.sum(_weights(k, q_base, lse_base, i, count, qsn, factor, cap, D, WIDE, CAP, ENTROPY), 1)
-    to = sums_ptr + (b.to(tl.int64) * OUT_HEADS + pid % OUT_HEADS) * keys + cols
-    tl.store(to, tl.where(held, sums, 0.0), mask=cols < keys)
+    to = sums_ptr + (b.to(tl.int64) * OUT_HEADS + pid % OUT_HEADS) * columns + cols
+    tl.store(to, tl.where(held, sums, 0.0), mask=cols < columns)
 
 
 @jit
