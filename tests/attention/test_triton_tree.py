@@ -1,4 +1,4 @@
-"""The tree search at a decode step, in Triton's interpreter or on a GPU."""
+"""The tree search for single queries and sets of them, in Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -15,34 +15,41 @@ from foveate.attention.triton.tree import best_blocks
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "heads", "stores", "page", "slots"),
+    ("dtype", "dim", "heads", "stores", "sets", "rows", "page", "slots"),
     [
-        (torch.float32, 24, 2, 2, 2, 5),
-        (torch.bfloat16, 128, 6, 2, 3, 8),
-        (torch.float16, 64, 8, 1, 2, 4),
-        (torch.float32, 64, 6, 2, 1, 40),
+        (torch.float32, 24, 2, 2, 1, 1, 2, 5),
+        (torch.bfloat16, 128, 6, 2, 1, 1, 3, 8),
+        (torch.float16, 64, 8, 1, 2, 1, 2, 4),
+        (torch.float32, 64, 6, 2, 1, 1, 1, 40),
+        (torch.float32, 8, 4, 2, 3, 5, 2, 6),
+        (torch.bfloat16, 64, 3, 1, 2, 17, 2, 9),
     ],
 )
 def test_finds_what_the_search_in_words_finds(
-    seed: int, dtype: torch.dtype, dim: int, heads: int, stores: int, page: int, slots: int
+    seed: int, dtype: torch.dtype, dim: int, heads: int, stores: int, sets: int, rows: int, page: int, slots: int
 ) -> None:
     torch.manual_seed(seed)
     held = 150
-    q, k = made(dtype, 2, heads, 1, dim), made(dtype, 2, stores, held + 9, dim)[:, :, :held]
-    low = torch.randint(0, 4, (2, heads))
-    high = torch.tensor([[held // page], [17]]).expand(2, heads).contiguous()
-    high[0, 0] = low[0, 0] + 3  # fewer than may be found
-    high[1, 1] = 0
-    truth = torch.einsum("bgd,bcd->bgc", q.double().flatten(0, 1).view(2 * stores, -1, dim), k.double().flatten(0, 1))
-    best = truth.view(2, heads, held)[..., : held // page * page].unflatten(-1, (-1, page)).amax(-1)
+    q, k = made(dtype, 2, heads, sets, rows, dim), made(dtype, 2, stores, held + 9, dim)[:, :, :held]
+    low = torch.randint(0, 4, (2, heads, sets))
+    high = torch.tensor([held // page, 17]).view(2, 1, 1).expand(2, heads, sets).contiguous()
+    high[0, 0, -1] = low[0, 0, -1] + 3  # fewer than may be found
+    high[1, 1, 0] = 0
+    of_heads = k.double().repeat_interleave(heads // stores, dim=1)
+    truth = torch.einsum("bhtrd,bhcd->bhtrc", q.double(), of_heads).amax(3)
+    best = truth[..., : held // page * page].unflatten(-1, (-1, page)).amax(-1)
     want = descend(low, high, slots, lambda at: best.gather(-1, at.clamp_max(best.shape[-1] - 1)))
     q, k, low, high = on(q, k, low, high)
     got = best_blocks(q, k, low, high, slots, -(-held // page), page).cpu()
-    assert got.shape == (2, heads, slots)
+    assert got.shape == (2, heads, sets, slots)
     assert torch.equal(ascending(got), ascending(want))
 
 
 def test_bad_arguments() -> None:
-    q, k, low = torch.zeros(1, 2, 2, 16), torch.zeros(1, 2, 9, 16), torch.zeros(1, 2, dtype=torch.int64)
-    with pytest.raises(BadArgument, match="one query"):
-        best_blocks(q, k, low, low, 2, 4, 2)
+    q, k, low = torch.zeros(1, 2, 3, 1, 16), torch.zeros(1, 2, 9, 16), torch.zeros(1, 2, 3, dtype=torch.int64)
+    with pytest.raises(BadArgument, match="give sets of queries"):
+        best_blocks(q[:, :, 0], k, low, low, 2, 4, 2)
+    with pytest.raises(BadArgument, match="keys of the same dtype"):
+        best_blocks(q, k.half(), low, low, 2, 4, 2)
+    with pytest.raises(BadArgument, match="one range a set"):
+        best_blocks(q, k, low[..., :1], low[..., :1], 2, 4, 2)

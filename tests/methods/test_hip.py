@@ -13,6 +13,7 @@ from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, stores
 from torch import Tensor
 
 import foveate
+from foveate.attention import decoding
 from foveate.methods import HiP, SnapKV
 from foveate.methods import hip as module
 from foveate.methods.policies.tree import ascending, descend
@@ -167,6 +168,22 @@ def test_prompt_lists_equal_a_slow_search(heads: int, kv_heads: int, q_stride: i
             last = min(8 * i + 7, length - 1)
             want = best | set(range(min(2, begin))) | set(range(begin, last // 2 + 1))
             assert listed(read["parts"], 0, head, i) == sorted(want)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(5, 3), (4, 1)])
+def test_kernels_find_what_words_find(count: int, rows: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of queries of a prompt, some at a time, at the first ones of which there is little to search."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available() or not decoding._interpreted():
+        pytest.skip("needs Triton's interpreter")
+    torch.manual_seed(seed)
+    asking, keys = torch.randn(2, 4, count, rows, 24), torch.randn(2, 2, 149, 24)
+    begin = torch.randint(0, 70, (2, 2, count)).sort(dim=-1).values
+    method = HiP()
+    want = ascending(method._search(asking, keys, begin, 6))
+    monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+    monkeypatch.setattr(module, "at_once", lambda device: 2 * 4 * 2 * 6 * 4 * 2)  # two sets
+    assert torch.equal(ascending(method._search(asking, keys, begin, 6)), want)
 
 
 def test_the_last_block_is_asked_by_real_queries() -> None:

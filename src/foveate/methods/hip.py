@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention import ALL, Parts, Selection
+from foveate.attention import ALL, Parts, Selection, decoding
 from foveate.attention.at_once import at_once
 from foveate.cache import View
 from foveate.errors import BadArgument
@@ -167,15 +167,18 @@ class HiP(Method):
         group = heads // stores
         offset = torch.arange(self.k_block, device=keys.device)
         most = max(0, -(-held // self.k_block) - self._sinks)
-        if count == 1 and asking.shape[3] == 1:
-            high = begin[..., 0].repeat_interleave(group, dim=1)
-            best = descend_keys(asking[:, :, :, 0], keys, self._sinks, high, slots, most, self.k_block)
-            if best is not None:
-                return best.unsqueeze(2)
-        step = max(1, at_once(keys.device) // (batch * heads * 2 * slots * self.k_block * dim))
+        # By kernels the halves and their scores are written, else the keys of the halves.
+        kernel = decoding.serves(asking)[0]
+        step = max(1, at_once(keys.device) // (batch * heads * 2 * slots * (4 if kernel else self.k_block * dim)))
         found = []
         for at in range(0, count, step):
-            ask = asking[:, :, at : at + step].unflatten(1, (stores, group)).float()
+            some = slice(at, at + step)
+            high = begin[:, :, some].repeat_interleave(group, dim=1)
+            best = descend_keys(asking[:, :, some], keys, self._sinks, high, slots, most, self.k_block)
+            if best is not None:
+                found.append(best)
+                continue
+            ask = asking[:, :, some].unflatten(1, (stores, group)).float()
 
             def score(blocks: Tensor, ask: Tensor = ask) -> Tensor:
                 token = (blocks.unsqueeze(-1) * self.k_block + offset).clamp_max(held - 1).flatten(2)
@@ -183,7 +186,7 @@ class HiP(Method):
                 fetched = fetched.view(*blocks.shape[:-1], -1, dim)
                 return (ask @ fetched.mT).amax(-2).unflatten(-1, (-1, self.k_block)).amax(-1)
 
-            high = begin[:, :, at : at + step].unsqueeze(2).expand(-1, -1, group, -1)
+            high = high.unflatten(1, (stores, group))
             found.append(descend(torch.full_like(high, self._sinks), high, slots, score, most).flatten(1, 2))
         return torch.cat(found, dim=2)
 

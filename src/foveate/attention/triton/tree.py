@@ -1,4 +1,4 @@
-"""A tree search over blocks of keys at a decode step: two launches a round, one that scores and one that chooses.
+"""A tree search over blocks of keys: two launches a round, one that scores and one that chooses.
 
 Source: HiP Attention (2406.09827), section 3; `foveate.methods.policies.tree.descend` in words of tensors.
 """
@@ -10,20 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.triton.topk import select_best
-from foveate.attention.triton.workers import check_heads, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two, precision_of
 from foveate.errors import BadArgument
 
 TILE = 64
 """Halves that one program scores."""
 
 
-@jit
+@jit(do_not_specialize=["sets"])
 def _halves(
-    q, k, old, chosen, new, scores, slots, before, last, stride_b, stride_h, stride_t, HEADS: tl.constexpr,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    CHOSEN: tl.constexpr,
+    q, k, old, chosen, new, scores, slots, before, last, sets, stride_b, stride_h, stride_t, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, R: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, CHOSEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Halves of the groups that stay, and the best logit of the first block of each."""
+    """Halves of the groups that stay, and the best logit that any query of a set has for the first block of each."""
     unit = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = number < 2 * slots
@@ -39,34 +39,47 @@ def _halves(
     tl.store(new + unit * 4 * slots + number, start, mask=inside)
     tl.store(new + unit * 4 * slots + 2 * slots + number, size, mask=inside)
     d = tl.arange(0, D)
-    x = tl.load(q + unit * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
-    keys = k + unit // HEADS * stride_b + unit % HEADS // GROUP * stride_h
+    head = unit // sets
+    keys = k + head // HEADS * stride_b + head % HEADS // GROUP * stride_h
+    row = tl.arange(0, M)
+    x = tl.load(
+        q + (unit * R + row)[:, None] * DIM + d[None, :], mask=(row < R)[:, None] & (d < DIM)[None, :], other=0.0
+    )
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     for t in range(PAGE):
         slot = tl.minimum(start * PAGE + t, last).to(tl.int64)
         tile = tl.load(keys + slot[:, None] * stride_t + d[None, :], mask=(size > 0)[:, None] & (d < DIM)[None, :],
                        other=0.0)  # fmt: skip
-        best = tl.maximum(best, tl.sum(tile.to(tl.float32) * x[None, :], 1))
+        if R == 1:
+            s = tl.sum(tile.to(tl.float32) * x.to(tl.float32), 1)
+        else:
+            s = tl.dot(x, tl.trans(tile), input_precision=PRECISION)
+            s = tl.max(tl.where((row < R)[:, None], s, float("-inf")), 0)
+        best = tl.maximum(best, s)
     tl.store(scores + unit * 2 * slots + number, tl.where(size > 0, best, float("-inf")), mask=inside)
 
 
 def best_blocks(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, most: int, page: int) -> Tensor:
-    """About the best `slots` blocks of each range [low, high) for one query, by `descend`, a block's score being its
-    largest logit. Nothing waits for the device.
+    """About the best `slots` blocks of each range [low, high) for a set of queries, by `descend`, a block's score being
+    the largest logit of any of them. Nothing waits for the device.
 
     Args:
-        q: [B, H, 1, D]; k: [B, Hs, C, D] with adjacent channels.
-        low, high: int64 [B, H], blocks that are held whole.
+        q: [B, H, T, R, D], T sets of R queries; k: [B, Hs, C, D] with adjacent channels.
+        low, high: int64 [B, H, T], blocks that are held whole.
         most: no range is longer.
         page: slots per block.
 
     Returns:
-        int64 [B, H, slots], -1 where there is none. Ties go to earlier halves.
+        int64 [B, H, T, slots], -1 where there is none. Ties go to earlier halves.
     """
-    if check_heads(q, k.shape[3], k.shape[1])[2] != 1 or k.dtype != q.dtype or k.stride(3) != 1 or slots < 1:
-        given = f"q {tuple(q.shape)} {q.dtype}, k {k.dtype}, slots {slots}"
+    fits = q.dim() == 5 and k.dim() == 4 and k.shape[0] == q.shape[0] and q.shape[1] % max(1, k.shape[1]) == 0
+    if not fits or q.shape[4] != k.shape[3] or k.dtype != q.dtype or k.stride(3) != 1 or slots < 1 or 0 in q.shape:
+        given = f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, slots {slots}"
+        mend = "give sets of queries, keys of the same dtype with adjacent channels, a slot or more"
+        raise BadArgument("q", given, mend)
+    if low.shape != q.shape[:3] or high.shape != low.shape:
         raise BadArgument(
-            "q", given, "one query per row, keys of the same dtype with adjacent channels, a slot or more"
+            "low", f"{tuple(low.shape)} and {tuple(high.shape)}", f"one range a set: {tuple(q.shape[:3])}"
         )
     return _op(q.contiguous(), k, low, high, slots, most, page)
 
@@ -77,18 +90,19 @@ def best_blocks(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, mos
     schema="(Tensor q, Tensor k, Tensor low, Tensor high, SymInt slots, SymInt most, SymInt page) -> Tensor",
 )
 def _op(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, most: int, page: int) -> Tensor:
-    (batch, heads, _, dim), group = q.shape, q.shape[1] // k.shape[1]
+    (batch, heads, sets, rows, dim), group = q.shape, q.shape[1] // k.shape[1]
     count = (high - low).clamp_min(0).unsqueeze(-1)
     edge = low.unsqueeze(-1) + count * torch.arange(slots + 1, device=q.device) // slots
     groups = torch.stack([edge[..., :-1], edge.diff(dim=-1)], dim=-2).to(torch.int32)  # starts and sizes
     chosen, largest = None, -(-most // slots)
     while largest > 1:
-        halves = torch.empty(batch, heads, 2, 2 * slots, dtype=torch.int32, device=q.device)
-        scores = torch.empty(batch, heads, 2 * slots, dtype=torch.float32, device=q.device)
-        _halves[(batch * heads, -(-2 * slots // TILE))](
+        halves = torch.empty(batch, heads, sets, 2, 2 * slots, dtype=torch.int32, device=q.device)
+        scores = torch.empty(batch, heads, sets, 2 * slots, dtype=torch.float32, device=q.device)
+        _halves[(batch * heads * sets, -(-2 * slots // TILE))](
             q, k, groups, groups if chosen is None else chosen, halves, scores, slots, groups.shape[-1],
-            k.shape[2] - 1, k.stride(0), k.stride(1), k.stride(2), HEADS=heads, GROUP=group, PAGE=page, DIM=dim,
-            D=power_of_two(dim), BLOCK=TILE, CHOSEN=chosen is not None, num_warps=4,
+            k.shape[2] - 1, sets, k.stride(0), k.stride(1), k.stride(2), HEADS=heads, GROUP=group, R=rows,
+            M=1 if rows == 1 else max(16, power_of_two(rows)), PAGE=page, DIM=dim, D=max(16, power_of_two(dim)),
+            BLOCK=TILE, CHOSEN=chosen is not None, PRECISION=precision_of(k.dtype), num_warps=4,
         )  # fmt: skip
         groups, chosen, largest = halves, select_best(scores, slots)[0], -(-largest // 2)
     start, size = groups.long().unbind(-2)

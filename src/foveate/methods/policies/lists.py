@@ -37,10 +37,7 @@ def counted_lists(scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
 
 def mask_lists(mask: Tensor) -> Tensor:
     """The set blocks of a mask [..., blocks] as lists [..., most set], ascending, int32, -1 behind the end."""
-    blocks = mask.shape[-1]
-    width = max(1, int(mask.sum(-1).max()))
-    number = torch.arange(blocks, device=mask.device).expand(mask.shape)
-    return _packed(torch.where(mask, number, blocks).sort(dim=-1).values[..., :width], blocks)
+    return set_lists(mask, max(1, int(mask.sum(-1).max())))
 
 
 def set_lists(mask: Tensor, width: int) -> Tensor:

@@ -45,8 +45,9 @@ def descend(
 
 
 def descend_keys(q: Tensor, k: Tensor, first: int, high: Tensor, slots: int, most: int, page: int) -> Tensor | None:
-    """`descend` for one query q [B, H, 1, D], blocks of `page` keys k [B, Hs, C, D] and their largest logit, by
-    kernels: from block `first` to high [B, H] it gives [B, H, slots]. None where there are none."""
+    """`descend` for sets of queries q [B, H, T, R, D], blocks of `page` keys k [B, Hs, C, D] and the largest logit that
+    a query of the set has for them, by kernels: from block `first` to high [B, H, T] it gives [B, H, T, slots]. None
+    where there are none."""
     if q.dtype != k.dtype or k.stride(3) != 1 or not decoding.serves(q)[0]:
         return None
     low = torch.full_like(high, first)
