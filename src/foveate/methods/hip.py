@@ -167,9 +167,8 @@ class HiP(Method):
         group = heads // stores
         offset = torch.arange(self.k_block, device=keys.device)
         most = max(0, -(-held // self.k_block) - self._sinks)
-        # By kernels the halves and their scores are written, else the keys of the halves.
-        kernel = decoding.serves(asking)[0]
-        step = max(1, at_once(keys.device) // (batch * heads * 2 * slots * (4 if kernel else self.k_block * dim)))
+        made = 4 if decoding.serves(asking)[0] else self.k_block * dim  # of each half: numbers by kernels, else keys
+        step = max(1, at_once(keys.device) // (batch * heads * 2 * slots * made))
         found = []
         for at in range(0, count, step):
             some = slice(at, at + step)
