@@ -86,6 +86,10 @@ def test_bytes_read_are_those_of_the_selection() -> None:
             bounds = 2 * (cache.layers[2].store.nbytes - cache.layers[0].store.nbytes)
             got = read_bytes(handle.binding, cache, 1)
             assert 2 * 101 * slot + 2 * 16 * slot < got < 2 * 101 * slot + 2 * 24 * slot + 2 * bounds
+        with apply(model, "tokenselect", init=2, local=8, k=10) as handle:  # all keys between vote
+            cache = filled(handle.binding, 100)
+            assert read_bytes(handle.binding, cache, 1) == 4 * (20 * slot + (101 - 8 - 2) * 4 * 16 * 4)
+            assert cache.meter is None
 
 
 def test_rows() -> None:

@@ -344,7 +344,8 @@ def weight_bytes(model: Any) -> int:
 
 
 def read_bytes(binding: Binding, cache: FoveateCache, rows: int) -> int:
-    """Bytes of keys, values and summaries that one more decode step reads, counted on the selections themselves."""
+    """Bytes of keys, values and summaries that one more decode step reads, counted on the selections themselves, and of
+    what methods say that they looked at beside them."""
     total = 0
 
     def count(layer: int, phase: str, band: Band, chosen: Selection, at: Geometry, seen: Any, group: int) -> None:
@@ -356,7 +357,7 @@ def read_bytes(binding: Binding, cache: FoveateCache, rows: int) -> int:
             total += sum(t.numel() * t.element_size() for t in band.summaries.values())
 
     fork = cache.fork()
-    fork.trace = count
+    fork.trace, fork.meter = count, {}
     ids = torch.zeros(rows, 1, dtype=torch.int64, device=binding.model.device)
     binding.model(input_ids=ids, past_key_values=fork, use_cache=True)
-    return total
+    return total + int(fork.meter.get("decode_looked", 0))

@@ -108,7 +108,8 @@ class Context(Protocol):
 
     def count(self, amount: float, of: str = "read") -> None:
         """Say how many query-key pairs a Partial read that the method attended by itself, not by `attend`; or how much
-        arose of another cost, such as multiplications ("macs"). `cache.meter` adds up by phase and name."""
+        arose of another cost, such as multiplications ("macs") or bytes of what is held that were looked at to choose
+        ("looked"). `cache.meter` adds up by phase and name."""
         ...
 
 

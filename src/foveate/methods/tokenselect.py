@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,8 @@ class TokenSelect(Method):
         k = ctx.role.extra["k"]
         if not view.exceeds(self.init + self.local + k):
             return ALL
-        ballot = Ballot(view, ctx.rope, self.init, ctx.scale if self.scaled else 1.0, self.kernel)
+        looked = partial(ctx.count, of="looked") if ctx.counts else None
+        ballot = Ballot(view, ctx.rope, self.init, ctx.scale if self.scaled else 1.0, self.kernel, looked)
         if ctx.phase == "decode" and q.shape[2] == 1 and ballot.served(q) and (view.host_fresh == 1).all():
             lists, places = self._step(q, k, ballot, view, ctx)
             block = 1

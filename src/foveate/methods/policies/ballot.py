@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,10 +26,20 @@ class Ballot:
         begin: tokens in front stand for no election.
         scale: of the scores.
         kernel: width of max-pooling of the votes along the tokens, odd; 1 is none.
+        count: told how many bytes of keys each vote looks at, if somebody counts.
     """
 
-    def __init__(self, view: View, rope: Rope, begin: int, scale: float, kernel: int = 1) -> None:
+    def __init__(
+        self,
+        view: View,
+        rope: Rope,
+        begin: int,
+        scale: float,
+        kernel: int = 1,
+        count: Callable[[float], None] | None = None,
+    ) -> None:
         self.view, self.rope, self.begin, self.scale, self.kernel = view, rope, begin, scale, kernel
+        self.count = count
         self._raw: Tensor | None = None
 
     def served(self, q: Tensor) -> bool:
@@ -42,6 +54,10 @@ class Ballot:
         Args:
             stands: rows in which nothing needs to be read, int32 [B]; only where kernels are `served`.
         """
+        if self.count is not None:
+            tokens = float((edges.amax(1) - self.begin).clamp_min(0).sum())
+            keys = self.view.k()
+            self.count(tokens * keys.shape[1] * keys.shape[3] * keys.element_size())
         if self.served(voters):
             keys, angles = self.view.k().flatten(0, 1), self.rope.angles()
             one = self.kernel == 1
