@@ -14,6 +14,7 @@ from foveate.methods.policies.summaries import bound_scores, minmax
 pytest.importorskip("triton")
 
 from foveate.attention.triton import topk
+from foveate.attention.triton.code_scores import code_scores
 from foveate.attention.triton.topk import page_bounds, select_best
 
 
@@ -92,7 +93,46 @@ def test_pieces_side_by_side(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(lists, top_lists(scores, k)) and (counts == k).all()
 
 
+@pytest.mark.parametrize(("at_once", "n", "k"), [(16384, 90, 20), (64, 400, 20), (64, 130, 90)])
+def test_rows_have_limits_of_their_own(seed: int, at_once: int, n: int, k: int, monkeypatch) -> None:
+    """None, some, more than there are, more than a list holds; of whole rows, of pieces, and where all is ordered."""
+    torch.manual_seed(seed)
+    monkeypatch.setattr(topk, "AT_ONCE", at_once)
+    scores = torch.randn(5, n).mul(3).round()
+    scores[2, 7:] = -torch.inf
+    scores[3, ::9] = torch.inf
+    limits = torch.tensor([0, 13, 9, 2, 1000])
+    want = [
+        top_lists(row, int(limit))[:k].tolist() if limit else []
+        for row, limit in zip(scores, limits.clamp_max(k), strict=True)
+    ]
+    want = [[n for n in row if n >= 0] for row in want]
+    lists, counts = (x.cpu() for x in select_best(*on(scores), k, *on(limits)))
+    assert (
+        [[n for n in row if n >= 0] for row in lists.tolist()]
+        == want
+        == [row[:count] for row, count in zip(lists.tolist(), counts.tolist(), strict=True)]
+    )
+    assert torch.equal(top_lists(scores, k, limits), lists)
+
+
+@pytest.mark.parametrize(("stores", "group", "capacity", "shared"), [(2, 3, 1500, False), (1, 1, 40, True)])
+def test_scores_of_codes(seed: int, stores: int, group: int, capacity: int, shared: bool) -> None:
+    torch.manual_seed(seed)
+    table = torch.randn(2, stores, group, 3, 17)
+    codes = torch.randint(-1, 17, (2, stores, capacity), dtype=torch.int16)
+    seen = (torch.rand(2, stores, 3, capacity) < 0.8) & (codes >= 0).unsqueeze(2)
+    forced = torch.rand(2, 1 if shared else stores, 3, capacity) < 0.1
+    want = table.gather(-1, codes.long().clamp_min(0)[:, :, None, None].expand(-1, -1, group, 3, -1))
+    want = torch.where((seen & ~forced).unsqueeze(2), want, -torch.inf)
+    assert torch.equal(code_scores(*on(table, codes, seen, forced)).cpu(), want)
+    with pytest.raises(BadArgument, match="masks that fit"):
+        code_scores(*on(table, codes, seen[..., 1:], forced))
+
+
 def test_refusals() -> None:
+    with pytest.raises(BadArgument, match="one number for each row"):
+        select_best(torch.zeros(3, 4), 2, torch.ones(2))
     with pytest.raises(BadArgument, match="float32"):
         select_best(torch.zeros(3, dtype=torch.float16), 2)
     with pytest.raises(BadArgument, match="same dtype"):

@@ -19,6 +19,8 @@ from transformers import LlamaConfig
 import foveate
 from foveate.heads.codebooks import Codebook, collect, fit, kmeans, query_metric, random_texts
 from foveate.methods import A2ATS, H2O, Profile, SnapKV
+from foveate.methods.policies.lists import mask_lists, set_lists
+from foveate.methods.policies.ranks import among_best, best_ranks
 from foveate.methods.profile import built_in_profile, fingerprint, from_json, to_json
 from foveate.models import tiny
 from foveate.models.shape import ModelShape
@@ -99,6 +101,21 @@ def test_reads_what_the_codes_say(heads: int, kv_heads: int) -> None:
                 q = read["q"][row, head * group : (head + 1) * group, 0]
                 want = (q @ k.T * read["how"].scale).softmax(-1) @ v
                 assert_close(read["result"].out[row, head * group : (head + 1) * group, 0], want, TOLERANCE)
+
+
+@pytest.mark.parametrize("capacity", [40, 1700])
+def test_the_best_of_any_head_are_those_of_a_rank_below_the_count(seed: int, capacity: int) -> None:
+    """And lists of what is chosen are those of a plain loop, however long the rows."""
+    torch.manual_seed(seed)
+    scores = torch.randn(2, 3, 2, 4, capacity).mul(5).round()
+    scores[0, 1, :, 2, 9:] = -torch.inf
+    counts = torch.randint(0, 12, (2, 3, 4, 1))
+    chosen = among_best(scores, 11, counts)
+    assert torch.equal(chosen, best_ranks(scores, 11) < counts)
+    want = [row.nonzero().flatten().tolist() for row in chosen.flatten(0, 2)]
+    for lists in (set_lists(chosen, 25), mask_lists(chosen)):
+        assert [[n for n in row if n >= 0] for row in lists.flatten(0, 2).tolist()] == want
+        assert ((lists >= 0).long().diff(dim=-1) <= 0).all(), "nothing stands behind the end"
 
 
 def test_a_budget_is_filled_by_what_the_heads_choose() -> None:

@@ -227,10 +227,10 @@ def window(
     return Partial(*read(q, k, v, sink, place, seen, frequencies, last=last, scale=scale, softcap=softcap))
 
 
-def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best(scores: Tensor, k: int, limits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k best of each row of scores [..., n], exactly, the first of equal ones: int32 [..., min(k, n)], ascending,
-    -1 behind the end, and how many they are [...]; -inf is never chosen."""
-    chosen: tuple[Tensor, Tensor] = _kernels("topk").select_best(scores, k)
+    -1 behind the end, and how many they are [...]; -inf is never chosen, and no more of a row than `limits` [...]."""
+    chosen: tuple[Tensor, Tensor] = _kernels("topk").select_best(scores, k, limits)
     return chosen
 
 

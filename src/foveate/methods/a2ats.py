@@ -22,7 +22,7 @@ from foveate.methods.budget import Budget
 from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.lists import set_lists, top_lists
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
-from foveate.methods.policies.ranks import best_ranks, codes_of, places
+from foveate.methods.policies.ranks import among_best, best_ranks, code_scores, codes_of, places
 from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import LayerShape, ModelShape
 
@@ -120,14 +120,14 @@ class A2ATS(Method):
         stores, capacity = codes.shape[1:]
         turned = at_position(q, own, self.distance, ctx.rope).float().unflatten(1, (stores, -1))
         table = turned @ ctx.role.extra["book"].on(q.device).centroids.mT.unsqueeze(1)
-        scores = table.gather(-1, codes.long().clamp_min(0)[:, :, None, None].expand(*table.shape[:-1], -1))
-        scores = scores.masked_fill(~(seen & ~forced).unsqueeze(2), -torch.inf)  # [B, Hs, G, N, C]
+        scores = code_scores(table, codes, seen, forced)  # [B, Hs, G, N, C]
         each = int(capacity * self.ratio + 1e-9) if most is None else min(most, capacity)
-        least = best_ranks(scores, each)
         if most is None:
             counts = ((last + 1).double() * self.ratio + 1e-9).long()
             width = self.sink + self.window + q.shape[1] // stores * each
-            return Selection(lists=set_lists(seen & (forced | (least < counts)), width), q_block=1)
+            chosen = seen & (forced | among_best(scores, each, counts))
+            return Selection(lists=set_lists(chosen, width), q_block=1)
+        least = best_ranks(scores, each)
         value = torch.where(least < capacity, -least.float(), -torch.inf).masked_fill(forced & seen, torch.inf)
         return Selection(lists=top_lists(value, self.sink + self.window + most), q_block=1)
 

@@ -115,11 +115,11 @@ def _(q: Tensor, summary: Tensor, lengths: Tensor, page: int, out_heads: int) ->
 
 @jit(do_not_specialize=["wanted", "pieces"])
 def _select(
-    scores, numbers, lists, kept, counts, n, wanted, pieces, N: tl.constexpr, WIDE: tl.constexpr,
+    scores, numbers, limits, lists, kept, counts, n, wanted, pieces, N: tl.constexpr, WIDE: tl.constexpr,
     NUMBERED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """The best of N scores of a row from piece * N on, `wanted` of them, ascending. NUMBERED: by the numbers given for
-    them; KEPT: their scores are written, too, and no count."""
+    """The best of N scores of a row from piece * N on, `wanted` of them and no more than the limit of the part,
+    ascending. NUMBERED: by the numbers given for them; KEPT: their scores are written, too, and no count."""
     part = tl.program_id(0)
     number = part % pieces * N + tl.arange(0, N)
     there = number < n
@@ -131,6 +131,8 @@ def _select(
     endless = key == 0x7F800000
     has = tl.sum((key > -0x7F800001).to(tl.int32) + (endless.to(tl.int32) << 16), 0)
     need = tl.minimum(wanted, has & 0xFFFF)
+    if limits is not None:
+        need = tl.minimum(need, tl.maximum(tl.load(limits + part).to(tl.int32), 0))
     # The edge, a key that `need` keys reach, lies from low to below high, which fewer reach. As soon as just so many
     # reach low, any key up to the next real one could be the edge; among equals it never is so, and the gap closes.
     full = (has >> 16) >= need  # of the endless ones
@@ -167,38 +169,41 @@ def _select(
         tl.store(counts + part, need)
 
 
-def select_best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def select_best(scores: Tensor, k: int, limits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k best of each row, exactly; of equal ones the first.
 
     Args:
         scores: float32 [..., n]; -inf is never chosen, +inf always is (as far as k reaches), NaN must not occur.
         k: width of the lists.
+        limits: int [...], so many of each row at most; None: all k.
 
     Returns:
         lists int32 [..., min(k, n)], ascending, -1 behind the end; counts int32 [...].
     """
+    if limits is not None and limits.shape != scores.shape[:-1]:
+        raise BadArgument("limits", tuple(limits.shape), f"give one number for each row: {tuple(scores.shape[:-1])}")
     if scores.dtype != torch.float32 or scores.dim() == 0 or scores.shape[-1] == 0 or k < 1:
         raise BadArgument("scores", f"{tuple(scores.shape)} {scores.dtype}, k {k}", "give float32 [..., n], k from 1")
-    return _select_op(scores, min(k, scores.shape[-1]))
+    return _select_op(scores, min(k, scores.shape[-1]), limits)
 
 
 @torch.library.custom_op(
-    "foveate::select_best", mutates_args=(), schema="(Tensor scores, SymInt k) -> (Tensor, Tensor)"
+    "foveate::select_best", mutates_args=(), schema="(Tensor scores, SymInt k, Tensor? limits) -> (Tensor, Tensor)"
 )
-def _select_op(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _select_op(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
     flat = scores.reshape(-1, scores.shape[-1])
-    lists, counts = _ordered(flat, k)
+    lists, counts = _ordered(flat, k, None if limits is None else limits.flatten().contiguous())
     return lists.view(*scores.shape[:-1], k), counts.view(scores.shape[:-1])
 
 
 @_select_op.register_fake
-def _(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
     lists = scores.new_empty(*scores.shape[:-1], k, dtype=torch.int32)
     return lists, scores.new_empty(scores.shape[:-1], dtype=torch.int32)
 
 
-def _ordered(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Lists [rows, k] and counts [rows] of scores [rows, n]."""
+def _ordered(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lists [rows, k] and counts [rows] of scores [rows, n], no more of a row than `limits` [rows]."""
     rows, n = scores.shape
     scores, numbers = scores.contiguous(), None
     piece = min(AT_ONCE, max(PIECE, 8 * power_of_two(k)))
@@ -206,27 +211,33 @@ def _ordered(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         # What is best of all is among the best of its piece, and the candidates still ascend.
         pieces, width = -(-n // piece), min(k, piece)
         if pieces * width >= n:
-            return _sorted(scores, numbers, k)
-        some, kept = _launch(scores, numbers, width, pieces, piece)
+            return _sorted(scores, numbers, k, limits)
+        some, kept = _launch(scores, numbers, width, None, pieces, piece)
         numbers, scores, n = some.view(rows, -1), kept.view(rows, -1), pieces * width
-    return _launch(scores, numbers, k)
+    return _launch(scores, numbers, k, limits)
 
 
-def _sorted(scores: Tensor, numbers: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def _sorted(scores: Tensor, numbers: Tensor | None, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same by ordering all, where the best of the pieces would be no fewer."""
     n = scores.shape[1]
     order = scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
-    order = order.masked_fill(scores.gather(-1, order) == -torch.inf, n).sort(dim=-1).values
+    none = scores.gather(-1, order) == -torch.inf
+    if limits is not None:
+        none = none | (torch.arange(k, device=scores.device) >= limits.unsqueeze(1))
+    order = order.masked_fill(none, n).sort(dim=-1).values
     found = order if numbers is None else numbers.gather(1, order.clamp_max(n - 1))
     return torch.where(order == n, -1, found).to(torch.int32), (order < n).sum(-1, dtype=torch.int32)
 
 
-def _launch(scores: Tensor, numbers: Tensor | None, k: int, pieces: int = 0, piece: int = 0) -> tuple[Tensor, Tensor]:
+def _launch(
+    scores: Tensor, numbers: Tensor | None, k: int, limits: Tensor | None, pieces: int = 0, piece: int = 0
+) -> tuple[Tensor, Tensor]:
     """Lists [rows, k] and counts [rows] of whole rows; of each piece of so many lists [rows * pieces, k] and scores.
 
     Args:
         scores: [rows, n], one behind the other.
         numbers: int32 [rows, n], ascending, which the lists then hold; None: 0, 1, ...
+        limits: int [rows], of whole rows.
     """
     (rows, n), device = scores.shape, scores.device
     parts, wide = rows * max(1, pieces), piece if pieces else power_of_two(n)
@@ -236,7 +247,7 @@ def _launch(scores: Tensor, numbers: Tensor | None, k: int, pieces: int = 0, pie
     else:
         found = torch.empty(parts, dtype=torch.int32, device=device)
     _select[(parts,)](
-        scores, lists if numbers is None else numbers, lists, found, found, n, k, max(1, pieces), N=wide,
+        scores, lists if numbers is None else numbers, limits, lists, found, found, n, k, max(1, pieces), N=wide,
         WIDE=power_of_two(k), NUMBERED=numbers is not None, KEPT=pieces > 0,
         num_warps=4 if wide <= 1024 else 8 if wide <= 2048 else 16,
     )  # fmt: skip

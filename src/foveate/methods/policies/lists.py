@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import decoding
 
 _ORDERED = (torch.float32, torch.bfloat16, torch.float16)
 """What float32 holds exactly, so that the order is the same."""
+_PART = 512
+"""Places that are counted one behind the other."""
 
 
-def top_lists(scores: Tensor, k: int) -> Tensor:
+def top_lists(scores: Tensor, k: int, limits: Tensor | None = None) -> Tensor:
     """The k best blocks per list, ascending, int32.
 
     Args:
         scores: [..., blocks]; -inf is never chosen, +inf always is (as far as k reaches).
         k: list width; fewer blocks make shorter lists.
+        limits: int [...], so many of each list at most; None: all k.
 
     Returns:
         [..., min(k, blocks)] with -1 behind the end. Ties go to earlier blocks.
     """
-    return counted_lists(scores, k)[0]
+    return counted_lists(scores, k, limits)[0]
 
 
-def counted_lists(scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+def counted_lists(scores: Tensor, k: int, limits: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """`top_lists`, and the entries of each list, int32 [...], where they come for nothing."""
     blocks = scores.shape[-1]
     k = min(k, blocks)
     if k > 0 and scores.dtype in _ORDERED and not scores.requires_grad and decoding.serves(scores)[0]:
-        return decoding.best(scores.float(), k)
+        return decoding.best(scores.float(), k, limits)
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    order = order.masked_fill(scores.gather(-1, order) == -torch.inf, blocks)
-    return _packed(order.sort(dim=-1).values, blocks), None
+    none = scores.gather(-1, order) == -torch.inf
+    if limits is not None:
+        none = none | (torch.arange(k, device=scores.device) >= limits.unsqueeze(-1))
+    return _packed(order.masked_fill(none, blocks).sort(dim=-1).values, blocks), None
 
 
 def mask_lists(mask: Tensor) -> Tensor:
@@ -43,9 +49,20 @@ def mask_lists(mask: Tensor) -> Tensor:
 def set_lists(mask: Tensor, width: int) -> Tensor:
     """`mask_lists` in lists [..., width] that no row exceeds: nothing is ordered, and nobody asks how long they are."""
     number = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
-    place = torch.where(mask, mask.cumsum(-1) - 1, width)  # what is not set goes behind the end
+    place = torch.where(mask, _running(mask) - 1, width).long()  # what is not set goes behind the end
     lists = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
     return lists.scatter_(-1, place, number)[..., :width]
+
+
+def _running(mask: Tensor) -> Tensor:
+    """How many are set up to each place of mask [..., n], int32. A long row is summed in parts, side by side: of few
+    rows, a GPU would add up place by place."""
+    n = mask.shape[-1]
+    if n <= _PART:
+        return mask.cumsum(-1, dtype=torch.int32)
+    parts = F.pad(mask, (0, -n % _PART)).unflatten(-1, (-1, _PART)).cumsum(-1, dtype=torch.int32)
+    before = F.pad(parts[..., :-1, -1].cumsum(-1, dtype=torch.int32), (1, 0))
+    return (parts + before.unsqueeze(-1)).flatten(-2)[..., :n]
 
 
 def _packed(order: Tensor, blocks: int) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
+from foveate.attention import decoding
 from foveate.cache import View
 from foveate.methods.base import Context
 from foveate.methods.policies.lists import top_lists
@@ -23,6 +26,28 @@ def best_ranks(scores: Tensor, each: int) -> Tensor:
     there, rank = (x.transpose(2, 3).flatten(3) for x in (there, rank))
     least = torch.full_like(scores[:, :, 0], capacity, dtype=torch.int64)
     return least.scatter_reduce_(-1, there, rank, "amin")
+
+
+def among_best(scores: Tensor, each: int, counts: Tensor) -> Tensor:
+    """The tokens that are among the best of any query head of a group: the `counts` best, int [B, Hs, N, 1] and never
+    more than `each`, of scores [B, Hs, G, N, C] give bool [B, Hs, N, C]. -inf is never among them, ties go to earlier
+    tokens."""
+    group, capacity = scores.shape[2], scores.shape[-1]
+    best = top_lists(scores, each, counts.squeeze(-1).unsqueeze(2).expand(-1, -1, group, -1)).long()
+    best = best.masked_fill(best < 0, capacity).transpose(2, 3).flatten(3)
+    flags = torch.zeros(*best.shape[:-1], capacity + 1, dtype=torch.bool, device=scores.device)
+    return flags.scatter_(-1, best, True)[..., :capacity]
+
+
+def code_scores(table: Tensor, codes: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
+    """What the codes of tokens score: table [B, Hs, G, N, X] of what each code gives and codes int16 [B, Hs, C] give
+    float32 [B, Hs, G, N, C]; -inf where a token is not `seen` or is `forced` anyway, bool [B, 1 or Hs, N, C]."""
+    if decoding.serves(table)[0]:
+        kernel = import_module("foveate.attention.triton.code_scores").code_scores
+        found: Tensor = kernel(table, codes, seen, forced)
+        return found
+    scores = table.gather(-1, codes.long().clamp_min(0)[:, :, None, None].expand(*table.shape[:-1], -1))
+    return scores.masked_fill(~(seen & ~forced).unsqueeze(2), -torch.inf)
 
 
 def places(q: Tensor, view: View, ctx: Context, sink: int, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
