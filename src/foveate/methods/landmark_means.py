@@ -106,10 +106,10 @@ class LandmarkMeans(Method):
             if single:  # all layers hold the same tokens
                 ctx.forward[key] = layout
         listed, score = self._retrieve(q, view, layout, k, ctx)
-        rank = torch.arange(listed.shape[-1], device=q.device) - (listed >= 0).sum(-1, keepdim=True)  # -1 is the newest
-        edge = layout.edge[:, None, :, None]
-        start = (k + 1 + rank - (listed < edge - k).long()) * size
-        target = torch.where(layout.far.unsqueeze(1), start, listed.long() * size)
+        number = torch.arange(listed.shape[-1], dtype=torch.int32, device=q.device)
+        rank = number - (listed >= 0).sum(-1, keepdim=True, dtype=torch.int32)  # -1 is the newest
+        start = (rank - (listed < (layout.edge - k).int()[:, None, :, None]).int()).add_(k + 1).mul_(size)
+        target = torch.where(layout.far.unsqueeze(1), start, listed * size)
         frame = Frame(layout.place, target) if self.reposition else Frame()
         if score is None:
             return [Selection(lists=listed, q_block=1, k_block=size, frame=frame), layout.local]
