@@ -15,7 +15,8 @@ from foveate.cache import View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register, tries
 from foveate.methods.budget import Budget
-from foveate.methods.policies.tree import ascending, descend, descend_keys
+from foveate.methods.policies.lists import close_gaps
+from foveate.methods.policies.tree import descend, descend_keys
 from foveate.models.shape import ModelShape
 
 LEAST_BLOCKS = 2
@@ -162,8 +163,7 @@ class HiP(Method):
     @torch.no_grad()
     def _search(self, asking: Tensor, keys: Tensor, begin: Tensor, slots: int) -> Tensor:
         """Blocks between sinks and window for the queries [B, H, nq, r, D]: [B, H, nq, slots]."""
-        batch, heads, count, _, dim = asking.shape
-        stores, held = keys.shape[1:3]
+        (batch, heads, count, _, dim), (stores, held) = asking.shape, keys.shape[1:3]
         group = heads // stores
         offset = torch.arange(self.k_block, device=keys.device)
         most = max(0, -(-held // self.k_block) - self._sinks)
@@ -181,8 +181,8 @@ class HiP(Method):
 
             def score(blocks: Tensor, ask: Tensor = ask) -> Tensor:
                 token = (blocks.unsqueeze(-1) * self.k_block + offset).clamp_max(held - 1).flatten(2)
-                fetched = keys.gather(2, token.unsqueeze(-1).expand(-1, -1, -1, dim)).float()
-                fetched = fetched.view(*blocks.shape[:-1], -1, dim)
+                fetched = keys.gather(2, token.unsqueeze(-1).expand(-1, -1, -1, dim))
+                fetched = fetched.float().view(*blocks.shape[:-1], -1, dim)
                 return (ask @ fetched.mT).amax(-2).unflatten(-1, (-1, self.k_block)).amax(-1)
 
             high = high.unflatten(1, (stores, group))
@@ -197,4 +197,4 @@ class HiP(Method):
         window = begin + torch.arange(-(-longest // self.k_block) + 1, device=found.device)
         sinks = torch.where(sinks < begin, sinks, -1)
         window = torch.where((window * self.k_block <= last) & (last >= 0), window, -1)
-        return ascending(torch.cat([sinks, found, window], dim=-1))
+        return close_gaps(torch.cat([sinks, found, window], dim=-1))

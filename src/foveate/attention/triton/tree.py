@@ -70,7 +70,7 @@ def best_blocks(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, mos
         page: slots per block.
 
     Returns:
-        int64 [B, H, T, slots], -1 where there is none. Ties go to earlier halves.
+        int64 [B, H, T, slots], ascending, with -1 between them. Ties go to earlier halves.
     """
     fits = q.dim() == 5 and k.dim() == 4 and k.shape[0] == q.shape[0] and q.shape[1] % max(1, k.shape[1]) == 0
     if not fits or q.shape[4] != k.shape[3] or k.dtype != q.dtype or k.stride(3) != 1 or slots < 1 or 0 in q.shape:

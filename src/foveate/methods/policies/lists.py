@@ -49,9 +49,16 @@ def mask_lists(mask: Tensor) -> Tensor:
 def set_lists(mask: Tensor, width: int) -> Tensor:
     """`mask_lists` in lists [..., width] that no row exceeds: nothing is ordered, and nobody asks how long they are."""
     number = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
-    place = torch.where(mask, _running(mask) - 1, width).long()  # what is not set goes behind the end
-    lists = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
-    return lists.scatter_(-1, place, number)[..., :width]
+    return close_gaps(number, mask, width)
+
+
+def close_gaps(numbers: Tensor, kept: Tensor | None = None, width: int | None = None) -> Tensor:
+    """Those of numbers [..., n] that are kept, bool [..., n] (None: all but -1), in their order: int32 [..., width],
+    -1 behind the end. No row keeps more (None: n)."""
+    kept, width = numbers >= 0 if kept is None else kept, numbers.shape[-1] if width is None else width
+    place = torch.where(kept, _running(kept) - 1, width).long()  # what is not kept goes behind the end
+    lists = torch.full((*kept.shape[:-1], width + 1), -1, dtype=torch.int32, device=kept.device)
+    return lists.scatter_(-1, place, numbers.to(torch.int32))[..., :width]
 
 
 def _running(mask: Tensor) -> Tensor:

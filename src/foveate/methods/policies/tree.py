@@ -25,7 +25,7 @@ def descend(
         most: no range is longer; what the host knows of them. None: it looks.
 
     Returns:
-        int64 [..., slots], each block once, in no order, -1 behind what there is. Ties go to earlier halves.
+        int64 [..., slots], each block once, ascending, with -1 between them. Ties go to earlier halves.
 
     Source: HiP Attention (2406.09827), section 3: groups differ by at most one block, so none is overlooked.
     """
@@ -53,10 +53,3 @@ def descend_keys(q: Tensor, k: Tensor, first: int, high: Tensor, slots: int, mos
     low = torch.full_like(high, first)
     found: Tensor = import_module("foveate.attention.triton.tree").best_blocks(q, k, low, high, slots, most, page)
     return found
-
-
-def ascending(blocks: Tensor) -> Tensor:
-    """Blocks [..., K] in any order, -1 where there is none, as lists: ascending, int32, -1 behind the end."""
-    beyond = torch.iinfo(torch.int32).max
-    ordered = torch.where(blocks < 0, beyond, blocks).sort(dim=-1).values
-    return torch.where(ordered == beyond, -1, ordered).to(torch.int32)
