@@ -79,6 +79,25 @@ def read_grouped(
     return Partial(*kernel(q, k, v, lists, places, ends, angles, size=size, scale=scale, softcap=softcap))
 
 
+def feature_scores(
+    q: Tensor,
+    features: Tensor,
+    own: Tensor,
+    high: Tensor,
+    sure: Tensor | None,
+    angles: Angles,
+    *,
+    place: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Products of single queries q [B, H, 1, D], turned from `own` (int64 [B]) to `place`, with features of blocks,
+    float32 [B, h, n, D]: float32 [B, H, 1, n], -inf from block `high` on, inf for block 0 and from `sure` on."""
+    kernel = _kernels("feature_scores").feature_scores
+    out: Tensor = kernel(q, features, own, high, sure, angles, place=place, scale=scale, softcap=softcap)
+    return out
+
+
 def votes(
     voters: Tensor,
     k: Tensor,

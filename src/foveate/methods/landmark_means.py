@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Frame, Partial, Parts, Selection
-from foveate.attention.at_once import at_once
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Role, register
 from foveate.methods.budget import Budget
 from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.complete import completes, newest, room
-from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.features import Limits, best_features
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
 from foveate.models.shape import ModelShape
 
@@ -105,7 +104,10 @@ class LandmarkMeans(Method):
             layout = self._layout(q, k, view)
             if single:  # all layers hold the same tokens
                 ctx.forward[key] = layout
-        listed, score = self._retrieve(q, view, layout, k, ctx)
+        grouped, limits = self.softmax == "grouped", Limits(layout.own, layout.edge)
+        how: dict[str, Any] = {"place": self.recent * self.block, "scale": ctx.scale, "softcap": ctx.softcap}
+        means = self._means(view, ctx, single)
+        listed, score = best_features(q, means, limits, k, ctx, scored=grouped, **how)
         number = torch.arange(listed.shape[-1], dtype=torch.int32, device=q.device)
         rank = number - (listed >= 0).sum(-1, keepdim=True, dtype=torch.int32)  # -1 is the newest
         start = (rank - (listed < (layout.edge - k).int()[:, None, :, None]).int()).add_(k + 1).mul_(size)
@@ -146,27 +148,6 @@ class LandmarkMeans(Method):
         # Positions count from the oldest block that may be laid out, unless nothing is left out yet.
         place = torch.where(far[..., 0], own - (edge - k - 1) * size, own)
         return Layout(own, edge, far, place, local)
-
-    def _retrieve(self, q: Tensor, view: View, layout: Layout, k: int, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        """The best past blocks of each query and head, int32 [B, H, N, k]; for a grouped softmax the scores of their
-        landmarks."""
-        means = self._means(view, ctx, q.shape[2] == 1).transpose(-1, -2)
-        number = torch.arange(means.shape[-1], device=q.device)
-        batch, heads, queries, _ = q.shape
-        lists, won = [], []
-        step = max(1, at_once(q.device) // (batch * heads * max(1, len(number))))
-        for first in range(0, queries, step):
-            some = slice(first, first + step)
-            rows = at_position(q[:, :, some], layout.own[:, some], self.recent * self.block, ctx.rope).float()
-            rows = rows.reshape(batch, means.shape[1], -1, rows.shape[-1])
-            scores = (rows @ means).view(batch, heads, -1, len(number)) * ctx.scale
-            if ctx.softcap is not None:
-                scores = torch.tanh(scores / ctx.softcap) * ctx.softcap
-            scores = scores.masked_fill(number >= layout.edge[:, None, some, None], -torch.inf)
-            lists.append(top_lists(scores, k))
-            if self.softmax == "grouped":
-                won.append(scores.gather(-1, lists[-1].long().clamp_min(0)).masked_fill(lists[-1] < 0, -torch.inf))
-        return torch.cat(lists, dim=2), torch.cat(won, dim=2) if won else None
 
     def _means(self, view: View, ctx: Context, single: bool) -> Tensor:
         """Mean keys of all complete blocks without positions, float32 [B, Hs, blocks, D]; made once and held. Behind

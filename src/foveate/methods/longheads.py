@@ -17,7 +17,7 @@ from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Context, Method, Profile, Result, Role, register
 from foveate.methods.budget import Budget
 from foveate.methods.policies.complete import completes, newest, room
-from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.features import Limits, best_features
 from foveate.methods.policies.positions import refuse_fixed_positions
 from foveate.models.shape import ModelShape
 
@@ -85,25 +85,12 @@ class LongHeads(Method):
             own = (view.lengths[:, 0].long() - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device)
             place = torch.where(own < most * size, own, (most - 1) * size + own % size)
             ranks = torch.arange(min(most, features.shape[2]), device=q.device).mul(size)
-            common = own, place, ranks, self._limits(own, features) if single else None
+            common = place, ranks, Limits(own, own // size + 1, own // size - 1)
             if single:  # all layers hold the same tokens
                 ctx.forward[key] = common
-        own, place, ranks, limits = common
-        wanted, lists = features.transpose(-1, -2), []
-        step = max(1, at_once(q.device) // (q.shape[0] * q.shape[1] * features.shape[2]))
-        for first in range(0, q.shape[2], step):
-            now = own[:, first : first + step]
-            scores = ctx.rope.move(q[:, :, first : first + step], -now).float() @ wanted
-            forced, hidden = limits or self._limits(now, features)
-            lists.append(top_lists(scores.masked_fill(forced, torch.inf).masked_fill(hidden, -torch.inf), most))
-        listed = lists[0] if len(lists) == 1 else torch.cat(lists, dim=2)
+        place, ranks, limits = common
+        listed, _ = best_features(q, features, limits, most, ctx, place=0)
         return Selection(lists=listed, q_block=1, k_block=size, frame=Frame(place, ranks.expand_as(listed)))
-
-    def _limits(self, own: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Chunks that queries at `own` [B, n] read in any case, and those that they cannot, bool [B, 1, n, chunks]."""
-        number = torch.arange(features.shape[2], device=own.device)
-        current = (own // self.chunk)[:, None, :, None]
-        return (number == 0) | (number >= current - 1), number > current
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         """Keep the features, and the queries of incomplete chunks: the query of position p in place p mod chunk."""
