@@ -5,10 +5,13 @@ Source: rotary position embedding, RoFormer (2104.09864), section 3.2; pairs lie
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from foveate.attention import decoding
 
 WIDEST = 256
 """Most pairs of rotated channels, and most channels that are not rotated, that kernels turn."""
@@ -32,6 +35,9 @@ class Angles(NamedTuple):
 
     def move(self, x: Tensor, delta: Tensor) -> Tensor:
         """Turn rotated x [B, H, N, D] by delta [B, N] or [B, H, N] positions; by minus its position, x is unrotated."""
+        if self.fit(x.shape[-1]) and not x.requires_grad and decoding.serves(x)[0]:
+            made: Tensor = import_module("foveate.attention.triton.turn").turn(x, delta, self)
+            return made
         if self.last:
             width = 2 * self.frequencies.numel()
             turned = Angles(self.frequencies).move(x[..., -width:], delta)
