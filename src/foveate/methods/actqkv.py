@@ -16,9 +16,9 @@ from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.methods.policies.complete import completes, room
+from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.mass import listed_mass
 from foveate.methods.policies.outliers import piece_probes
-from foveate.methods.policies.places import ascending
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
 from foveate.methods.policies.recall import BlocksAt, cosines, first_tokens, known_blocks, normalised_entropy, taken
 from foveate.models.shape import ModelShape
@@ -109,10 +109,11 @@ class ActQKV(Method):
         if places is None:
             first = view.lengths[:, :1].long() - view.fresh[:, None]
             starts = first + torch.arange(0, q.shape[2], per, device=q.device)  # [B, pieces]
-            places = first, starts, self._near(starts, per, view), first_tokens(starts, self.init, self.local)
+            sinks = first_tokens(starts, self.init, self.local)
+            places = first, starts, self._near(starts, per, view), sinks, self._ready(starts)
             if single:  # all layers hold the same tokens
                 ctx.forward[key] = places
-        first, starts, near, sinks = places
+        first, starts, near, sinks, ready = places
         held = ctx.attend(q, view, near)
         assert held.lse is not None
         local = Partial(held.out, held.lse, near)
@@ -130,7 +131,7 @@ class ActQKV(Method):
             return local
         raw = at_position(q, first + torch.arange(q.shape[2], device=q.device), self.local, ctx.rope)
         probes, seen = piece_probes(raw, per, view, ctx, self.probe, self.cap)
-        chosen, entropy, left = self._recall(probes, state["blocks"], starts, view, ctx)
+        chosen, entropy, left = self._recall(probes, state["blocks"], starts, ready, view, ctx)
         ctx.forward[f"step {ctx.layer}"] = state | seen, entropy, left
         tokens = self.init + chosen.unsqueeze(-1) * self.block + torch.arange(self.block, device=q.device)
         tokens = torch.where(chosen.unsqueeze(-1) >= 0, tokens, -1).flatten(2).to(torch.int32)
@@ -179,12 +180,11 @@ class ActQKV(Method):
         return known_blocks(ctx.mine.get("blocks"), view, mass, self.representatives, where, ctx, single=single)
 
     def _recall(
-        self, probes: Tensor, blocks: Tensor, starts: Tensor, view: View, ctx: Context
+        self, probes: Tensor, blocks: Tensor, starts: Tensor, ready: Tensor, view: View, ctx: Context
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The blocks recalled for each piece, int32 [B, pieces, K]; the entropy of its scores; how many blocks are left
         to the layers behind."""
         topk, (number, layers) = ctx.role.extra["topk"], ctx.role.extra["place"]
-        ready = self._ready(starts)
         scores = cosines(probes, blocks)
         scores = scores.masked_fill(torch.arange(blocks.shape[2], device=blocks.device) >= ready[..., None], -torch.inf)
         entropy = torch.where((starts < view.lengths[:, :1]) & (ready > 1), normalised_entropy(scores), -1.0)
@@ -192,6 +192,4 @@ class ActQKV(Method):
         means = ctx.shared.get("entropy") if ctx.phase == "decode" else None
         take = taken(left, means, number, layers, min(self.least, topk), 2 * topk)
         most = min(2 * topk, scores.shape[-1])
-        best = scores.argsort(dim=-1, descending=True, stable=True)[..., :most]
-        taking = torch.arange(most, device=blocks.device) < torch.minimum(take, ready).unsqueeze(-1)
-        return ascending(torch.where(taking, best, -1)), entropy, left - take
+        return top_lists(scores, most, torch.minimum(take, ready)), entropy, left - take
