@@ -58,7 +58,7 @@ def close_gaps(numbers: Tensor, kept: Tensor | None = None, width: int | None = 
     kept, width = numbers >= 0 if kept is None else kept, numbers.shape[-1] if width is None else width
     place = torch.where(kept, _running(kept) - 1, width).long()  # what is not kept goes behind the end
     lists = torch.full((*kept.shape[:-1], width + 1), -1, dtype=torch.int32, device=kept.device)
-    return lists.scatter_(-1, place, numbers.to(torch.int32))[..., :width]
+    return lists.scatter_(-1, place, numbers.to(torch.int32))[..., :width].contiguous()  # some are kept for long
 
 
 def _running(mask: Tensor) -> Tensor:
