@@ -164,6 +164,7 @@ def test_a_method_has_its_three_files(method: Declared) -> None:
     assert (SOURCE / "papers" / "entries" / f"{method.id}.toml").is_file()
 
 
+@cache
 def without_prose(path: Path) -> str:
     """A file's code without comments and docstrings."""
     tree = ast.parse(path.read_text())

@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,16 +47,19 @@ def _dispatch(
     A call may bring an attention function of its own (`call.attention`, for taps); the others take the registered one.
     """
     call = kwargs.pop(KEYWORD, None)
-    if call is not None and hasattr(call, "attention") and call.manages(module):
-        return call.attention(module, query, key, value, attention_mask, **kwargs)
-    if call is None or _attention is None or not call.manages(module):
-        if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
-            # Our mask function says nothing of a chunk without padding; SDPA would let its i-th query see i keys.
-            attention_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = four_d(attention_mask, query.shape[2], key.shape[2], kwargs.get("sliding_window"))
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _attention(call, module, query, key, value, attention_mask, **kwargs)
+    if call is not None and call.manages(module):
+        ours = getattr(call, "attention", None)
+        if ours is None:
+            assert _attention is not None
+            ours = partial(_attention, call)
+        with torch.cuda.device_of(query):  # kernels start on the current GPU, wherever their tensors are
+            return ours(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+        # Our mask function says nothing of a chunk without padding; SDPA would let its i-th query see i keys.
+        attention_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        attention_mask = four_d(attention_mask, query.shape[2], key.shape[2], kwargs.get("sliding_window"))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def four_d(mask: Tensor, n: int, m: int, window: int | None) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +87,13 @@ def attend(
     factor = k_dim**-0.5 if scale is None else float(scale)
     forced = backend is not None
     request = normal(q, k, v, selection, geometry, visible, k_map, v_map, factor, bias, softcap, lse, forced)
-    return choose(request, backend).run(request)
+    with _on(q):
+        return choose(request, backend).run(request)
+
+
+def _on(q: Tensor) -> AbstractContextManager[Any]:
+    """Kernels start on the current GPU, wherever their tensors are."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(q)
 
 
 def _check(

@@ -56,7 +56,7 @@ class JointColumn(PackedColumn):
 
     Args:
         tail: exact tokens [P, n, D] behind those that are held together; P = B * heads, row by row.
-        basis: shared by the group; first: whether this layer counts it.
+        basis: shared by the layers of the group on one device; first: whether this layer counts it.
         mix: [B, r, heads * w]: makes the first w channels of each token of each head.
         rest: [P, n, D - w], the other channels, exact.
         packed: tokens of each pair that are held together.
@@ -115,16 +115,18 @@ def hold_together(stores: Sequence[Store], keys: JointSide | None, values: Joint
             continue
         turn = rope if of_keys else None
         parts = [_side_by_side(store, of_keys, counts, turn) for store in stores]
-        packed = [side.pack(row) for row in torch.cat(parts, dim=2)]
+        packed = [side.pack(row) for row in torch.cat([part.to(parts[0].device) for part in parts], dim=2)]
         dtype = stores[0].bands[0].keys().dtype
-        basis = Basis(torch.stack([a for a, _ in packed]).to(dtype))
+        basis = torch.stack([a for a, _ in packed]).to(dtype)
         mixes = torch.stack([b for _, b in packed]).to(dtype).split([part.shape[2] for part in parts], dim=2)
-        columns = [
-            _column(store, of_keys, counts, basis, mix.contiguous(), turn)
-            for store, mix in zip(stores, mixes, strict=True)
-        ]
-        columns[0].first = True
-        made.append([*columns])
+        bases: dict[torch.device, Basis] = {}  # layers may lie on several devices; each of these has a copy
+        columns: list[JointColumn | None] = []
+        for store, mix, part in zip(stores, mixes, parts, strict=True):
+            first = part.device not in bases
+            if first:
+                bases[part.device] = Basis(basis.to(part.device))
+            columns.append(_column(store, of_keys, counts, bases[part.device], mix.to(part.device), turn, first))
+        made.append(columns)
     for store, k, v in zip(stores, *made, strict=True):
         (band,) = store.bands
         band.swap(k or band.k, v or band.v)
@@ -144,7 +146,9 @@ def _side_by_side(store: Store, of_keys: bool, counts: Counts, rope: Rope | None
     return x.masked_fill(~there.to(x.device).unsqueeze(-1), 0.0)
 
 
-def _column(store: Store, of_keys: bool, counts: Counts, basis: Basis, mix: Tensor, rope: Rope | None) -> JointColumn:
+def _column(
+    store: Store, of_keys: bool, counts: Counts, basis: Basis, mix: Tensor, rope: Rope | None, first: bool
+) -> JointColumn:
     (band,) = store.bands
     x, heads = band.keys() if of_keys else band.values(), store.spec.heads
     packed = counts.repeat(heads)
@@ -153,4 +157,4 @@ def _column(store: Store, of_keys: bool, counts: Counts, basis: Basis, mix: Tens
     for i in left.nonzero()[0]:
         tail[i, : left[i]] = x[i, packed[i] : packed[i] + left[i]]
     rest = x[:, : int(counts.max()), width:].clone()
-    return JointColumn(Column(tail), basis, mix, rest, packed, heads, False, rope)
+    return JointColumn(Column(tail), basis, mix.contiguous(), rest, packed, heads, first, rope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,3 +31,15 @@ def select_rows(state: State, rows: np.ndarray) -> State:
 
 def clone_state(state: State) -> State:
     return {owner: {name: value.clone() for name, value in values.items()} for owner, values in state.items()}
+
+
+def brought(value: Any, device: torch.device) -> Any:
+    """The same with its tensors on a device: one of them, or a tuple, list or dict of such values."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: brought(x, device) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        moved = [brought(x, device) for x in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+    return value

@@ -46,6 +46,9 @@ class Step:
     def __init__(
         self, forward: Callable[..., Any], cache: FoveateCache, ids: Tensor, positions: Tensor, options: dict[str, Any]
     ) -> None:
+        places = {str(x.device) for x in cache.owner.model.parameters()}
+        if len(places) > 1:
+            raise Refused(f"the model lies on several devices ({', '.join(sorted(places))})")
         seen = max(int(layer.store.seen.max(initial=0)) for layer in cache.couriers())
         room = cache.horizon - seen if cache.horizon > seen else max(LEAST_ROOM, seen // 16)
         self.call = StepCall(cache, room)
@@ -143,7 +146,7 @@ def record(run: Callable[..., Tensor], counters: list[Tensor], device: torch.dev
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # torch's own lies on the GPU that recorded first
             result = run()
     except RuntimeError as error:  # something waited for the device
         torch.cuda.synchronize(device)
@@ -167,16 +170,24 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if args or not isinstance(cache, FoveateCache) or cache.recording is not None:
-            return self.original(*args, **kwargs)
+            return self._ordinary(*args, **kwargs)
         if not steps_alone(cache, kwargs):
-            return self.original(**kwargs)
+            return self._ordinary(**kwargs)
         ids = kwargs["input_ids"]
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.full_like(ids, cache.get_seq_length())
         options = {k: v for k, v in kwargs.items() if k not in _KNOWN and v is not None}
-        out = self._replayed(cache, ids, positions, options)
-        return self.original(**kwargs) if out is None else out
+        with torch.cuda.device_of(ids):
+            out = self._replayed(cache, ids, positions, options)
+        return self._ordinary(**kwargs) if out is None else out
+
+    def _ordinary(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, its small operations fused where nobody asks for gradients."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
+        with fused(self.handle.model):
+            return self.original(*args, **kwargs)
 
     def _replayed(self, cache: FoveateCache, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Any:
         """The output of a recorded step, or None where the step has to be made in the ordinary way."""

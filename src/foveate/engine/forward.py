@@ -15,7 +15,7 @@ from foveate.attention import ALL, Span
 from foveate.attention.sent import sent
 from foveate.cache import Column, FoveateCache, Store, View
 from foveate.cache.cache import CourierLayer
-from foveate.cache.remembered import State
+from foveate.cache.remembered import State, brought
 from foveate.engine import samples
 from foveate.engine import seal as sealing
 from foveate.engine.context import LayerContext
@@ -50,6 +50,8 @@ class Call:
         """Nobody selects: it corrects what was decoded sparsely."""
         self.pieces: tuple[Call, ...] = ()
         """The prompt and what follows it, where one forward brings both (candidates of assisted decoding)."""
+        self.device: torch.device | None = None
+        """Where the layer before lies."""
         if cache is None:
             self.phase = "prompt"
             return
@@ -78,6 +80,17 @@ class Call:
         piece = copy.copy(self)
         piece.phase, piece.queries, piece.scratch, piece.admitted = phase, queries, {}, True
         return piece
+
+    def move_to(self, device: torch.device) -> None:
+        """What methods hand from layer to layer goes along with them: a model may lie on several devices."""
+        if self.device != device:
+            for values in (*self.scratch.values(), *self.shared.values()):
+                values.update({name: brought(value, device) for name, value in values.items()})
+        self.device = device
+
+    @property
+    def shared(self) -> State:
+        return self.common if self.cache is None else self.cache.shared
 
     def correction(self, queries: int) -> Call:
         """A dense decode of the last `queries` tokens, before this forward."""
@@ -117,6 +130,7 @@ def attention(
         return _in_pieces(
             call, module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux
         )
+    call.move_to(query.device)
     if call.rows is None:
         call.rows = Rows.of(attention_mask, query.shape[0], query.shape[2])
     rows = call.rows
@@ -321,7 +335,7 @@ def _context(
         how=how,
         rope=call.binding,
         own=layer.mine,
-        common=call.common if call.cache is None else call.cache.shared,
+        common=call.shared,
         scratch=call.scratch,
         window=None if layer.window is None else layer.window[:, :, -plan.own[method.id].window :],
         window_seen=layer.window_seen,

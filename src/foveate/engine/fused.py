@@ -1,14 +1,16 @@
-"""Norms, gated MLPs, rotary embeddings and products with one token by one kernel each, while a decode step is recorded.
+"""Norms, gated MLPs, rotary embeddings and products with one token by one kernel each, within a forward on a GPU.
 
 Between the matrix products of a decode step transformers launches some thirty kernels a layer that each take less time
-than their launch. Liger's kernels do the same in four. The products themselves are `products`' where a step has one
-token. All are taken only where they give what the module itself gives on a probe, and only while a step is being
-recorded: the model is as it was before and after.
+than their launch; of a long prompt each of them reads and writes all tokens, in float32 where a norm does. Liger's
+kernels do the same in four. The products themselves are `products`' where a step has one token. All are taken only
+where they give what the module itself gives on a probe, only by the thread that asks for them, and only within one
+forward: the model is as it was before and after.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,6 +26,12 @@ from foveate import compat
 
 _CLOSE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Largest relative error of a probe, by dtype: its rounding."""
+
+_SHORT, _MANY = 256, 2**15 + 3
+"""Rows of a norm up to this length are normed in another way once there are so many."""
+
+_MOST = 2**31 - 1
+"""Numbers that 32 bits can count."""
 
 _known: WeakKeyDictionary[type, dict[torch.dtype, bool]] = WeakKeyDictionary()
 _products: dict[torch.device, dict[torch.dtype, bool]] = {}
@@ -45,44 +53,97 @@ def fused(model: nn.Module) -> Iterator[None]:
     """Within it, this model's small operations are fused where they can be, and its products made for one token."""
     device = next(model.parameters()).device
     liger, products = available(device), multiplies(device)
+    if not (liger or products):
+        yield
+        return
     with ExitStack() as stack:
 
         def put(module: nn.Module, change: Callable[..., Tensor]) -> None:
-            stack.enter_context(_set(module.__dict__, "forward", change))
+            own = partial(type(module).forward, module)
+            stack.enter_context(_set(module.__dict__, "forward", _Here(change, own, device.type)))
 
         if liger:
             for module in model.modules():
                 change = _change_of(module)
                 if change is not None and _same(module, change):
                     put(module, partial(change, module))
-            for source in {sys.modules[type(m).__module__] for m in compat.attention_modules(model)}:
-                rotate = getattr(source, "apply_rotary_pos_emb", None)
-                if rotate is not None and _same_rotation(rotate, next(model.parameters())):
-                    stack.enter_context(_set(source.__dict__, "apply_rotary_pos_emb", _rotated))
+            watched = any(module._forward_hooks for module in model.modules())  # and may keep what would be turned
+            sources = set() if watched else {sys.modules[type(m).__module__] for m in compat.attention_modules(model)}
+            for source in sources:
+                own = _own_rotation(source)
+                if own is not None and _same_rotation(own, next(model.parameters())):
+                    change = _Here(partial(_rotated, own), own, device.type)
+                    stack.enter_context(_set(source.__dict__, _ROTATION, change))
         if products:
             for module in model.modules():
                 for part, change in _multiplied(module):
                     put(part, change)
-        yield
+        _thread.depth = getattr(_thread, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            _thread.depth -= 1
+
+
+_ROTATION = "apply_rotary_pos_emb"
+_thread = threading.local()
+"""`depth`: how many `fused` this thread is within."""
+_lock = threading.Lock()
+_changed: dict[tuple[int, str], tuple[int, Any]] = {}
+"""How many have set a name, and what it meant before, by the id of its dict."""
+_ABSENT = object()
+
+
+class _Here:
+    """A change that only threads within `fused` see: another may train the same model, or run one of its family
+    elsewhere."""
+
+    def __init__(self, change: Callable[..., Any], own: Callable[..., Any], kind: str) -> None:
+        self.change, self.own, self.kind = change, own, kind
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(_thread, "depth", 0) or x.device.type != self.kind:
+            return self.own(x, *args, **kwargs)
+        with torch.cuda.device_of(x):  # kernels start on the current GPU, wherever their tensors are
+            return self.change(x, *args, **kwargs)
 
 
 @contextmanager
-def _set(names: Any, name: str, value: Any) -> Iterator[None]:
-    absent = object()
-    before = names.get(name, absent)
-    names[name] = value
+def _set(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Who sets a name first sets it for all who do until the last has gone, who puts back what was there."""
+    key = id(names), name
+    with _lock:
+        users, before = _changed.get(key, (0, names.get(name, _ABSENT)))
+        if not users:
+            names[name] = value
+        _changed[key] = users + 1, before
     try:
         yield
     finally:
-        if before is absent:
-            del names[name]
-        else:
-            names[name] = before
+        with _lock:
+            users, before = _changed.pop(key)
+            if users > 1:
+                _changed[key] = users - 1, before
+            elif before is _ABSENT:
+                del names[name]
+            else:
+                names[name] = before
+
+
+def _free(module: nn.Module) -> bool:
+    """Whether a module's forward is its class' own, but for changes of ours, and nobody watches it."""
+    watched = module._forward_hooks or module._forward_pre_hooks
+    return not watched and isinstance(module.__dict__.get("forward"), _Here | None)
+
+
+def _own_rotation(source: Any) -> Callable[..., Any] | None:
+    found = getattr(source, _ROTATION, None)
+    return found.own if isinstance(found, _Here) else found
 
 
 def _change_of(module: nn.Module) -> Callable[..., Tensor] | None:
     name = type(module).__name__
-    if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+    if not _free(module):
         return None
     if name.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
         return _normed if _epsilon(module) is not None else None
@@ -95,7 +156,9 @@ def _epsilon(module: Any) -> float | None:
 
 
 def _normed(module: Any, x: Tensor) -> Tensor:
-    return _liger("rms_norm", "LigerRMSNormFunction")(x, module.weight, _epsilon(module), 0.0, "llama", False)
+    # Many short rows are several to a program, which counts them in 32 bits.
+    alone = True if x.numel() > _MOST else None
+    return _liger("rms_norm", "LigerRMSNormFunction")(x, module.weight, _epsilon(module), 0.0, "llama", False, alone)
 
 
 def _gated(module: Any, x: Tensor) -> Tensor:
@@ -118,10 +181,10 @@ def _plain(module: Any) -> bool:
 
 def _multiplied(module: Any) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
     """What stands in for the forward of this module, if it is a matrix, and of its parts that meet the same token."""
-    if _plain(module) and "forward" not in module.__dict__ and _product_is_right(module.weight):
+    if _plain(module) and _free(module) and _product_is_right(module.weight):
         yield module, partial(_product, module)
     parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-    if not all(_plain(part) and "forward" not in part.__dict__ for part in parts):
+    if not all(_plain(part) and _free(part) for part in parts):
         return
     if len({part.in_features for part in parts}) > 1 or len({part.bias is None for part in parts}) > 1:
         return
@@ -172,12 +235,18 @@ def _product_is_right(weight: Tensor) -> bool:
 
 
 def _rotated(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
+    own: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
+    """In place, where it is the kernel's rotation: of all channels (`own` may turn the first ones alone)."""
+    if args or kwargs or not q.shape[-1] == k.shape[-1] == cos.shape[-1] or not q.dtype == k.dtype == cos.dtype:
+        return own(q, k, cos, sin, *args, **kwargs)
+    rotate = _liger("rope", "LigerRopeFunction")
+    if q.shape[2] > 1:
+        return rotate(q, k, cos, sin)
     # Rows of one token each are given as the tokens of one row: the kernel takes the stride of an axis of size 1 for
     # that of a row.
     cos, sin = (x.expand(len(q), -1, -1).transpose(0, 1).contiguous() for x in (cos, sin))
-    turned = _liger("rope", "LigerRopeFunction")(q.permute(2, 1, 0, 3), k.permute(2, 1, 0, 3), cos, sin)
+    turned = rotate(q.permute(2, 1, 0, 3), k.permute(2, 1, 0, 3), cos, sin)
     return turned[0].permute(2, 1, 0, 3), turned[1].permute(2, 1, 0, 3)
 
 
@@ -191,8 +260,12 @@ def _same(module: nn.Module, change: Callable[..., Tensor]) -> bool:
     known = _known.setdefault(type(module), {})
     if weight.dtype not in known:
         first = getattr(module, "gate_proj", None)
-        x = torch.randn(1, 1, weight.shape[-1] if first is None else first.in_features).to(weight)
-        known[weight.dtype] = _close(lambda: change(module, x), lambda: module(x))
+        width = weight.shape[-1] if first is None else first.in_features
+        rows = _MANY if first is None and width <= _SHORT else 3
+        known[weight.dtype] = True
+        for count in (1, rows):
+            x = torch.randn(1, count, width).to(weight)
+            known[weight.dtype] &= _close(lambda x=x: change(module, x), lambda x=x: module(x))
     return known[weight.dtype]
 
 
@@ -201,20 +274,24 @@ def _same_rotation(rotate: Callable[..., tuple[Tensor, Tensor]], weight: Tensor)
     known = _rotations.setdefault(rotate, {})
     if weight.dtype in known:
         return known[weight.dtype]
-    q, k = (torch.randn(2, heads, 1, 64).to(weight) for heads in (4, 2))
-    angle = torch.rand(2, 1, 32, device=weight.device) * 6
-    cos, sin = (torch.cat([x, x], dim=-1).to(weight.dtype) for x in (angle.cos(), angle.sin()))
-    known[weight.dtype] = _close(
-        lambda: torch.cat(_rotated(q.clone(), k.clone(), cos, sin), dim=1),
-        lambda: torch.cat(rotate(q, k, cos, sin), dim=1),
-    )
+    known[weight.dtype] = True
+    for count in (1, 5):
+        q, k = (torch.randn(2, heads, count, 64).to(weight) for heads in (4, 2))
+        angle = torch.rand(2, count, 32, device=weight.device) * 6
+        cos, sin = (torch.cat([x, x], dim=-1).to(weight.dtype) for x in (angle.cos(), angle.sin()))
+
+        def both(turn: Callable[..., Any], given: tuple[Tensor, ...] = (q, k, cos, sin)) -> Tensor:
+            return torch.cat(turn(*(x.clone() for x in given)), dim=1)
+
+        known[weight.dtype] &= _close(partial(both, partial(_rotated, rotate)), partial(both, rotate))
     return known[weight.dtype]
 
 
 def _close(fast: Callable[[], Tensor], slow: Callable[[], Tensor]) -> bool:
     try:
         want = slow()
-        got = fast()
+        with torch.cuda.device_of(want):
+            got = fast()
     except Exception:  # whatever a foreign kernel or a model of another kind says, the module's own way works
         return False
     if got.shape != want.shape or got.dtype != want.dtype:

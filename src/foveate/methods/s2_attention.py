@@ -63,7 +63,7 @@ class S2Attention(Method):
         step = self.block
         if q.shape[2] > 1:
             step = math.gcd(step, *(view.host_lengths - view.host_fresh[:, None]).flatten().tolist())
-        key = f"{q.device} {view.capacity} {ctx.shape.num_kv_heads}"
+        key = f"{view.capacity} {ctx.shape.num_kv_heads}"
         found = ctx.forward.get(key) if view.aligned else None
         if found is None:
             number = torch.arange(0, q.shape[2], step, device=q.device)

@@ -53,7 +53,7 @@ def code_scores(table: Tensor, codes: Tensor, seen: Tensor, forced: Tensor) -> T
 def places(q: Tensor, view: View, ctx: Context, sink: int, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Positions of the queries, int64 [B, N]; their slots [B, Hs, N, 1]; what they may see, and what is among the first
     and the newest tokens, bool [B, Hs, N, C]. Where all layers hold the same tokens it is worked out once."""
-    key = f"places {q.device} {view.capacity}"
+    key = f"places {view.capacity}"
     found = ctx.forward.get(key) if view.aligned else None
     if found is None:
         steps = torch.arange(q.shape[2], device=q.device)
