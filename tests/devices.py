@@ -6,12 +6,14 @@ GPU, numbers without axes may meet anything, and indices may lie on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import dispatch_model
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -30,6 +32,19 @@ def several_devices() -> Iterator[None]:
     """Within it tensors can be brought `.to(device(i))`, for any i."""
     with torch.no_grad(), _Dispatched(), _Made():
         yield
+
+
+@contextmanager
+def spread(net: nn.Module) -> Iterator[Any]:
+    """A copy of a model, each layer on a device of its own, as `device_map` leaves it."""
+    layers = len(net.model.layers)
+    places = {f"model.layers.{i}": device(i) for i in range(layers)}
+    first = {"model.embed_tokens": device(0), "model.rotary_emb": device(0)}
+    last = {"model.norm": device(layers - 1), "lm_head": device(layers - 1)}
+    with several_devices():
+        yield dispatch_model(
+            copy.deepcopy(net), {**places, **first, **last}, main_device=device(0), skip_keys="past_key_values"
+        )
 
 
 class _Placed(Tensor):
@@ -78,9 +93,14 @@ def _is(x: Any) -> bool:
     return isinstance(x, _Placed)
 
 
-def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if torch.is_inference_mode_enabled():  # nobody has taken it to pieces yet
+        with _Dispatched():
+            made = func.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    asked, name = kwargs.get("device"), func.name()  # type: ignore[attr-defined]
+    asked, name = kwargs.get("device"), func.name()
     where = {x.device for x in given if _is(x)}
     if not name.startswith(_COPIES):
         apart = any(x.dim() > 0 and not _is(x) for x in given) and not name.startswith(_INDICES)

@@ -103,6 +103,13 @@ def base_model(model: Any) -> Any:
     return getattr(model, "base_model", model)
 
 
+def devices(model: Any) -> list[torch.device]:
+    """Where a model lies: on one device, unless accelerate's device map spreads its layers."""
+    places = (getattr(model, "hf_device_map", None) or {}).values()
+    found = {torch.device("cuda", p) if isinstance(p, int) else torch.device(p) for p in places if p != "disk"}
+    return sorted(found, key=str) or [model.device]
+
+
 def unwrap(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper. Adapters that inject keys are refused."""
     if hasattr(model, "peft_config"):

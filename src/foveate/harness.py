@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from foveate import compat
 from foveate.engine.apply import Handle, ProfileLike, apply
 from foveate.engine.tuned import is_file
 from foveate.errors import BadArgument, FoveateError, Refused
@@ -327,7 +328,7 @@ def evaluate(
         "saves": lm.held.saves,
         "limit": limit,
         "seed": seed,
-        "device": describe(lm.model.device),
+        "device": describe(*compat.devices(lm.model)),
         "versions": {**versions(), "lm_eval": _harness.__version__},
     }
 

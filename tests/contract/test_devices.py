@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model
 from tests.closeness import assert_close
 from tests.contract.reach import reachable_tensors
 from tests.contract.recorded import recording, steps
 from tests.contract.runs import EXACT, Run, left_padded, run, tokens
 from tests.contract.subjects import CASES, Case, applied, each_method, model, precise
-from tests.devices import device, several_devices
+from tests.devices import device, several_devices, spread
 from torch import Tensor, nn
 
 import foveate
 from foveate.engine.binding import Binding
 from foveate.methods import METHODS
-
-
-@contextmanager
-def spread(net: nn.Module) -> Iterator[Any]:
-    """A copy of a model, each layer on a device of its own, as `device_map` leaves it."""
-    layers = len(net.model.layers)
-    places = {f"model.layers.{i}": device(i) for i in range(layers)}
-    first = {"model.embed_tokens": device(0), "model.rotary_emb": device(0)}
-    last = {"model.norm": device(layers - 1), "lm_head": device(layers - 1)}
-    with several_devices():
-        yield dispatch_model(
-            copy.deepcopy(net), {**places, **first, **last}, main_device=device(0), skip_keys="past_key_values"
-        )
 
 
 def check(case: Case, net: nn.Module, seed: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from foveate import compat
 from foveate.engine.binding import Binding
 from foveate.errors import FoveateError
 from foveate.evaluate.answer import read_prompts
@@ -156,9 +157,10 @@ def _step(batch: Batch, token: int) -> float:
 
 
 def _settle(model: Any) -> None:
-    """Wait until the device has done what it was given."""
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize()
+    """Wait until the devices of a model have done what they were given."""
+    for device in compat.devices(model):
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
 
 def _cut(sample: Sample, tokens: int) -> Sample:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,8 +22,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe(device: torch.device) -> str:
-    """The machine in words: the accelerator, or processor, threads and memory."""
+def describe(device: torch.device, *others: torch.device) -> str:
+    """The machine in words: the accelerator, or processor, threads and memory. Several alike are counted."""
+    if others:
+        words = Counter(describe(each) for each in (device, *others))
+        return " and ".join(text if count == 1 else f"{count} x {text}" for text, count in words.items())
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
         return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"

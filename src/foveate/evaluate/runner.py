@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from foveate import compat
 from foveate.engine.apply import Handle, apply, compose
 from foveate.engine.binding import Binding
 from foveate.engine.plan import unite
@@ -114,7 +115,7 @@ class Runner:
         self.shared = Binding(model, compose(DENSE), {}, handle, capture=unite(needs))
         self.facts = {
             "versions": versions(),
-            "device": describe(model.device),
+            "device": describe(*compat.devices(model)),
             "command": request.command,
         }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from foveate import compat
 from foveate.engine.apply import Handle, apply
 from foveate.evaluate.machine import describe, versions
 from foveate.evaluate.record import DENSE, Record
@@ -96,7 +97,7 @@ class Worker:
         """Open the model."""
         model, _ = self.open()
         dtype = str(model.dtype).removeprefix("torch.")
-        return Facts(dtype, model.device.type, describe(model.device), versions())
+        return Facts(dtype, model.device.type, describe(*compat.devices(model)), versions())
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model, tokenizer, *args)`."""

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from foveate import compat
 from foveate.comparison import (
     TASKS,
     card,
@@ -302,7 +303,7 @@ def survey(
     """
     shape = ModelShape.of(model)
     check_lengths(request, shape, tokenizer)
-    return shape, describe(model.device), unavailable(model, space, profiles)
+    return shape, describe(*compat.devices(model)), unavailable(model, space, profiles)
 
 
 def unavailable(model: Any, space: Space, profiles: Iterable[Profile]) -> dict[str, str]:
