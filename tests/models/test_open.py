@@ -15,7 +15,7 @@ from tests.models.gguf_files import SPECIAL, byte_level_vocabulary
 from foveate.errors import BadArgument, FoveateError, Refused
 from foveate.models import Loaded, load, tiny
 from foveate.models.gguf_tokenizer import tokenizer_of
-from foveate.models.placement import has_bfloat16, resolve_device, resolve_dtype
+from foveate.models.placement import enter_device, has_bfloat16, resolve_device, resolve_dtype
 
 
 @pytest.fixture
@@ -95,6 +95,16 @@ def test_other_devices_claim_no_bfloat16():
 def test_auto_device(available: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     assert resolve_device("auto").type == ("cuda" if available else "cpu")
+
+
+def test_a_command_makes_its_gpu_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert enter_device("cuda:1") == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
+    assert enter_device("cpu").type == "cpu"
+    assert len(chosen) == 1
 
 
 @pytest.mark.parametrize(

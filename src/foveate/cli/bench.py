@@ -148,12 +148,12 @@ def kernels(
     from foveate.bench.plot import check_name
     from foveate.bench.plot import plot as draw
     from foveate.bench.record import write
-    from foveate.models.placement import resolve_device
+    from foveate.models.placement import enter_device
 
     given = locals()
     if plot is not None:
         check_name(plot)
-    where = resolve_device("cpu" if cpu else device)
+    where = enter_device("cpu" if cpu else device)
     names = [name.strip() for name in families.split(",") if name.strip()] or None
     sizes = timed.Sizes.of(
         where,
@@ -188,7 +188,7 @@ def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
     from foveate.errors import FoveateError
     from foveate.evaluate.setting import parse_budgets, parse_methods, settings_of
     from foveate.models.named import named
-    from foveate.models.placement import resolve_device
+    from foveate.models.placement import enter_device
     from foveate.models.shape import ModelShape
 
     lengths = whole_numbers("lengths", given["lengths"])
@@ -202,7 +202,7 @@ def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
     settings = settings_of(parse_methods(given["methods"]), parse_budgets(given["budgets"] or None))
     if any(not setting.reader.whole for setting in settings):
         raise BadArgument("methods", given["methods"], "retrieval reads passages of a text; give attention methods")
-    device = resolve_device("cpu" if given["cpu"] else given["device"])
+    device = enter_device("cpu" if given["cpu"] else given["device"])
     say(f"{given['shape']} with random weights on {device}")
     model = named(given["shape"], layers=given["layers"], device=device)
     geometry = ModelShape.of(model)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from foveate import compat
@@ -188,14 +189,15 @@ class Binding:
                 target.window = source.window[:, :, -plan.needs.window :].clone()
                 target.window_seen = source.window_seen.clamp_max(plan.needs.window)  # type: ignore[union-attr]
             target.samples, target.sample_order = samples.first(source, plan.needs.queries)
-            sealing.seal(
-                target,
-                plan,
-                self.shape,
-                self.keeper,
-                lambda m, t=target, p=plan: self.context(t, p, m),
-                self.preparers,
-            )
+            with torch.cuda.device_of(target.store.bands[0].keys()):  # kernels start on the current GPU
+                sealing.seal(
+                    target,
+                    plan,
+                    self.shape,
+                    self.keeper,
+                    lambda m, t=target, p=plan: self.context(t, p, m),
+                    self.preparers,
+                )
             new.touch(index)
             sealing.join(new, plan)
         return new

@@ -28,6 +28,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
+def enter_device(device: str | torch.device) -> torch.device:
+    """`resolve_device` for a command, which has the process to itself: kernels and clocks start on this GPU from now.
+
+    Raises:
+        BadArgument: as `resolve_device`.
+    """
+    found = resolve_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
+
+
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the processor multiplies it natively, else float32.
 
