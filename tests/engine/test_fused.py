@@ -16,6 +16,7 @@ from torch import nn
 
 import foveate
 from foveate import compat
+from foveate.engine import captured
 from foveate.engine import fused as module
 from foveate.engine.captured import Forward
 from foveate.models import tiny
@@ -81,7 +82,7 @@ def test_what_is_equal_is_fused(family: str, kernels: list[str], seed: int) -> N
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_prompts_are_fused(family: str, kernels: list[str], seed: int) -> None:
+def test_prompts_are_fused(family: str, kernels: list[str], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In padded batches, where positions differ from row to row; with a method, by the forward that it puts on."""
     model = tiny(family)
     ids, mask = left_padded([tokens(seed, 14), tokens(seed + 1, 23)])
@@ -89,6 +90,9 @@ def test_prompts_are_fused(family: str, kernels: list[str], seed: int) -> None:
         want = prompt(model, handle.cache(), ids, mask)
         model.__dict__["forward"] = Forward(handle, model.forward)
         kernels.clear()
+        assert_close(prompt(model, handle.cache(), ids, mask), want, EXACT)
+        assert not kernels  # it is short
+        monkeypatch.setattr(captured, "LEAST_FUSED", ids.numel())
         got = prompt(model, handle.cache(), ids, mask)
         assert kernels.count("rms_norm") >= 2 * 3 + 1 and set(kernels) == {"rms_norm", "swiglu", "rope"}
         kernels.clear()
