@@ -106,7 +106,8 @@ def base_model(model: Any) -> Any:
 def devices(model: Any) -> list[torch.device]:
     """Where a model lies: on one device, unless accelerate's device map spreads its layers."""
     places = (getattr(model, "hf_device_map", None) or {}).values()
-    found = {torch.device("cuda", p) if isinstance(p, int) else torch.device(p) for p in places if p != "disk"}
+    named = ("cpu" if place == "disk" else place for place in places)
+    found = {torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in named}
     return sorted(found, key=str) or [model.device]
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.devices import device
 from tests.models.gguf_files import SPECIAL, byte_level_vocabulary
 
+from foveate import compat
 from foveate.errors import BadArgument, FoveateError, Refused
 from foveate.models import Loaded, load, tiny
 from foveate.models.gguf_tokenizer import tokenizer_of
-from foveate.models.placement import enter_device, has_bfloat16, resolve_device, resolve_dtype
+from foveate.models.open import load_encoder
+from foveate.models.placement import enter_device, has_bfloat16, one_device, resolve_device, resolve_dtype
 
 
 @pytest.fixture
@@ -198,3 +201,48 @@ def test_a_model_that_the_hub_does_not_have():
     with pytest.raises(BadArgument, match="no such model"):
         load("somebody/some-model")
     assert "`hf auth login`" in said("somebody/some-model")
+
+
+def test_a_model_is_spread_over_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """By accelerate's map, which weighs the layers; what would be left to the host is refused."""
+    import transformers
+
+    asked: list[str | None] = []
+    places: dict[str, torch.device | str] = {"model": device(0), "lm_head": device(1)}
+    plain = transformers.AutoModelForCausalLM.from_pretrained
+
+    def opened(*args, device_map=None, **kwargs):
+        asked.append(device_map)
+        model = plain(*args, **kwargs)
+        model.hf_device_map = places
+        return model
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", opened)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("foveate.models.open.resolve_device", lambda name: {"cuda": device(0)}[name])
+    model, _ = load(folder, device="spread", dtype="float32")
+    assert asked == ["balanced"]
+    assert compat.devices(model) == [device(0), device(1)]
+    assert not model.training
+    for left in ("cpu", "disk"):
+        places["lm_head"] = left
+        with pytest.raises(Refused, match=r"does not fit into the \d+ GPUs"):
+            load(folder, device="spread", dtype="float32")
+
+
+def test_a_model_is_not_spread_where_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(BadArgument, match="device='spread': this machine has no CUDA devices"):
+        load(folder, device="spread")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("foveate.models.open.find_spec", lambda name: None)
+    with pytest.raises(Refused, match="pip install accelerate"):
+        load(folder, device="spread")
+
+
+def test_what_needs_one_device_says_so():
+    assert one_device("cuda:1", "a calibration") == "cuda:1"
+    with pytest.raises(BadArgument, match=r"device='spread': a calibration needs the whole model on one device"):
+        one_device("spread", "a calibration")
+    with pytest.raises(BadArgument, match="an encoder needs the whole model on one device"):
+        load_encoder("bert", device="spread")

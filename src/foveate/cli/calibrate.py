@@ -45,8 +45,9 @@ def calibrate(
     with Watcher(f"calibrate {chosen.id}") as watch:
         watch(0, 0, "loading")
         from foveate.models import load
+        from foveate.models.placement import one_device
 
-        opened = load(model, dtype=dtype, device=device)
+        opened = load(model, dtype=dtype, device=one_device(device, "a calibration"))
         profile = chosen.calibrate(Workbench(opened.model, opened.tokenizer, seed, watch), **arguments)
     save_profile(profile, out)
     if as_json:

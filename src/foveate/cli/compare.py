@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import AsJson, Device, Dtype, ModelName, Ray, RayWorkers, whole_numbers
+from foveate.cli.options import AsJson, Devices, Dtype, ModelName, Ray, RayWorkers, whole_numbers
 from foveate.cli.screen import Watcher, print_json, quiet_loading, say
 
 
@@ -34,7 +34,7 @@ def compare(
     repeats: Annotated[int | None, typer.Option(help="Repeats of each timing; 0 measures no times.")] = None,
     profile: Annotated[list[Path] | None, typer.Option(help="Calibration file; may be given several times.")] = None,
     dtype: Dtype = "auto",
-    device: Device = "auto",
+    device: Devices = "auto",
     ray: Ray = "",
     ray_workers: RayWorkers = None,
     as_json: AsJson = False,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foveate.cli.options import AsJson, Device, Dtype, ModelName
+from foveate.cli.options import AsJson, Devices, Dtype, ModelName
 from foveate.cli.screen import print_json, quiet_loading, say
 from foveate.errors import BadArgument
 
@@ -27,7 +27,7 @@ def harness(
     profile: Annotated[list[Path] | None, typer.Option(help="Calibration file; may be given several times.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the results as JSON.")] = None,
     dtype: Dtype = "auto",
-    device: Device = "auto",
+    device: Devices = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness on a model with a method at work.

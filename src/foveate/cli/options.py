@@ -14,6 +14,7 @@ ModelName = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Devices = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; spread: the layers over all GPUs.")]
 Ray = Annotated[
     str,
     typer.Option(

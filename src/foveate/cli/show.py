@@ -47,6 +47,7 @@ def show(
     from foveate.evaluate.setting import bind, check, open_profiles, parse_budgets, parse_methods, settings_of
     from foveate.evaluate.trace import trace
     from foveate.models import load
+    from foveate.models.placement import one_device
     from foveate.models.shape import ModelShape
 
     entries = [entry for entry in parse_methods(method) if entry.named]
@@ -59,7 +60,7 @@ def show(
     (setting,) = settings_of(entries[-1:], parse_budgets(budget))[:1]
     if budget and setting.budget is None:
         raise BadArgument("budget", budget, f"{setting.method} takes none here; its own parameters decide")
-    opened = load(model, dtype=dtype, device=device)
+    opened = load(model, dtype=dtype, device=one_device(device, "a drawing"))
     shape = ModelShape.of(opened.model)
     ids, evidence = _prompt(opened.tokenizer, prompt, length, shape.max_positions)
     _check_place(shape, layer, head)

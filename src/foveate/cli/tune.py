@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import AsJson, Device, Dtype, ModelName, Ray, RayWorkers, whole_numbers
+from foveate.cli.options import AsJson, Devices, Dtype, ModelName, Ray, RayWorkers, whole_numbers
 from foveate.cli.screen import Watcher, print_json, quiet_loading, say
 
 
@@ -33,7 +33,7 @@ def tune(
     ] = None,
     profile: Annotated[list[Path] | None, typer.Option(help="Calibration file; may be given several times.")] = None,
     dtype: Dtype = "auto",
-    device: Device = "auto",
+    device: Devices = "auto",
     ray: Ray = "",
     ray_workers: RayWorkers = None,
     as_json: AsJson = False,

@@ -17,6 +17,7 @@ from foveate.convert.subject import Asking, Questions, Rung, Subject
 from foveate.errors import BadArgument
 from foveate.models.converted import container
 from foveate.models.open import Loaded, load
+from foveate.models.placement import one_device
 from foveate.models.shape import ModelShape
 from foveate.tasks import Sample, task
 
@@ -58,7 +59,7 @@ class Decoder(Subject):
     plural = "decoders"
 
     def open(self, source: str, dtype: Any, device: Any) -> Loaded:
-        return load(source, dtype=dtype, device=device)
+        return load(source, dtype=dtype, device=one_device(device, "a conversion"))
 
     def check(self, conversion: Conversion, model: PreTrainedModel) -> None:
         conversion.check(model, ModelShape.of(model))

@@ -28,7 +28,7 @@ def load(
     Args:
         source: a built-in name ("smollm2"), a hub id, a local folder, or a GGUF file.
         dtype: "auto" is bfloat16 where the processor computes in it, else float32.
-        device: "auto" is a GPU if there is one.
+        device: "auto" is a GPU if there is one, "spread" lays the layers evenly over all of them.
 
     Returns:
         (model, tokenizer). `Handle.of(model)` gives the handle of methods that were restored.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from foveate import compat
 from foveate.errors import BadArgument, FoveateError, Refused
 from foveate.models import builtin, converted, encoders, gguf_weights
-from foveate.models.placement import resolve_device, resolve_dtype
+from foveate.models.placement import SPREAD, one_device, resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,19 +43,31 @@ def load(
             cache directory (`FOVEATE_CACHE` or the platform's).
         dtype: of the weights and of the cache: "bfloat16", "float32", "float16", a torch.dtype, or "auto": bfloat16
             where the processor multiplies it natively (AVX512-BF16, AMX, CUDA from Ampere on), else float32.
-        device: "auto" (CUDA where there is one), "cpu", "cuda:1", a torch.device.
+        device: "auto" (CUDA where there is one), "cpu", "cuda:1", a torch.device; or "spread": the layers evenly over
+            all GPUs, for models that do not fit into one.
 
     Raises:
         BadArgument: there is no such model, dtype or device, or it is not a decoder-only language model.
-        Refused: the model exists but cannot be had here (no network, no access, no room in the cache directory).
+        Refused: the model exists but cannot be had here (no network, no access, no room in the cache directory, more
+            weights than fit into all GPUs).
     """
-    place = resolve_device(device)
+    spread = device == SPREAD
+    if spread and not torch.cuda.device_count():
+        raise BadArgument("device", SPREAD, "this machine has no CUDA devices")
+    place = resolve_device("cuda" if spread else device)
+    if spread and find_spec("accelerate") is None:
+        raise Refused("accelerate spreads a model over GPUs; it is not installed: pip install accelerate")
     precision = resolve_dtype(dtype, place)
     path, local = _locate(str(source))
     _register_type(path)
     config = _open_config(str(source), path, local)
     _check_decoder(str(source), config)
     tokenizer = _open_tokenizer(str(source), path, local)
+    if spread:
+        model = _open_model(str(source), path, local, config, precision, device_map="balanced")
+        if any(where.type != place.type for where in compat.devices(model)):
+            raise Refused(f"{source} does not fit into the {torch.cuda.device_count()} GPUs of this machine")
+        return Loaded(model.eval(), tokenizer)
     model = _open_model(str(source), path, local, config, precision).to(place).eval()
     return Loaded(model, tokenizer)
 
@@ -71,7 +85,7 @@ def load_encoder(
         BadArgument: there is no such model, dtype or device.
         Refused: a model of another build, or one that cannot be had here.
     """
-    place = resolve_device(device)
+    place = resolve_device(one_device(device, "an encoder"))
     precision = resolve_dtype(dtype, place)
     path, local = _locate(str(source))
     _register_type(path)
@@ -163,7 +177,13 @@ def _open_tokenizer(source: str, path: str, local: bool) -> Any:
 
 
 def _open_model(
-    source: str, path: str, local: bool, config: Any, dtype: torch.dtype, auto: str = "AutoModelForCausalLM"
+    source: str,
+    path: str,
+    local: bool,
+    config: Any,
+    dtype: torch.dtype,
+    auto: str = "AutoModelForCausalLM",
+    device_map: str | None = None,
 ) -> Any:
     import transformers
     from transformers.utils import logging
@@ -173,7 +193,12 @@ def _open_model(
     logging.disable_progress_bar()
     try:
         return getattr(transformers, auto).from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=local, trust_remote_code=False
+            path,
+            config=config,
+            dtype=dtype,
+            local_files_only=local,
+            trust_remote_code=False,
+            device_map=device_map,
         )
     except Exception as error:
         raise _explained(source, path, "weights", error) from error

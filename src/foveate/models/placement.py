@@ -9,6 +9,23 @@ from foveate.errors import BadArgument
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
+SPREAD = "spread"
+"""The device of a model whose layers lie on all GPUs."""
+
+
+def one_device(device: str | torch.device, what: str) -> str | torch.device:
+    """The same device, unless it is several.
+
+    Raises:
+        BadArgument: `what` needs the model on one.
+    """
+    if device == SPREAD:
+        raise BadArgument(
+            "device", SPREAD, f'{what} needs the whole model on one device: give "auto", "cpu" or "cuda:1"'
+        )
+    return device
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """ "auto" is CUDA where there is one, else the CPU.
 
