@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import dispatch_model
@@ -30,7 +31,14 @@ def device(number: int) -> torch.device:
 @contextmanager
 def several_devices() -> Iterator[None]:
     """Within it tensors can be brought `.to(device(i))`, for any i."""
-    with torch.no_grad(), _Dispatched(), _Made():
+    asked = torch.is_autocast_enabled
+
+    def is_autocast_enabled(*kind: str) -> bool:
+        return TYPE not in kind and asked(*kind)
+
+    autocast = patch.object(torch, "is_autocast_enabled", is_autocast_enabled)
+    grad = patch.object(torch, "inference_mode", torch.no_grad)  # what is not taken to pieces cannot be followed
+    with torch.no_grad(), _Dispatched(), _Made(), autocast, grad:
         yield
 
 
@@ -94,11 +102,6 @@ def _is(x: Any) -> bool:
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    if torch.is_inference_mode_enabled():  # nobody has taken it to pieces yet
-        with _Dispatched():
-            made = func.decompose(*args, **kwargs)
-        if made is not NotImplemented:
-            return made
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     asked, name = kwargs.get("device"), func.name()
     where = {x.device for x in given if _is(x)}

@@ -56,7 +56,7 @@ def test_generate(packed: bool, how: dict[str, Any], seed: int) -> None:
 
     def answer(net: Any) -> Tensor:
         with foveate.apply(net, method):
-            return net.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, **how)
+            return net.generate(ids.to(net.device), max_new_tokens=12, do_sample=False, pad_token_id=0, **how).cpu()
 
     want = answer(net)
     with spread(net) as apart:
