@@ -13,9 +13,10 @@ from torch import nn
 from foveate import compat
 from foveate.cache import FoveateCache
 from foveate.engine.binding import Binding
+from foveate.engine.call import Call
 from foveate.engine.captured import Forward
 from foveate.engine.correction import keep_correct
-from foveate.engine.forward import Call, attention
+from foveate.engine.forward import attention
 from foveate.engine.tuned import is_file, read_tuned
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import METHODS, Composition, Method, Profile

@@ -12,7 +12,7 @@ from foveate.engine.rows import Rows
 from foveate.errors import Refused
 
 if TYPE_CHECKING:
-    from foveate.engine.forward import Call
+    from foveate.engine.call import Call
 
 GIVEN, PLACES = "given", "places"
 

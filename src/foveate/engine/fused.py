@@ -262,10 +262,8 @@ def _same(module: nn.Module, change: Callable[..., Tensor]) -> bool:
         first = getattr(module, "gate_proj", None)
         width = weight.shape[-1] if first is None else first.in_features
         rows = _MANY if first is None and width <= _SHORT else 3
-        known[weight.dtype] = True
-        for count in (1, rows):
-            x = torch.randn(1, count, width).to(weight)
-            known[weight.dtype] &= _close(lambda x=x: change(module, x), lambda x=x: module(x))
+        probes = [torch.randn(1, count, width).to(weight) for count in (1, rows)]
+        known[weight.dtype] = all(_close(partial(change, module, x), partial(module, x)) for x in probes)
     return known[weight.dtype]
 
 
@@ -274,16 +272,18 @@ def _same_rotation(rotate: Callable[..., tuple[Tensor, Tensor]], weight: Tensor)
     known = _rotations.setdefault(rotate, {})
     if weight.dtype in known:
         return known[weight.dtype]
-    known[weight.dtype] = True
-    for count in (1, 5):
+
+    def agree(count: int) -> bool:
         q, k = (torch.randn(2, heads, count, 64).to(weight) for heads in (4, 2))
         angle = torch.rand(2, count, 32, device=weight.device) * 6
         cos, sin = (torch.cat([x, x], dim=-1).to(weight.dtype) for x in (angle.cos(), angle.sin()))
 
-        def both(turn: Callable[..., Any], given: tuple[Tensor, ...] = (q, k, cos, sin)) -> Tensor:
-            return torch.cat(turn(*(x.clone() for x in given)), dim=1)
+        def both(turn: Callable[..., Any]) -> Tensor:
+            return torch.cat(turn(q.clone(), k.clone(), cos, sin), dim=1)
 
-        known[weight.dtype] &= _close(partial(both, partial(_rotated, rotate)), partial(both, rotate))
+        return _close(partial(both, partial(_rotated, rotate)), partial(both, rotate))
+
+    known[weight.dtype] = agree(1) and agree(5)
     return known[weight.dtype]
 
 

@@ -27,7 +27,7 @@ from foveate.methods.base import Method, Needs, Result
 
 
 class StepCall:
-    """What the layers of a recorded step are handed instead of `forward.Call`.
+    """What the layers of a recorded step are handed instead of `call.Call`.
 
     Args:
         cache: sealed, with a token per row decoded already.
