@@ -14,7 +14,7 @@ import pytest
 
 from foveate.cli import main
 
-PROGRAM = [sys.executable, "-c", "from foveate.cli import main; main()"]
+PROGRAM = [sys.executable, "-m", "foveate"]
 PLAIN = {
     **os.environ,
     "NO_COLOR": "1",
