@@ -107,7 +107,8 @@ def test_a_command_makes_its_gpu_the_current_one(monkeypatch):
     assert enter_device("cuda:1") == torch.device("cuda", 1)
     assert chosen == [torch.device("cuda", 1)]
     assert enter_device("cpu").type == "cpu"
-    assert len(chosen) == 1
+    assert enter_device("cuda") == torch.device("cuda")
+    assert len(chosen) == 1, "set_device takes no device without an index"
 
 
 @pytest.mark.parametrize(

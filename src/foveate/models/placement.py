@@ -52,7 +52,7 @@ def enter_device(device: str | torch.device) -> torch.device:
         BadArgument: as `resolve_device`.
     """
     found = resolve_device(device)
-    if found.type == "cuda":
+    if found.type == "cuda" and found.index is not None:  # plain "cuda" is the current one, and is refused here
         torch.cuda.set_device(found)
     return found
 
