@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from foveate.errors import BadArgument
@@ -77,3 +79,9 @@ def test_the_family_of_a_name_in_a_record():
     assert {each.family for each in TASKS.values()} - {family(name) for name in TASKS} <= {"document"}
     names = ["niah_grid", "vt", "qa_1:gone.json", "longbench:gone.jsonl", "perplexity_positions", "own_task", "_x"]
     assert [family(name) for name in names] == ["needle", "tracing", "qa", "document", "perplexity", "own", "_x"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_travels_to_another_process(name):
+    """Sweeps hand tasks to workers that start anew, so that whatever they hold has a name."""
+    assert pickle.loads(pickle.dumps(TASKS[name])) == TASKS[name]

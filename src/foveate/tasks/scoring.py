@@ -64,17 +64,34 @@ def sole_choice(text: str, sample: Sample) -> float:
     return float(named(first_sentence(text)[0], sample.choices) == set(sample.references))
 
 
-ALL = Rule(
-    lambda text, sample: found_share(text, sample.references),
-    lambda text, sample: found_share(text, sample.references) == 1.0,
-)
+# Functions and no lambdas: a task travels to the processes that measure it.
+
+
+def _share(text: str, sample: Sample) -> float:
+    return found_share(text, sample.references)
+
+
+def _all(text: str, sample: Sample) -> bool:
+    return _share(text, sample) == 1.0
+
+
+def _any(text: str, sample: Sample) -> float:
+    return found_any(text, sample.references)
+
+
+def _one(text: str, sample: Sample) -> bool:
+    return _any(text, sample) == 1.0
+
+
+def _over(text: str, sample: Sample) -> bool:
+    return first_sentence(text)[1]
+
+
+ALL = Rule(_share, _all)
 """RULER's rule for lists: more text can only add what is missing."""
 
-ANY = Rule(
-    lambda text, sample: found_any(text, sample.references),
-    lambda text, sample: found_any(text, sample.references) == 1.0,
-)
+ANY = Rule(_any, _one)
 """RULER's rule for questions with several right answers."""
 
-SOLE_CHOICE = Rule(sole_choice, lambda text, sample: first_sentence(text)[1])
+SOLE_CHOICE = Rule(sole_choice, _over)
 """A closed question: settled when the first sentence is over."""
