@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.closeness import assert_close
@@ -9,6 +11,7 @@ from tests.families import family_model
 from torch import Tensor, nn
 
 from foveate.engine import fused as module
+from foveate.engine.later import Later, Norm, now
 from foveate.models import tiny
 
 pytest.importorskip("triton")
@@ -65,11 +68,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     plain, shut = kernels.products, kernels.gated
 
-    def products(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None = None) -> list[Tensor]:
+    def products(
+        x: Tensor | Norm, weights: list[Tensor], biases: list[Tensor] | None = None, plus: Tensor | None = None
+    ) -> list[Tensor]:
         counts.append(len(weights))
-        return plain(x, weights, biases)
+        return plain(x, weights, biases, plus)
 
-    def gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    def gated(x: Tensor | Norm, gate: Tensor, up: Tensor) -> Tensor:
         counts.append(-2)
         return shut(x, gate, up)
 
@@ -139,3 +144,133 @@ def test_what_is_more_than_a_matrix_is_left_alone(counted: list[int]) -> None:
         assert "forward" not in first.k_proj.__dict__ and "forward" in second.k_proj.__dict__
         assert "forward" in first.q_proj.__dict__
     hook.remove()
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+@pytest.mark.parametrize(("width", "sizes"), [(96, (40,)), (576, (33, 27)), (2049, (35, 23, 23))])
+def test_products_make_the_norm_on_the_way(width: int, sizes: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, scale = 7 * drawn(1, 1, width, dtype=dtype), drawn(width, dtype=dtype)
+    weights = [drawn(n, width, dtype=dtype) for n in sizes]
+    normed = nn.functional.rms_norm(x.double(), (width,), scale.double(), 1e-2)
+    for got, w in zip(kernels.products(Norm(x, scale, 1e-2), weights), weights, strict=True):
+        assert_close(got, normed @ w.double().T, ALLOWED[dtype])
+    gate, up = (drawn(21, width, dtype=dtype) / 8 for _ in "ab")
+    opened, raised = ((normed @ w.double().T).to(dtype).double() for w in (gate, up))
+    want = nn.functional.silu(opened).to(dtype).double() * raised
+    assert_close(kernels.gated(Norm(x, scale, 1e-2), gate, up), want, ALLOWED[dtype])
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_products_are_rounded_before_something_is_added(dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, w, plus = drawn(1, 96, dtype=dtype), drawn(40, 96, dtype=dtype), 50 * drawn(1, 40, dtype=dtype)
+    made = kernels.products(x, [w])[0]
+    assert torch.equal(kernels.products(x, [w], plus=plus)[0], plus + made)
+
+
+@pytest.mark.parametrize(
+    ("family", "guard"), [("llama", torch.no_grad), ("phi3", torch.inference_mode), ("gemma2", torch.no_grad)]
+)
+def test_a_step_norms_and_adds_within_its_products(
+    family: str, guard: type, counted: list[int], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model does with a result is its own affair: the last norm stands before a slice, and Gemma 2 has norms of
+    another kind, and behind its blocks."""
+    torch.manual_seed(seed)
+    model = family_model(family, layers=1, dtype=torch.bfloat16).to(DEVICE)
+    ids = torch.randint(0, 256, (1, 1), device=DEVICE)
+    monkeypatch.setattr(module, "available", lambda device: True)
+    made: list[int] = []
+
+    def norm(one: Any, x: Tensor) -> Tensor:
+        made.append(x.shape[-1])
+        return nn.functional.rms_norm(x, x.shape[-1:], one.weight, module._epsilon(one))
+
+    monkeypatch.setattr(module, "_norm", norm)
+    monkeypatch.setattr(module, "_same_rotation", lambda *args: False)
+    gate = lambda name, function: lambda a, b: nn.functional.silu(a) * b  # noqa: E731
+    monkeypatch.setattr(module, "_liger", gate)
+    module._known.clear()
+    added: list[Tensor] = []
+    plain = kernels.products
+
+    def products(*args: object) -> list[Tensor]:
+        if len(args) > 3 and isinstance(args[3], Tensor):
+            added.append(args[3])
+        return plain(*args)  # type: ignore[arg-type]
+
+    with guard():
+        want = model(ids).logits
+        with module.fused(model):  # probes
+            model(ids)
+        monkeypatch.setattr(kernels, "products", products)
+        made.clear()
+        with module.fused(model):
+            got = now(model(ids).logits)
+    assert_close(got.double(), want.double(), 3e-2)
+    assert (made, len(added)) == (([], 0) if family == "gemma2" else ([model.config.hidden_size], 2))
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+@pytest.fixture
+def later() -> tuple[Later, Tensor, list[str]]:
+    made: list[str] = []
+    there = torch.randn(1, 1, 6)
+
+    def make() -> Tensor:
+        made.append("make")
+        return there.clone()
+
+    def plus(other: Tensor) -> Tensor:
+        made.append("plus")
+        return there + other
+
+    return Later(torch.empty(1, 1, 9), 6, make, plus=plus), there, made
+
+
+def test_a_later_tensor_is_known_before_it_is_made(later: tuple[Later, Tensor, list[str]]) -> None:
+    x, there, made = later
+    assert x.shape == (1, 1, 6) and x.size(-1) == 6 and x.numel() == 6 and x.dim() == x.ndim == 3
+    assert x.dtype == there.dtype and x.device == there.device and not x.requires_grad and x.is_contiguous()
+    assert not made
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x * 2,
+        lambda x: x[:, -1:, 1:4],
+        lambda x: torch.cat([x, x], dim=1),
+        lambda x: nn.functional.linear(x, torch.ones(2, 6)),
+        lambda x: x.view(2, 3).T,
+        lambda x: torch.add(x, x, alpha=3),
+        lambda x: torch.zeros(1, 1, 6).copy_(x),
+        lambda x: torch.zeros(1, 1, 6).add_(x),
+        lambda x: x.clone().mul_(3) + x.mT.sum(),
+        lambda x: torch.where(x > 0, x, -x).max(),
+        lambda x: torch.tensor(x.tolist()),
+    ],
+)
+def test_whatever_is_done_with_a_later_tensor_makes_it_once(later: tuple[Later, Tensor, list[str]], use) -> None:
+    x, there, made = later
+    got = use(x)
+    assert type(got) is Tensor
+    assert torch.equal(got, use(there.clone()))
+    assert torch.equal(now(x), there) and made == ["make"]
+
+
+def test_a_sum_takes_a_later_tensor_along(later: tuple[Later, Tensor, list[str]]) -> None:
+    x, there, made = later
+    other = torch.randn(1, 1, 6)
+    for got in (other + x, x + other, torch.add(other, x)):
+        assert type(got) is Tensor and torch.equal(got, there + other)
+    assert made == ["plus"] * 3
+    odd = [torch.randn(1, 6), torch.randn(1, 1, 6).double(), torch.randn(1, 1, 1).expand(1, 1, 6), 2.0, x]
+    for each in odd:  # of another shape or kind, or strided, or no tensor, or not there either
+        made.clear()
+        x.made = None
+        assert torch.equal(x + each, there + (there if each is x else each))
+        assert made == ["make"]
+    made.clear()
+    assert torch.equal(x + other, there + other) and not made  # it is there by now

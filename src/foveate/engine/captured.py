@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate.cache import FoveateCache
 from foveate.cache.cache import WARMUP
 from foveate.engine.fused import fused
+from foveate.engine.later import now
 from foveate.engine.step import StepCall
 from foveate.errors import Refused
 
@@ -122,7 +123,7 @@ class Step:
             for layer in self.cache.couriers():
                 layer.staged = None
         self.form = type(out)
-        return out.logits
+        return now(out.logits)
 
 
 def record(run: Callable[..., Tensor], counters: list[Tensor], device: torch.device) -> Callable[[], Tensor]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate import compat
+from foveate.engine.later import Later, Norm, now
 
 _CLOSE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Largest relative error of a probe, by dtype: its rounding."""
@@ -156,6 +157,14 @@ def _epsilon(module: Any) -> float | None:
 
 
 def _normed(module: Any, x: Tensor) -> Tensor:
+    x, weight, epsilon = now(x), module.weight, _epsilon(module)
+    if weight.dtype == x.dtype and multiplies(x.device) and _kernels().suits(x) and _product_is_right(weight):
+        norm = Norm(x, weight, float(epsilon or 0.0))
+        return Later(x, x.shape[-1], partial(_norm, module, x), norm=norm)
+    return _norm(module, x)
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
     # Many short rows are several to a program, which counts them in 32 bits.
     alone = True if x.numel() > _MOST else None
     return _liger("rms_norm", "LigerRMSNormFunction")(x, module.weight, _epsilon(module), 0.0, "llama", False, alone)
@@ -166,8 +175,13 @@ def _gated(module: Any, x: Tensor) -> Tensor:
     if multiplies(x.device) and _plain(gate) and _plain(up) and gate.bias is None and up.bias is None:
         kernels = _kernels()
         if kernels.suits(x, gate.weight, up.weight):
-            return module.down_proj(kernels.gated(x, gate.weight, up.weight))
+            return module.down_proj(kernels.gated(_met(x), gate.weight, up.weight))
     return module.down_proj(_liger("swiglu", "LigerSiLUMulFunction")(gate(x), up(x)))
+
+
+def _met(x: Tensor) -> Tensor | Norm:
+    """What a product is given for x: the norm that nobody has made so far, to be made on the way."""
+    return x.norm if isinstance(x, Later) and x.norm is not None and x.made is None else now(x)
 
 
 def _kernels() -> Any:
@@ -180,7 +194,12 @@ def _plain(module: Any) -> bool:
 
 
 def _multiplied(module: Any) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """What stands in for the forward of this module, if it is a matrix, and of its parts that meet the same token."""
+    """What stands in for the forward of this module, if it is a matrix, and of its parts that meet the same token or
+    whose result is its own."""
+    for name in ("o_proj", "down_proj"):
+        part = getattr(module, name, None)
+        if isinstance(part, nn.Linear) and _plain(part) and _free(part) and _product_is_right(part.weight):
+            yield part, partial(_last, part)
     if _plain(module) and _free(module) and _product_is_right(module.weight):
         yield module, partial(_product, module)
     parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
@@ -198,7 +217,19 @@ def _product(linear: nn.Linear, x: Tensor) -> Tensor:
     kernels = _kernels()
     if not kernels.suits(x, linear.weight):
         return nn.functional.linear(x, linear.weight, linear.bias)
-    return kernels.products(x, [linear.weight], None if linear.bias is None else [linear.bias])[0]
+    return kernels.products(_met(x), [linear.weight], None if linear.bias is None else [linear.bias])[0]
+
+
+def _last(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`_product` of what closes a block, which is not made before it is known what it is added to."""
+    if not _kernels().suits(x, linear.weight):
+        return _product(linear, x)
+    bias, given = None if linear.bias is None else [linear.bias], _met(x)
+
+    def make(plus: Tensor | None = None) -> Tensor:
+        return _kernels().products(given, [linear.weight], bias, plus)[0]
+
+    return Later(x, linear.out_features, make, plus=make)
 
 
 class _Together:
@@ -215,7 +246,8 @@ class _Together:
             if number or not kernels.suits(x, *(part.weight for part in self.parts)):
                 return _product(self.parts[number], x)
             biases = [part.bias for part in self.parts]
-            made = kernels.products(x, [part.weight for part in self.parts], None if biases[0] is None else biases)
+            weights = [part.weight for part in self.parts]
+            made = kernels.products(_met(x), weights, None if biases[0] is None else biases)
             self.of, self.made = x, dict(enumerate(made))
         found = self.made.pop(number)
         if not self.made:
@@ -229,8 +261,12 @@ def _product_is_right(weight: Tensor) -> bool:
         return False
     known = _products.setdefault(weight.device, {})
     if weight.dtype not in known:
-        x, w = torch.randn(1, 96).to(weight), torch.randn(40, 96).to(weight)
-        known[weight.dtype] = _close(lambda: _kernels().products(x, [w])[0], lambda: nn.functional.linear(x, w))
+        x, w, scale = torch.randn(1, 96).to(weight), torch.randn(40, 96).to(weight), torch.randn(96).to(weight)
+        plus = torch.randn(1, 40).to(weight)
+        known[weight.dtype] = _close(
+            lambda: _kernels().products(Norm(x, scale, 1e-5), [w], plus=plus)[0],
+            lambda: plus + nn.functional.linear(nn.functional.rms_norm(x, (96,), scale, 1e-5), w),
+        )
     return known[weight.dtype]
 
 
