@@ -100,6 +100,22 @@ def test_bytes_are_those_of_the_formula(group: int, batch: int) -> None:
     assert memory >= formula * 0.98
 
 
+def llama_8b() -> ModelShape:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096)
+    return ModelShape.of(config)
+
+
+@pytest.mark.parametrize("budget", [0.03, 0.1, 0.25, 0.42, 0.77])
+def test_high_ranks_of_a_budget_are_whole_rows_of_matrix_units(budget: float) -> None:
+    shape, length = llama_8b(), 2**17
+    method = XKV(budget=budget)
+    (ranks,) = {role.extra["ranks"] for role in method.plan(shape, None, length)}
+    assert all(rank < 512 or rank % 8 == 0 for rank in ranks)
+    assert 0.98 * budget <= method.share(shape, length, ranks) <= budget
+
+
 @pytest.mark.parametrize(
     ("ranks", "group", "ratio"),
     [
@@ -112,10 +128,7 @@ def test_bytes_are_those_of_the_formula(group: int, batch: int) -> None:
 )
 def test_shares_are_the_papers(ranks: tuple[int, int], group: int, ratio: float) -> None:
     """Compression 2 M g w / ((r_k + r_v)(M + g w)) of Llama-3.1-8B at 64K tokens."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096)
-    shape = ModelShape.of(config)
+    shape = llama_8b()
     assert 1 / XKV(group=group).share(shape, 65536, ranks) == pytest.approx(ratio, abs=0.01)
 
 

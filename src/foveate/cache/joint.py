@@ -79,9 +79,10 @@ class JointColumn(PackedColumn):
 
     def unpacked(self, tokens: int | None = None) -> Tensor:
         n = int(self.packed.max()) if tokens is None else tokens
-        made = (self.basis.data[:, :n] @ self.mix).unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
+        made = (self.basis.data[:, :n] @ self.mix).unflatten(2, (self.heads, -1)).transpose(1, 2)
         if self.rope is not None:
-            made = self.rope.move(made.unsqueeze(0), torch.arange(n, device=made.device).unsqueeze(0))[0]
+            made = self.rope.move(made, torch.arange(n, device=made.device).unsqueeze(0))
+        made = made.flatten(0, 1)
         return torch.cat([made, self.rest[:, :n]], dim=-1) if self.rest.shape[-1] else made
 
     def pick(self, pairs: Tensor) -> JointColumn:
