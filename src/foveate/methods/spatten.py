@@ -68,26 +68,29 @@ class SpAtten(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, start=0, recent=1)
-        for name in ("last", "heads", "values"):
-            if not 0 < getattr(self, name) <= 1:
-                raise BadArgument(name, getattr(self, name), "give a share above 0 and at most 1")
+        for name, share in (("last", self.last), ("heads", self.heads), ("values", self.values)):
+            if not 0 < share <= 1:
+                raise BadArgument(name, share, "give a share above 0 and at most 1")
         if self.lsb < 0 or (self.msb is not None and not 1 <= self.msb <= 24 - self.lsb):
             raise BadArgument("msb" if self.lsb >= 0 else "lsb", (self.msb, self.lsb), "give 1 to 24 bits together")
         if not 0 <= self.threshold <= 1:
             raise BadArgument("threshold", self.threshold, "give a probability")
 
     @property
+    def graph(self) -> bool:  # type: ignore[override]
+        return self.values == 1 and self.msb is None
+
+    @property
     def fills(self) -> frozenset[str]:
         """Where rows are edited in decode, nobody else may leave parts of them unread."""
-        return self.slots if self.values == 1 and self.msb is None else self.slots | {"decode"}
+        return self.slots if self.graph else self.slots | {"decode"}
 
     def plan(self, shape: ModelShape, profile: Profile | None, length: int) -> Sequence[Role]:
         layers = [layer for layer in shape.layers if layer.kind == "full"]
         if any(layer.latent for layer in layers):
             raise Refused(f"{shape.name} attends to latents (MLA); {self.id} needs keys whose attention it can sum")
         roles = [Role() for _ in shape.layers]
-        counts = self._counts(shape, length)
-        for i, (layer, count) in enumerate(zip(layers, counts, strict=True)):
+        for i, (layer, count) in enumerate(zip(layers, self._counts(shape, length), strict=True)):
             depth = i / max(1, len(layers) - 1)
             on = max(1, math.ceil(layer.num_heads * (1 - (1 - self.heads) * depth) - 1e-9))
             roles[layer.index] = Role("cascade", extra={"share": count / length, "heads": on})
@@ -99,9 +102,8 @@ class SpAtten(Method):
         least = min(length, self.start + self.recent)
         budget = Budget.of(self.budget)
         if budget is None or budget.whole:
-            last = self.last if budget is None else 1.0
-            depths = [i / max(1, layers - 1) for i in range(layers)]
-            return [max(least, int(length * (1 - (1 - last) * depth) + 1e-6)) for depth in depths]
+            gone = (1 - self.last if budget is None else 0.0) / max(1, layers - 1)
+            return [max(least, int(length * (1 - gone * i) + 1e-6)) for i in range(layers)]
         floor = math.ceil((length + (layers - 1) * least) / max(1, layers))
         granted = budget.held_tokens(shape, length, name=self.id, floor=floor, extra=8) * layers
         flat, steep = 0.0, float(length)  # tokens less per layer
@@ -144,9 +146,8 @@ class SpAtten(Method):
         valid, mass = view.valid()[:, 0], ctx.forward.get("mass")
         if mass is None:
             return valid
-        before, lengths = ctx.forward["alive"], view.lengths[:, :1]
-        slot = torch.arange(valid.shape[1], device=valid.device)
-        forced = (slot < self.start) | (slot >= lengths - self.recent)
+        before, slot = ctx.forward["alive"], torch.arange(valid.shape[1], device=valid.device)
+        forced = (slot < self.start) | (slot >= view.lengths[:, :1] - self.recent)
         order = mass.masked_fill(forced, torch.inf).masked_fill(~before, -torch.inf)
         rank = order.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         left = np.array([self._left(ctx.role, int(n)) for n in view.host_lengths[:, 0]])
@@ -178,8 +179,7 @@ class SpAtten(Method):
             last = ctx.forward.get("on", torch.ones_like(before, dtype=torch.bool))
             rank = before.masked_fill(~last, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             on = last & (rank < ctx.role.extra["heads"])
-            size = (out.float().abs().sum(-1) * real.unsqueeze(1)).sum(-1) * on
-            ctx.mine["size"] = ctx.mine.get("size", 0) + size
+            ctx.mine["size"] = ctx.mine.get("size", 0) + (out.float().abs().sum(-1) * real.unsqueeze(1)).sum(-1) * on
             ctx.mine["on"] = on
             ctx.forward["heads"], ctx.forward["on"] = before + ctx.mine["size"], on
         on = ctx.mine.get("on")
