@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given
@@ -57,16 +59,17 @@ def test_a_part_that_saw_nothing_adds_nothing_even_if_it_is_nan(seed: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_parts_of_a_decode_step_in_one_launch(
-    seed: int, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("count", "queries"), [(2, 1), (3, 1), (4, 1), (5, 1), (2, 37), (3, 37), (4, 37)])
+def test_parts_in_one_launch(
+    seed: int, count: int, queries: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a kernel where it serves, which says what is said elsewhere; more parts are merged as ever."""
     pytest.importorskip("triton")
     if not decoding._interpreted():
         pytest.skip("kernels run here in Triton's interpreter")
     torch.manual_seed(seed)
-    outs, lses = torch.randn(count, 2, 3, 1, 20).to(dtype), 8 * torch.randn(count, 2, 3, 1)
+    monkeypatch.setattr(import_module("foveate.attention.triton.merge_parts"), "MANY", 100)  # in tiles from here on
+    outs, lses = torch.randn(count, 2, 3, queries, 20).to(dtype), 8 * torch.randn(count, 2, 3, queries)
     outs[0, 0, 0], lses[0, 0, 0] = torch.nan, -torch.inf
     outs[:, 1], lses[:, 1] = torch.nan, -torch.inf
     parts = [Partial(out, lse) for out, lse in zip(outs, lses, strict=True)]

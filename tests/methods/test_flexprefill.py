@@ -178,13 +178,29 @@ def test_slash_equals_a_loop_over_diagonals() -> None:
     _, slash = probe_lines(rows)
     for head in range(3):
         for distance in range(21):
-            want = sum(float(rows[head, i, 16 + i - distance]) for i in range(5) if 16 + i - distance >= 0) / 5
+            want = sum(float(rows[head, i, 4 + 16 + i - distance]) for i in range(5) if 16 + i - distance >= 0) / 5
             assert float(slash[head, distance]) == pytest.approx(want, abs=1e-6)
 
 
-def test_partial_last_block_is_a_true_mean() -> None:
-    x = torch.randn(2, 19, 4)
-    assert_close(block_mean(x, 8)[:, 2], x[:, 16:].mean(1), 1e-6)
+@pytest.mark.parametrize("k_heads", [1, 2, 6])
+def test_probed_rows_are_those_of_attention(k_heads: int) -> None:
+    q, k = torch.randn(6, 21, 8), torch.randn(k_heads, 21, 8)
+    scores = 0.4 * q[:, -5:] @ k.repeat_interleave(6 // k_heads, dim=0).transpose(1, 2)
+    seen = torch.arange(21) <= torch.arange(16, 21)[:, None]
+    rows = last_rows(q, k, 5, 0.4)
+    assert not rows[..., :4].any() and rows.shape == (6, 5, 25)
+    assert_close(rows[..., 4:], scores.masked_fill(~seen, -torch.inf).softmax(-1), 1e-6)
+    assert_close(probe_lines(rows)[0], rows[..., 4:].mean(1), 1e-6)
+
+
+@pytest.mark.parametrize("n", [5, 8, 16, 19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_are_means_of_what_they_have(n: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, n, 4).to(dtype)
+    means = block_mean(x, 8)
+    assert means.dtype == torch.float32 and means.shape == (2, -(-n // 8), 4)
+    for i, some in enumerate(x.double().split(8, dim=1)):
+        assert_close(means[:, i], some.mean(1), 1e-6)
 
 
 def test_block_count_does_not_depend_on_the_order_of_heads() -> None:

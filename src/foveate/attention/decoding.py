@@ -198,9 +198,9 @@ def held(
 
 
 def merges(parts: Sequence[Partial]) -> bool:
-    """Whether `merged` serves these: a few, of one query per row, that nobody trains through."""
+    """Whether `merged` serves these: a few, that nobody trains through."""
     (out, lse, *_), count = parts[0], len(parts)
-    if not 2 <= count <= 4 or out.dim() != 4 or out.shape[2] != 1 or 0 in out.shape or not serves(out)[0]:
+    if not 2 <= count <= 4 or out.dim() != 4 or 0 in out.shape or not serves(out)[0]:
         return False
     alike = all(p.out.dtype == out.dtype and p.lse.dtype == lse.dtype == torch.float32 for p in parts)
     return alike and not any(x.requires_grad for p in parts for x in (p.out, p.lse))

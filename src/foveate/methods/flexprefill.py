@@ -68,13 +68,11 @@ class FlexPrefill(Method):
         if (lengths <= short).all():
             return ALL
         keys = view.k()
-        group = q.shape[1] // keys.shape[1]
         blocks, q_blocks = self._blocks(keys.shape[2]), self._blocks(q.shape[2])
         active = torch.zeros(q.shape[0], q.shape[1], q_blocks, blocks, dtype=torch.bool, device=q.device)
         for row, (m, n) in enumerate(zip(lengths.tolist(), fresh.tolist(), strict=True)):
             if n:
-                k = keys[row, :, :m].repeat_interleave(group, dim=0)
-                chosen = self._row(q[row, :, :n], k, ctx) if m > short else self._causal(m, n, q.device)
+                chosen = self._row(q[row, :, :n], keys[row, :, :m], ctx) if m > short else self._causal(m, n, q.device)
                 active[row, :, : chosen.shape[-2], : chosen.shape[-1]] = chosen
         return Selection(lists=mask_lists(active), q_block=self.block, k_block=self.block)
 
@@ -90,11 +88,11 @@ class FlexPrefill(Method):
         return torch.arange(self._blocks(m), device=device) <= self._newest(m, n, device)[:, None]
 
     def _row(self, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
-        """Active blocks [H, query blocks, key blocks] of one sequence: q [H, n, D] are the last of k [H, m, D]."""
+        """Active blocks [H, query blocks, key blocks] of one sequence: q [H, n, D] are the last of k [Hk, m, D]."""
         n, m = q.shape[1], k.shape[1]
         rows = min(self.block, n)
         vertical, slash = probe_lines(last_rows(q, k, rows, ctx.scale, ctx.softcap))
-        mean_k = block_mean(k, self.block)
+        mean_k = block_mean(k, self.block).repeat_interleave(q.shape[0] // k.shape[0], dim=0)
         # Means are compared with probabilities, so they pass the softcap that these passed.
         estimate = (q[:, -rows:].float().mean(1, keepdim=True) @ mean_k.transpose(1, 2)).squeeze(1) * ctx.scale
         columns = block_sum(vertical, self.block)

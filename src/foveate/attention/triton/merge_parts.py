@@ -1,4 +1,4 @@
-"""Parts of a decode step's attention over disjoint keys, made one in one launch.
+"""Parts of attention over disjoint keys, made one in one launch.
 
 Source: merging of partial results as in FlashDecoding.
 """
@@ -18,39 +18,48 @@ MOST = 4
 """Parts of one launch."""
 
 
+MANY = 2**15
+"""Rows from which on a program takes several: a prompt has millions, and a program of one row is soon over."""
+
+
 @jit
-def _weighed(part, lse, row, d, anchor, DV: tl.constexpr):
-    """A part by its weight, and that; what weighs nothing may hold anything."""
-    weight = tl.exp(tl.load(lse + row) - anchor)
-    x = tl.load(part + row * DV + d, mask=d < DV, other=0.0).to(tl.float32)
-    return tl.where(weight > 0, x * weight, 0.0), weight
+def _weighed(part, lse, row, keep, anchor, DV: tl.constexpr, D: tl.constexpr):
+    """Rows of a part by their weights, and these; what weighs nothing may hold anything."""
+    d = tl.arange(0, D)
+    weight = tl.exp(tl.load(lse + row, mask=keep, other=float("-inf")) - anchor)
+    x = tl.load(part + row[:, None] * DV + d[None, :], mask=keep[:, None] & (d < DV)[None, :], other=0.0)
+    return tl.where(weight[:, None] > 0, x.to(tl.float32) * weight[:, None], 0.0), weight
 
 
 @jit
 def _merge_parts(
-    a, b, c, e, lse_a, lse_b, lse_c, lse_e, out, lse, COUNT: tl.constexpr, DV: tl.constexpr, D: tl.constexpr
+    a, b, c, e, lse_a, lse_b, lse_c, lse_e, out, lse, rows, T: tl.constexpr, COUNT: tl.constexpr, DV: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
-    top = tl.maximum(tl.load(lse_a + row), tl.load(lse_b + row))
+    row = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    keep = row < rows
+    none = float("-inf")
+    top = tl.maximum(tl.load(lse_a + row, mask=keep, other=none), tl.load(lse_b + row, mask=keep, other=none))
     if COUNT > 2:
-        top = tl.maximum(top, tl.load(lse_c + row))
+        top = tl.maximum(top, tl.load(lse_c + row, mask=keep, other=none))
     if COUNT > 3:
-        top = tl.maximum(top, tl.load(lse_e + row))
-    anchor = tl.where(top == float("-inf"), 0.0, top)
-    value, total = _weighed(a, lse_a, row, d, anchor, DV)
-    x, weight = _weighed(b, lse_b, row, d, anchor, DV)
+        top = tl.maximum(top, tl.load(lse_e + row, mask=keep, other=none))
+    anchor = tl.where(top == none, 0.0, top)
+    value, total = _weighed(a, lse_a, row, keep, anchor, DV, D)
+    x, weight = _weighed(b, lse_b, row, keep, anchor, DV, D)
     value, total = value + x, total + weight
     if COUNT > 2:
-        x, weight = _weighed(c, lse_c, row, d, anchor, DV)
+        x, weight = _weighed(c, lse_c, row, keep, anchor, DV, D)
         value, total = value + x, total + weight
     if COUNT > 3:
-        x, weight = _weighed(e, lse_e, row, d, anchor, DV)
+        x, weight = _weighed(e, lse_e, row, keep, anchor, DV, D)
         value, total = value + x, total + weight
     seen = total > 0
     mass = tl.where(seen, total, 1.0)
-    tl.store(out + row * DV + d, (value / mass).to(out.dtype.element_ty), mask=d < DV)
-    tl.store(lse + row, tl.where(seen, anchor + tl.log(mass), float("-inf")))
+    d = tl.arange(0, D)
+    place = out + row[:, None] * DV + d[None, :]
+    tl.store(place, (value / mass[:, None]).to(out.dtype.element_ty), mask=keep[:, None] & (d < DV)[None, :])
+    tl.store(lse + row, tl.where(seen, anchor + tl.log(mass), none), mask=keep)
 
 
 def merge_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -77,10 +86,11 @@ def merge_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor,
 )
 def _op(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
-    none = MOST - len(outs)
-    _merge_parts[(lse.numel(),)](
-        *outs, *outs[:1] * none, *lses, *lses[:1] * none, out, lse, COUNT=len(outs), DV=out.shape[-1],
-        D=power_of_two(out.shape[-1]), num_warps=1,
+    none, rows, wide = MOST - len(outs), lse.numel(), power_of_two(out.shape[-1])
+    tile = max(1, 2048 // wide) if rows >= MANY else 1
+    _merge_parts[(-(-rows // tile),)](
+        *outs, *outs[:1] * none, *lses, *lses[:1] * none, out, lse, rows, T=tile, COUNT=len(outs), DV=out.shape[-1],
+        D=wide, num_warps=1 if tile == 1 else 4,
     )  # fmt: skip
     return out, lse
 
