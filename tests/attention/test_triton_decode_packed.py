@@ -63,6 +63,25 @@ def test_packed_and_exact_tokens_in_one_pass(seed: int, bits: int, group: int, d
     check(decode_packed(q, keys, values, held, 0.2, 9.0), want, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("bits", "group", "dims"), [((2, 2), 16, (64, 64)), ((4, 2), 32, (128, 64)), ((2, 4), 64, (64, 128))]
+)
+def test_words_of_codes_are_unpacked_at_once(
+    seed: int, bits: tuple[int, int], group: int, dims: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """In float16, whatever the dtype of the queries: no further from the packed numbers than their rounding."""
+    torch.manual_seed(seed)
+    lengths, packed = [420, 64, 130, 1], [384, 64, 128, 0]
+    q, k, v = made(dtype, 2, 16, 1, dims[0], factor=2), made(dtype, 4, 420, dims[0]), made(dtype, 4, 420, dims[1])
+    keys, k_held = side(k, packed, lengths, Quantised(bits[0], group, True, 0, 64), 128)
+    values, v_held = side(v, packed, lengths, Quantised(bits[1], group, False, 64, 1), 128)
+    held = torch.tensor(lengths, dtype=torch.int32)
+    want = truth(q, k_held, v_held, held, scale=0.2, softcap=None)
+    q, held = on(q, held)
+    check(decode_packed(q, keys, values, held, 0.2), want, dtype)
+
+
 def test_packed_refusals(seed: int) -> None:
     torch.manual_seed(seed)
     x, how = made(torch.float32, 2, 40, 64), Quantised(4, 32, True, 0, 32)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.triton.decode import pair_blocks
+from foveate.attention.triton.packed_words import in_order, shuffled, whole_tile
 from foveate.attention.triton.workers import (
     Tuning,
     absorb,
@@ -133,6 +134,7 @@ def _decode(
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     WK: tl.constexpr, WV: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, GROUP_K: tl.constexpr,
     GROUP_V: tl.constexpr, EVEN_K: tl.constexpr, EVEN_V: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    SWIFT: tl.constexpr,
 ):  # fmt: skip
     worker = tl.program_id(0)
     row = tl.arange(0, M)
@@ -155,7 +157,18 @@ def _decode(
             top = tl.full([M], float("-inf"), tl.float32)
             mass = tl.zeros([M], tl.float32)
             acc = tl.zeros([M, WV], tl.float32)
-            for j in tl.range(first, whole):
+            if SWIFT:
+                # In float16, which they and their scales are of; beyond its range there is nothing to lose.
+                most: tl.constexpr = 65504.0
+                swift = tl.maximum(tl.minimum(q0.to(tl.float32) * factor, most), -most).to(tl.float16)
+                swift = shuffled(swift, M, DK, BITS_K)
+                for j in tl.range(first, whole):
+                    k = whole_tile(kc, ks, kz, j * BLOCK, DK, BITS_K, GROUP_K, BLOCK, True)
+                    s = logits(swift, swift, k, k, 1.0, softcap, 0, CAPPED, PRECISION)
+                    v = whole_tile(vc, vs, vz, j * BLOCK, DV, BITS_V, GROUP_V, BLOCK, False)
+                    acc, _, top, mass = absorb(s, v, v, acc, acc, top, mass, 0, PRECISION)
+                acc = in_order(acc, M, DV, BITS_V)
+            for j in tl.range(whole if SWIFT else first, whole):
                 k = _side(kc, ks, kz, kt, pk, length, j * BLOCK, stride_kt, DK, WK, BITS_K, GROUP_K, BLOCK, True,
                           EVEN_K, False)  # fmt: skip
                 s = logits(q0, q1, k, k, factor, softcap, 0, CAPPED, PRECISION)
@@ -195,6 +208,13 @@ def _even(group: int) -> bool:
     return group >= 8 and group == power_of_two(group)
 
 
+def _words(keys: PackedSide, values: PackedSide) -> bool:
+    """Whether codes can be taken a word at a time, and no scale of values ends within one."""
+    sides = (keys, values)
+    whole = all(x.bits in (2, 4) and x.codes.data_ptr() % 4 == x.codes.stride(0) % 4 == 0 for x in sides)
+    return whole and all(x.tail.shape[2] * x.bits % 32 == 0 for x in sides) and values.group * values.bits % 32 == 0
+
+
 def _wide(dim: int) -> int:
     """Channels of a tile. Codes that are unpacked to 16 of them are read wrongly on an H100 (Triton 3.6, every layout,
     2 and 4 bits, all dtypes and groups; right in the interpreter, and on the card with 32)."""
@@ -214,11 +234,14 @@ def run(
     batch, heads, _, k_dim = q.shape
     units, v_dim = lengths.numel(), values.tail.shape[2]
     rows = batch * heads // units
-    layout = layout or Tuning(64 if k_dim <= 128 else 32, 4, 3, 4)
+    swift = q.element_size() == 2 and k_dim <= 128 and _words(keys, values)
+    layout = layout or Tuning(64 if k_dim <= 128 else 32, 4, 3, 3 if swift else 4)
     workers = multiprocessors(q.device) * layout.per_sm
     part, weight = partials(workers + units, rows, v_dim, q.device)
     out, lse = outputs(q, v_dim)
     wide_k, wide_v, wide = _wide(k_dim), _wide(v_dim), power_of_two(units)
+    even_k = layout.block % keys.group == 0 and _even(keys.group)
+    even_v = v_dim == wide_v and _even(values.group)
     _decode[(workers,)](
         q, keys.codes, keys.scale, keys.zero, keys.tail, keys.packed, values.codes, values.scale, values.zero,
         values.tail, values.packed, lengths, part, weight,
@@ -227,9 +250,9 @@ def run(
         values.codes.stride(0), values.scale.stride(0), values.tail.stride(0), values.tail.stride(1),
         R=rows, M=max(16, power_of_two(rows)), BLOCK=layout.block, UNITS=wide, DK=k_dim, DV=v_dim, WK=wide_k,
         WV=wide_v, BITS_K=keys.bits, BITS_V=values.bits, GROUP_K=keys.group, GROUP_V=values.group,
-        EVEN_K=layout.block % keys.group == 0 and _even(keys.group),
-        EVEN_V=v_dim == wide_v and _even(values.group), CAPPED=softcap is not None,
-        PRECISION=precision_of(q.dtype), num_warps=layout.warps, num_stages=layout.stages,
+        EVEN_K=even_k, EVEN_V=even_v, CAPPED=softcap is not None, PRECISION=precision_of(q.dtype),
+        SWIFT=swift and even_k and even_v and k_dim == wide_k, num_warps=layout.warps, num_stages=layout.stages,
+        maxnreg=168 if swift else None,  # three programs side by side; what mixes exact tokens in would take more
     )  # fmt: skip
     # Channels are shared out, so that many programs read few numbers.
     piece = min(16, power_of_two(v_dim))
