@@ -4,6 +4,7 @@ they are recorded."""
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,12 @@ def recordings(name: str, seed: int, count: int = 40, **changes: Any) -> int:
         assert cache.step is not None, cache.unrecorded
     assert_close(got, want, EXACT)
     return len(made)
+
+
+def test_tokens_are_chosen_by_their_codes_in_one_operation(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["a2ats"]
+    monkeypatch.setitem(CASES, "a2ats", replace(case, small={**case.small, "budget": None, "ratio": 0.11}))
+    assert launches("a2ats", seed, monkeypatch) == ["arrive", "choose_by_codes", "decode_lists"]
 
 
 def test_layers_share_what_only_lengths_decide(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +95,13 @@ def test_a_prompt_between_recorded_steps_gets_its_codes(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [("s2-attention", {}), ("hip", {"tokens": 32, "k_block": 4, "refresh": 2})]
+    ("name", "changes"),
+    [
+        ("s2-attention", {}),
+        ("hip", {"tokens": 32, "k_block": 4, "refresh": 2}),
+        ("a2ats", {}),
+        ("a2ats", {"budget": None, "ratio": 0.11}),
+    ],
 )
 def test_kernels_make_the_same_steps(
     name: str, changes: dict[str, Any], seed: int, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,8 @@ def serves(q: Tensor, view: View, ctx: Context) -> bool:
     held, known, mass = view.held, ctx.mine.get("blocks"), ctx.mine.get("mass")
     if held is None or known is None or mass is None or q.shape[2] != 1 or ctx.counts or ctx.phase != "decode":
         return False
+    if not view.in_place:
+        return False
     fits = q.dtype == held.stores.k.dtype and known.shape[3] == q.shape[3] and turned.serves(q, ctx.rope.angles())
     fits = fits and known.shape[1] * len(q) == len(held.stores.k) and recalled.serves(known.shape[2])
     return fits and "entropy" in ctx.mine and "entropy" in ctx.shared and not view.exceeds(mass.shape[1])
