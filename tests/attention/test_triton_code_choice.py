@@ -10,8 +10,8 @@ from tests.attention.test_triton_decode_votes import speeds, turn
 from foveate.attention.angles import Angles
 from foveate.errors import BadArgument
 from foveate.heads.codebooks import Codebook
-from foveate.methods.policies.lists import set_lists
-from foveate.methods.policies.ranks import among_best, code_scores
+from foveate.methods.policies.lists import set_lists, top_lists
+from foveate.methods.policies.ranks import among_best, best_ranks, code_scores
 
 pytest.importorskip("triton")
 
@@ -27,20 +27,23 @@ STEPS = 3
 
 
 @pytest.mark.parametrize(("dtype", "dim", "pairs", "last", "group", "count", "sink", "window"), CASES)
-@pytest.mark.parametrize("wanted", [[7, 60], [0, 1], [2000, 2000]])
+@pytest.mark.parametrize("wanted", [[7, 60], [0, 1], [2000, 2000], 17, 140])
 def test_lists_are_those_of_scores_of_all_tokens(
     seed: int, dtype, dim, pairs, last, group, count, sink, window, wanted
 ) -> None:
-    """Step after step; some codes give the same, and of their tokens the first ones are chosen."""
+    """Step after step; some codes give the same, and of their tokens the first ones are chosen. A number: so many
+    tokens of all heads together, by the best rank that any head gives them."""
     torch.manual_seed(seed)
     ends, capacity, angles = torch.tensor([2200, 38]), 2300, Angles(speeds(pairs), last)
     q, k = made(dtype, STEPS, 2, 2 * group, 1, dim), spoiled(made(dtype, 4, capacity, dim), ends.repeat_interleave(2))
     centroids = torch.randn(2, count, dim)
-    centroids[:, 3] = centroids[:, 1]
+    if not isinstance(wanted, int):
+        centroids[:, 3] = centroids[:, 1]
     book = Codebook(centroids, torch.randn(2, dim, dim).tril() / dim**0.5 + torch.eye(dim))
     codes = torch.randint(0, count, (4, capacity), dtype=torch.int16)
     coded = Coded(*on(codes.clone(), torch.zeros(4, count, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)))
-    width = sink + window + group * min(max(wanted), capacity)
+    each = min(wanted if isinstance(wanted, int) else max(wanted), capacity)
+    width = sink + window + (wanted if isinstance(wanted, int) else group * each)
     for step in range(STEPS):
         lengths = ends - STEPS + 1 + step
         for row, length in enumerate(lengths.tolist()):
@@ -55,11 +58,16 @@ def test_lists_are_those_of_scores_of_all_tokens(
         seen = (slot < lengths[:, None])[:, None, None]
         forced = ((slot < sink) | (slot >= lengths[:, None] - window))[:, None, None]
         scores = code_scores(table, codes.unflatten(0, (2, 2)), seen, forced)
-        best = among_best(
-            scores, min(max(wanted), capacity), torch.tensor(wanted)[:, None, None, None].expand(-1, 2, 1, 1)
-        )
-        want = set_lists(seen & (forced | best), width)[:, :, 0]
-        given = on(q[step], k, lengths.int().repeat_interleave(2), torch.tensor(wanted, dtype=torch.int32))
+        if isinstance(wanted, int):
+            least = best_ranks(scores, each)
+            value = torch.where(least < capacity, -least.float(), -torch.inf).masked_fill(forced & seen, torch.inf)
+            want, asked = top_lists(value, width)[:, :, 0], wanted
+        else:
+            asked = torch.tensor(wanted, dtype=torch.int32)
+            counts = asked[:, None, None, None].expand(-1, 2, 1, 1)
+            want = set_lists(seen & (forced | among_best(scores, each, counts)), width)[:, :, 0]
+            (asked,) = on(asked)
+        given = *on(q[step], k, lengths.int().repeat_interleave(2)), asked
         some = Book(*on(book.centroids, *book.metric))
         where = {"distance": 40, "sink": sink, "window": window, "width": width}
         lists, counts = (x.cpu() for x in choose_by_codes(*given, some, coded, angles, **where))

@@ -4,7 +4,6 @@ they are recorded."""
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,8 +34,6 @@ def recordings(name: str, seed: int, count: int = 40, **changes: Any) -> int:
 
 
 def test_tokens_are_chosen_by_their_codes_in_one_operation(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES["a2ats"]
-    monkeypatch.setitem(CASES, "a2ats", replace(case, small={**case.small, "budget": None, "ratio": 0.11}))
     assert launches("a2ats", seed, monkeypatch) == ["arrive", "choose_by_codes", "decode_lists"]
 
 

@@ -116,11 +116,10 @@ class A2ATS(Method):
         most = ctx.role.extra["most"]
         if most == UNBOUNDED or not view.exceeds(self.sink + self.window):
             return ALL
-        if most is None:
-            where = {"distance": self.distance, "sink": self.sink, "window": self.window, "ratio": self.ratio}
-            chosen = chosen_by_codes(self.id, q, view, ctx, **where)
-            if chosen is not None:
-                return chosen
+        where = {"distance": self.distance, "sink": self.sink, "window": self.window}
+        chosen = chosen_by_codes(self.id, q, view, ctx, **where, ratio=self.ratio, most=most)
+        if chosen is not None:
+            return chosen
         codes, (own, last, seen, forced) = codes_of(self.id, q, view, ctx), places(q, view, ctx, self.sink, self.window)
         stores, capacity = codes.shape[1:]
         turned = at_position(q, own, self.distance, ctx.rope).float().unflatten(1, (stores, -1))

@@ -133,19 +133,43 @@ def _look_up(
     tl.store(which + pair * tiles + tile, tl.min(tl.where(away == least, x, count), 0))
 
 
-@jit(do_not_specialize=["sink", "window"])
+@jit(do_not_specialize=["sink", "window", "room", "most"])
+def _widen(first, counts, lengths, wanted, sink, window, room, most, count, N: tl.constexpr):
+    """How many of its best tokens each query head of a pair may choose, `most` at most, so that all of them together
+    have room; `first` [P, X]: the best rank that any head gives a token of each code."""
+    pair = tl.program_id(0).to(tl.int64)
+    x = tl.arange(0, N)
+    some = tl.load(counts + pair * count + x, mask=x < count, other=0)
+    rank = tl.load(first + pair * count + x, mask=x < count, other=0).to(tl.int32)
+    room -= tl.minimum(tl.load(lengths + pair), sink + window)
+    low, high = 0 * room, most + 1 + 0 * room
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = tl.sum(tl.minimum(tl.maximum(middle - rank, 0), some), 0) <= room
+        low, high = tl.where(fits, middle, low), tl.where(fits, high, middle)
+    tl.store(wanted + pair, low)
+
+
+@jit(do_not_specialize=["sink", "window", "most"])
 def _reach(
-    table, counts, wanted, near, which, lengths, codes, marks, cuts, sink, window, count, tiles, stride_c, stride_ct,
-    STORES: tl.constexpr, R: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    table, counts, wanted, near, which, lengths, codes, marks, cuts, nexts, most, sink, window, count, tiles, stride_c,
+    stride_ct, STORES: tl.constexpr, R: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    NEXT: tl.constexpr,
 ):  # fmt: skip
-    """Mark the codes whose tokens a query head chooses, all of them (1) or those in front of its cut (2)."""
+    """Mark the codes whose tokens a query head chooses, all of them (1) or those in front of its cut (2). NEXT: one
+    token more, if it wants fewer than `most`, and which that is."""
     head = tl.program_id(0).to(tl.int64)
     pair = head // R
     x = tl.arange(0, N)
     some = tl.load(counts + pair * count + x, mask=x < count, other=0)
     key = ordered(tl.load(table + head * count + x, mask=x < count, other=float("-inf")))
     key = tl.where(some > 0, key, -0x7F800001)
-    need = tl.minimum(tl.load(wanted + pair // STORES), tl.sum(some, 0))
+    if NEXT:
+        asked = tl.load(wanted + pair) + 1
+        need = tl.minimum(tl.minimum(asked, most), tl.sum(some, 0))
+        more = need == asked
+    else:
+        need = tl.minimum(tl.load(wanted + pair // STORES), tl.sum(some, 0))
     # As in `topk`: low is reached by so many tokens as are needed, high by fewer.
     low = tl.min(tl.where(some > 0, key, 0x7F800000), 0)
     high = tl.max(key, 0) + 1
@@ -161,6 +185,9 @@ def _reach(
         gap = tl.where(reach_two >= need, gap - third - third, third)
         low = tl.where(reach_two >= need, two, tl.where(reach_one >= need, one, low))
         reached = tl.where(reach_two >= need, reach_two, tl.where(reach_one >= need, reach_one, reached))
+    if NEXT:  # the last one is looked for even where all of its code are chosen
+        low = tl.min(tl.where((key >= low) & (some > 0), key, 0x7F800000), 0)
+        reached = tl.where(more, need + 1, reached)
     tie = (key == low) & (reached > need) & (some > 0)
     sure = (key >= low) & (tie == 0) & (some > 0) & (need > 0)
     tl.store(marks + head * count + x, tl.where(sure, 1, tl.where(tie, 2, 0)).to(tl.int8), mask=x < count)
@@ -182,6 +209,8 @@ def _reach(
             going -= found
             first += BLOCK
     tl.store(cuts + head, cut)
+    if NEXT:
+        tl.store(nexts + head, tl.where(more, cut - 1, -1))
     if head % R == 0:
         tile = tl.arange(0, WIDE)
         away = tl.load(near + pair * tiles + tile, mask=tile < tiles, other=float("inf"))
@@ -192,10 +221,12 @@ def _reach(
 
 @jit(do_not_specialize=["sink", "window", "width", "pieces"])
 def _list(
-    marks, cuts, lengths, codes, numbers, lists, totals, sink, window, count, width, pieces, stride_c, stride_ct,
-    R: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, LAST: tl.constexpr,
+    marks, cuts, nexts, opens, lengths, codes, numbers, lists, totals, sink, window, count, width, pieces, stride_c,
+    stride_ct, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, LAST: tl.constexpr,
+    NEXT: tl.constexpr,
 ):  # fmt: skip
-    """How many tokens of a piece are read; LAST: which, behind those of the pieces before."""
+    """How many tokens of a piece are read; LAST: which, behind those of the pieces before. NEXT: the one token more of
+    each head only if there is room, the first of these first."""
     pair, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = piece * BLOCK + tl.arange(0, BLOCK)
     length = tl.load(lengths + pair)
@@ -205,12 +236,29 @@ def _list(
     read = (slot < length) & (between == 0)
     for g in range(R):
         mark = tl.load(marks + (pair * R + g) * count + code, mask=code >= 0, other=0)
-        read = read | (mark == 1) | ((mark == 2) & (slot < tl.load(cuts + pair * R + g)))
+        mine = (mark == 1) | ((mark == 2) & (slot < tl.load(cuts + pair * R + g)))
+        if NEXT:
+            mine = mine & (slot != tl.load(nexts + pair * R + g))
+        read = read | mine
     if LAST:
         n = tl.arange(0, PIECES)
         some = tl.load(numbers + pair * pieces + n, mask=n < pieces, other=0)
         total = tl.sum(some, 0)
-        at = tl.sum(tl.where(n < piece, some, 0), 0) + tl.cumsum(read.to(tl.int32), 0) - 1
+        before = tl.sum(tl.where(n < piece, some, 0), 0)
+        if NEXT:
+            # Tokens that are next for some head and read for none, each once, in their order.
+            g = tl.arange(0, M)
+            slots = tl.load(nexts + pair * R + g, mask=g < R, other=-1)
+            opened = (tl.load(opens + pair * R + g, mask=g < R, other=0) > 0) & (slots >= 0)
+            same = (slots[:, None] == slots[None, :]) & (g[:, None] > g[None, :]) & opened[None, :]
+            opened = opened & (tl.sum(same.to(tl.int32), 1) == 0)
+            ahead = tl.sum(((slots[:, None] > slots[None, :]) & opened[None, :]).to(tl.int32), 1)
+            taken = opened & (ahead < width - total)
+            total += tl.sum(taken.to(tl.int32), 0)
+            before += tl.sum((taken & (slots < piece * BLOCK)).to(tl.int32), 0)
+            for i in range(R):
+                read = read | (slot == tl.sum(tl.where((g == i) & taken, slots + 1, 0), 0) - 1)
+        at = before + tl.cumsum(read.to(tl.int32), 0) - 1
         tl.store(lists + pair * width + at, slot, mask=read & (at < width))
         for first in range(total + piece * BLOCK, width, pieces * BLOCK):
             behind = first + tl.arange(0, BLOCK)
@@ -218,13 +266,19 @@ def _list(
         tl.store(totals + pair + slot * 0, tl.minimum(total, width), mask=(slot == 0) & (piece == 0))
     else:
         tl.store(numbers + pair * pieces + piece, tl.sum(read.to(tl.int32), 0))
+        if NEXT:
+            for g in range(R):
+                next_slot = tl.load(nexts + pair * R + g)
+                free = tl.sum(((slot == next_slot) & (read == 0)).to(tl.int32), 0)
+                inside = (next_slot // BLOCK == piece) & (next_slot >= 0)
+                tl.store(opens + pair * R + g + slot * 0, free, mask=inside & (slot == piece * BLOCK))
 
 
 def choose_by_codes(
     q: Tensor,
     k: Tensor,
     lengths: Tensor,
-    wanted: Tensor,
+    wanted: Tensor | int,
     book: Book,
     coded: Coded,
     angles: Angles,
@@ -241,7 +295,9 @@ def choose_by_codes(
         q: [B, H, 1, D], standing at lengths - 1.
         k: [P, C, D], adjacent channels; the key in slot p was turned by p.
         lengths: int32 [P], the same for all heads of a row.
-        wanted: int32 [B], the best of each head; of equal ones the first.
+        wanted: int32 [B], the best of each head; of equal ones the first. An int: so many at most, alike for all heads
+            of a store head, as fit into `width` together, and of one more for each the first ones that fit. How many
+            fit is reckoned as if codes that score alike stood in some order.
         coded: changed in place; codes of all tokens but the newest.
         angles: by how much queries and keys are turned at each position.
         distance: where centroids stand when they are scored.
@@ -263,26 +319,28 @@ def choose_by_codes(
     if not fits or not kinds or not coded.counts.is_contiguous() or not coded.counted.is_contiguous():
         given = f"{tuple(coded.codes.shape)}, counts {tuple(coded.counts.shape)}, counted {tuple(coded.counted.shape)}"
         raise BadArgument("coded", given, f"give int16 [{pairs}, C] and contiguous int32 [{pairs}, {count}], [{pairs}]")
-    if lengths.shape != (pairs,) or wanted.shape != (batch,) or {lengths.dtype, wanted.dtype} != {torch.int32}:
-        given = f"lengths {tuple(lengths.shape)}, wanted {tuple(wanted.shape)}"
+    most, some = (wanted, None) if isinstance(wanted, int) else (0, wanted.contiguous())
+    fits = some is None or (some.shape == (batch,) and some.dtype == torch.int32)
+    if lengths.shape != (pairs,) or lengths.dtype != torch.int32 or not fits:
+        given = f"lengths {tuple(lengths.shape)}, wanted {None if some is None else tuple(some.shape)}"
         raise BadArgument("lengths", given, f"give int32 [{pairs}] and [{batch}]")
     speed = angles.frequencies.to(q.device).float().contiguous()
     given = (*(x.contiguous() for x in book), *coded, speed, angles.last)
-    return _op(q.contiguous(), k, lengths.contiguous(), wanted.contiguous(), *given, distance, sink, window, width)
+    return _op(q.contiguous(), k, lengths.contiguous(), some, *given, distance, sink, window, width, most)
 
 
 @torch.library.custom_op(
     "foveate::choose_by_codes",
     mutates_args=("codes", "counts", "counted"),
-    schema="(Tensor q, Tensor k, Tensor lengths, Tensor wanted, Tensor centroids, Tensor metric, Tensor sizes, "
+    schema="(Tensor q, Tensor k, Tensor lengths, Tensor? wanted, Tensor centroids, Tensor metric, Tensor sizes, "
     "Tensor(a!) codes, Tensor(b!) counts, Tensor(c!) counted, Tensor frequencies, bool last, SymInt distance, "
-    "SymInt sink, SymInt window, SymInt width) -> (Tensor, Tensor)",
+    "SymInt sink, SymInt window, SymInt width, SymInt most) -> (Tensor, Tensor)",
 )
 def _op(
     q: Tensor,
     k: Tensor,
     lengths: Tensor,
-    wanted: Tensor,
+    wanted: Tensor | None,
     centroids: Tensor,
     metric: Tensor,
     sizes: Tensor,
@@ -295,6 +353,7 @@ def _op(
     sink: int,
     window: int,
     width: int,
+    most: int,
 ) -> tuple[Tensor, Tensor]:
     (batch, heads, _, dim), pairs, device = q.shape, len(k), q.device
     stores, count, capacity = pairs // batch, centroids.shape[1], codes.shape[1]
@@ -308,7 +367,8 @@ def _op(
         for shape in ((pairs, tiles), (pairs, pieces), (batch, stores), (batch, stores, width))
     )
     marks = torch.empty(batch * heads, count, dtype=torch.int8, device=device)
-    cuts = torch.empty(batch * heads, dtype=torch.int32, device=device)
+    cuts, nexts, opens = torch.empty(3, batch * heads, dtype=torch.int32, device=device).unbind(0)
+    filled = wanted is None
     layout = channels(dim, frequencies.numel(), last)
     _prepare[(pairs, -(-dim // TILE))](
         q, k, lengths, frequencies, metric, codes, counts, counted, rows, seen, distance, sink, window, count,
@@ -319,15 +379,24 @@ def _op(
         rows, seen, centroids, sizes, table, near, which, count, tiles, STORES=stores, R=group, TILE=TILE, DK=dim,
         DP=power_of_two(dim), num_warps=4,
     )  # fmt: skip
+    if wanted is None:
+        order = table.view(pairs, group, count).sort(dim=-1, descending=True).indices
+        there = counts.unsqueeze(1).expand(-1, group, -1).gather(-1, order)
+        first = torch.empty_like(order).scatter_(-1, order, there.cumsum(-1) - there).amin(1)
+        wanted = torch.empty(pairs, dtype=torch.int32, device=device)
+        _widen[(pairs,)](
+            first, counts, lengths, wanted, sink, window, width, most, count, N=power_of_two(count), num_warps=8
+        )
     _reach[(batch * heads,)](
-        table, counts, wanted, near, which, lengths, codes, marks, cuts, sink, window, count, tiles, codes.stride(0),
-        codes.stride(1), STORES=stores, R=group, N=power_of_two(count), WIDE=power_of_two(tiles),
-        BLOCK=min(AT_ONCE, max(1024, power_of_two(capacity))), num_warps=16,
+        table, counts, wanted, near, which, lengths, codes, marks, cuts, nexts, most, sink, window, count, tiles,
+        codes.stride(0), codes.stride(1), STORES=stores, R=group, N=power_of_two(count), WIDE=power_of_two(tiles),
+        BLOCK=min(AT_ONCE, max(1024, power_of_two(capacity))), NEXT=filled, num_warps=16,
     )  # fmt: skip
     for done in (False, True):
         _list[(pairs, pieces)](
-            marks, cuts, lengths, codes, numbers, lists, totals, sink, window, count, width, pieces, codes.stride(0),
-            codes.stride(1), R=group, BLOCK=PIECE, PIECES=power_of_two(pieces), LAST=done, num_warps=4,
+            marks, cuts, nexts, opens, lengths, codes, numbers, lists, totals, sink, window, count, width, pieces,
+            codes.stride(0), codes.stride(1), R=group, M=power_of_two(group), BLOCK=PIECE, PIECES=power_of_two(pieces),
+            LAST=done, NEXT=filled, num_warps=4,
         )  # fmt: skip
     return lists, totals
 
@@ -335,5 +404,5 @@ def _op(
 @_op.register_fake
 def _(q: Tensor, k: Tensor, lengths: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     stores = len(k) // len(q)
-    lists = lengths.new_empty(len(q), stores, others[-1])  # type: ignore[call-overload]
+    lists = lengths.new_empty(len(q), stores, others[-2])  # type: ignore[call-overload]
     return lists, lengths.new_empty(len(q), stores)

@@ -96,10 +96,12 @@ def codes_of(name: str, q: Tensor, view: View, ctx: Context) -> Tensor:
 
 
 def chosen_by_codes(
-    name: str, q: Tensor, view: View, ctx: Context, *, distance: int, sink: int, window: int, ratio: float
-) -> Selection | None:
+    name: str, q: Tensor, view: View, ctx: Context, *, distance: int, sink: int, window: int, ratio: float,
+    most: int | None,
+) -> Selection | None:  # fmt: skip
     """The first and the newest tokens and those of the best codes for any query head of a group, a share of all tokens
-    for each head, in a few launches: of a recorded step of tokens that have codes; None elsewhere."""
+    for each head, or those with the best ranks, `most` together, in a few launches: of a recorded step of tokens that
+    have codes; None elsewhere."""
     held, angles = view.held, ctx.rope.angles()
     if held is None or not view.in_place or q.shape[2] != 1 or "counts" not in ctx.mine:
         return None
@@ -107,12 +109,12 @@ def chosen_by_codes(
     module, group = import_module("foveate.attention.triton.code_choice"), q.shape[1] * len(q) // len(k)
     if q.dtype != k.dtype or book.centroids.shape[1] > module.MOST or not turned.serves(q, angles):
         return None
-    wanted = ctx.forward.get("wanted")
+    wanted = ctx.forward.get("wanted") if most is None else min(most, view.capacity)
     if wanted is None:  # all layers hold the same tokens
         lengths = held.stores.lengths.view(len(q), -1)[:, 0]
         ctx.forward["wanted"] = wanted = (lengths.double() * ratio + 1e-9).int()
     coded = module.Coded(codes, ctx.mine["counts"].flatten(0, 1), ctx.mine["counted"].flatten())
-    width = sink + window + group * int(view.capacity * ratio + 1e-9)
+    width = sink + window + (group * int(view.capacity * ratio + 1e-9) if most is None else most)
     where = {"distance": distance, "sink": sink, "window": window, "width": width}
     given = (held.stores.lengths, wanted, module.Book(book.centroids, *book.metric), coded, angles)
     lists, counts = module.choose_by_codes(q, k, *given, **where)
