@@ -111,10 +111,14 @@ def test_what_pages_weigh(seed: int, heads: int, page: int, recent: int) -> None
     assert_close(got[got.isfinite()], want[want.isfinite()], bound(torch.float32))
 
 
+WORDS = [(torch.float32, torch.int32), (torch.bfloat16, torch.int16)]
+"""Types of tags, of 4 bytes and of 2."""
+
+
 class Held:
     """Four pairs of two rows in one band or two, with a tag of two numbers and one of whole numbers."""
 
-    def __init__(self, split: bool) -> None:
+    def __init__(self, split: bool, words: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.int32)) -> None:
         numbers = [[2, 0], [1, 3]] if split else [[0, 1, 2, 3]]
         self.sizes = [len(x) for x in numbers]
         self.pairs = [torch.tensor(x) for x in numbers]
@@ -126,8 +130,8 @@ class Held:
                 "k": torch.randn(n, c, 40),
                 "v": torch.randn(n, c, 24),
                 "positions": torch.stack([torch.randperm(c) for _ in range(n)]).int(),
-                "pair": torch.randn(n, c, 2),
-                "whole": torch.randint(0, 99, (n, c, 1), dtype=torch.int32),
+                "pair": torch.randn(n, c, 2).to(words[0]),
+                "whole": torch.randint(0, 99, (n, c, 1), dtype=words[1]),
             }
             for n, c in zip(self.sizes, capacity, strict=True)
         ]
@@ -151,10 +155,12 @@ class Held:
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("newest", [False, True])
-def test_the_least_free_token_goes_and_the_newest_takes_its_slot(seed: int, split: bool, newest: bool) -> None:
+@pytest.mark.parametrize(
+    ("newest", "words"), [(False, WORDS[0]), (True, WORDS[0]), (False, WORDS[1])], ids=["", "newest", "short words"]
+)
+def test_the_least_free_token_goes_and_the_newest_takes_its_slot(seed: int, split: bool, newest: bool, words) -> None:
     torch.manual_seed(seed)
-    held = Held(split)
+    held = Held(split, words)
     scores = torch.randn(2, 2, held.capacity).mul(8).round()  # ties
     recent, sink = torch.tensor([200, 150]), 3
     for unit, (pair, before, _, i) in enumerate(held.each()):  # those next to the free ones are the least of all
@@ -184,9 +190,10 @@ def test_where_all_is_guarded_the_first_slot_goes(seed: int) -> None:
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_tags_of_a_token_that_arrives_are_filled(seed: int, split: bool) -> None:
+@pytest.mark.parametrize("words", WORDS, ids=str)
+def test_tags_of_a_token_that_arrives_are_filled(seed: int, split: bool, words) -> None:
     torch.manual_seed(seed)
-    held = Held(split)
+    held = Held(split, words)
     arrive(torch.randn(2, 2, 1, 40, device=DEVICE), torch.randn(2, 2, 1, 24, device=DEVICE), held.stores, held.counters)
     for unit, (_, before, now, i) in enumerate(held.each()):
         for name, fill in (("pair", 0.5), ("whole", 7)):
@@ -203,4 +210,5 @@ def test_what_cannot_be_served() -> None:
         decode_scored(torch.zeros(2, 2, 2, 40, device=DEVICE), held.stores, 1300, 1.0)
     with pytest.raises(BadArgument, match="power of two"):
         page_weights(torch.zeros(1, 2, 1, 24), torch.zeros(1, dtype=torch.int32), 12, 1)
-    assert tags_of([[(torch.zeros(1, 2, 1, dtype=torch.bfloat16), 0.0)]]) is None
+    assert tags_of([[(torch.zeros(1, 2, 1, dtype=torch.int8), 0.0)]]) is None
+    assert tags_of([[(torch.zeros(1, 2, 1, dtype=x), 0.0) for x in (torch.int16, torch.int32)]]) is None

@@ -101,6 +101,7 @@ def launches(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]
         ("delta-attention", ["arrive", "decode_lists"]),
         ("kvtc", ["arrive_packed", "decode_coded"]),
         ("lycheedecode", ["arrive", "listed"]),
+        ("actqkv", ["arrive", "block_cosines", "recall_blocks", "decode_recalled", "settle_recall"]),
         ("recycled-attention", ["arrive", "listed", "replace_least"]),
         (
             "tokenselect",

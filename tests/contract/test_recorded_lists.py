@@ -33,6 +33,10 @@ def recordings(name: str, seed: int, count: int = 40, **changes: Any) -> int:
     return len(made)
 
 
+def test_tokens_are_chosen_by_their_codes_in_one_operation(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launches("a2ats", seed, monkeypatch) == ["arrive", "choose_by_codes", "decode_lists"]
+
+
 def test_layers_share_what_only_lengths_decide(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second layer takes its token in and reads."""
     assert launches("s2-attention", seed, monkeypatch) == ["arrive", "decode_lists"]
@@ -88,7 +92,13 @@ def test_a_prompt_between_recorded_steps_gets_its_codes(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [("s2-attention", {}), ("hip", {"tokens": 32, "k_block": 4, "refresh": 2})]
+    ("name", "changes"),
+    [
+        ("s2-attention", {}),
+        ("hip", {"tokens": 32, "k_block": 4, "refresh": 2}),
+        ("a2ats", {}),
+        ("a2ats", {"budget": None, "ratio": 0.11}),
+    ],
 )
 def test_kernels_make_the_same_steps(
     name: str, changes: dict[str, Any], seed: int, monkeypatch: pytest.MonkeyPatch
@@ -106,3 +116,25 @@ def test_kernels_make_the_same_steps(
             cache, got = steps(net, handle, ids, None, new)
         assert cache.step is not None
     assert_close(got, want, EXACT)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
+def test_recalled_blocks_are_those_of_an_ordinary_step(family: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, in steps that complete blocks and others, behind full histories: what is left of the
+    blocks is handed from layer to layer."""
+    pytest.importorskip("triton")
+    if not decoding._interpreted():
+        pytest.skip("kernels run here in Triton's interpreter")
+    net, case = model(family, 2), CASES["actqkv"]
+    ids, new = tokens(seed, 61).unsqueeze(0), tokens(seed + 2, 5).unsqueeze(0)
+    with applied(net, case, case.method(history=2)) as handle:
+        eager, want = steps(net, handle, ids, None, new)
+        monkeypatch.setattr(decoding, "serves", lambda q, forced=False: (True, ""))
+        with recording(net, handle, by=captured.record):
+            cache, got = steps(net, handle, ids, None, new)
+        assert cache.step is not None
+    assert_close(got, want, EXACT)
+    for mine, other in zip(cache.couriers(), eager.couriers(), strict=True):
+        for name, x in other.mine["actqkv"].items():
+            assert_close(mine.mine["actqkv"][name], x, EXACT)
+    assert_close(cache.shared["actqkv"]["entropy"], eager.shared["actqkv"]["entropy"], EXACT)

@@ -47,11 +47,11 @@ class Codebook:
 
     def codes(self, keys: Tensor) -> Tensor:
         """The nearest centroid of each key [..., n, D] as queries see it, int64 [..., n]; ties go to the first."""
-        seen, sizes = self._metric
+        seen, sizes = self.metric
         return nearest(keys @ seen, self.centroids, sizes)
 
     @cached_property
-    def _metric(self) -> tuple[Tensor, Tensor]:
+    def metric(self) -> tuple[Tensor, Tensor]:
         """L L^T, and ||c L||^2 of each centroid."""
         return self.lower @ self.lower.mT, (self.centroids @ self.lower).square().sum(-1)
 

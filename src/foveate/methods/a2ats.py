@@ -22,7 +22,7 @@ from foveate.methods.budget import Budget
 from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.lists import set_lists, top_lists
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
-from foveate.methods.policies.ranks import among_best, best_ranks, code_scores, codes_of, places
+from foveate.methods.policies.ranks import among_best, best_ranks, chosen_by_codes, code_scores, codes_of, places
 from foveate.methods.profile import fingerprint, made_up
 from foveate.models.shape import LayerShape, ModelShape
 
@@ -116,6 +116,10 @@ class A2ATS(Method):
         most = ctx.role.extra["most"]
         if most == UNBOUNDED or not view.exceeds(self.sink + self.window):
             return ALL
+        where = {"distance": self.distance, "sink": self.sink, "window": self.window}
+        chosen = chosen_by_codes(self.id, q, view, ctx, **where, ratio=self.ratio, most=most)
+        if chosen is not None:
+            return chosen
         codes, (own, last, seen, forced) = codes_of(self.id, q, view, ctx), places(q, view, ctx, self.sink, self.window)
         stores, capacity = codes.shape[1:]
         turned = at_position(q, own, self.distance, ctx.rope).float().unflatten(1, (stores, -1))

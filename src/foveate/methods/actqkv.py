@@ -11,16 +11,25 @@ import torch
 from torch import Tensor
 
 from foveate.attention import ALL, Frame, Partial, Parts, Selection
+from foveate.attention.recalled import Borders, Share
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register, tries
 from foveate.methods.budget import Budget
+from foveate.methods.policies import recalled
 from foveate.methods.policies.complete import completes, room
 from foveate.methods.policies.lists import top_lists
 from foveate.methods.policies.mass import listed_mass
 from foveate.methods.policies.outliers import piece_probes
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
-from foveate.methods.policies.recall import BlocksAt, cosines, first_tokens, known_blocks, normalised_entropy, taken
+from foveate.methods.policies.recall import (
+    cosines,
+    first_tokens,
+    known_blocks,
+    newest_tokens,
+    normalised_entropy,
+    taken,
+)
 from foveate.models.shape import ModelShape
 
 
@@ -100,8 +109,14 @@ class ActQKV(Method):
         return [Role("recall", extra={"topk": topk, "place": place.get(i)}) for i in range(len(shape.layers))]
 
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
-        if ctx.role.extra["topk"] == UNBOUNDED:
+        if (topk := ctx.role.extra["topk"]) == UNBOUNDED:
             return ALL
+        # Without first tokens there is nothing to read behind the newest until a block is ready.
+        far = view.exceeds(self.local + (0 if self.init else max(0, self.block - 2)))
+        if far and recalled.serves(q, view, ctx):
+            number, layers = ctx.role.extra["place"]
+            share = Share(number, topk * layers, min(self.least, topk), 2 * topk)
+            return recalled.step(q, view, ctx, self._borders, share)
         per = self.chunk if ctx.phase == "prompt" else 1
         single = q.shape[2] == per == 1
         key = f"places {q.device}"
@@ -110,7 +125,9 @@ class ActQKV(Method):
             first = view.lengths[:, :1].long() - view.fresh[:, None]
             starts = first + torch.arange(0, q.shape[2], per, device=q.device)  # [B, pieces]
             sinks = first_tokens(starts, self.init, self.local)
-            places = first, starts, self._near(starts, per, view), sinks, self._ready(starts)
+            ready = self._borders.ready(starts)
+            near = newest_tokens(starts, ready, per, view, self._borders)
+            places = first, starts, near, sinks, ready
             if single:  # all layers hold the same tokens
                 ctx.forward[key] = places
         first, starts, near, sinks, ready = places
@@ -124,9 +141,9 @@ class ActQKV(Method):
             mass = listed_mass(q, view, near, held.lse, ctx, room(view.capacity, 1))
             if before is not None:
                 mass[:, : before.shape[1]] += before
-        state = {"mass": mass, "blocks": self._blocks(view, mass, ctx, single)}
-        # Without first tokens there is nothing to read behind the newest until a block is ready.
-        if not view.exceeds(self.local + (0 if self.init else max(0, self.block - 2))):
+        known, count = ctx.mine.get("blocks"), self.representatives
+        state = {"mass": mass, "blocks": known_blocks(known, view, mass, count, self._borders, ctx, single=single)}
+        if not far:
             ctx.forward[f"step {ctx.layer}"] = state, None, None
             return local
         raw = at_position(q, first + torch.arange(q.shape[2], device=q.device), self.local, ctx.rope)
@@ -141,14 +158,15 @@ class ActQKV(Method):
 
     def completes(self, seen: np.ndarray) -> bool:
         """The next block stands behind the newest tokens."""
-        return completes(seen, self.block, self._ahead)
+        return completes(seen, self.block, self._borders.ahead)
 
     @property
-    def _ahead(self) -> int:
-        """Tokens of a text that belong to no block that is ready."""
-        return self.init + self.local - 1
+    def _borders(self) -> Borders:
+        return Borders(self.init, self.local, self.block)
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
+        if recalled.settled(view, ctx, self._borders, self.representatives):
+            return
         nothing: Any = ({}, None, None)
         state, entropy, left = ctx.forward.pop(f"step {ctx.layer}", nothing)
         ctx.mine.update(state)
@@ -162,22 +180,6 @@ class ActQKV(Method):
         means = ctx.shared.get("entropy", past.new_full((len(q), layers), -1.0)).clone()
         means[:, number] = torch.where((past < 0).any(1), -1.0, past.mean(1))  # -1 until the history is full
         ctx.mine["entropy"], ctx.shared["entropy"] = past, means
-
-    def _ready(self, end: Tensor) -> Tensor:
-        """Blocks that lie behind the newest tokens of a piece whose first query stands at `end`."""
-        return ((torch.as_tensor(end) - self.local + 1 - self.init) // self.block).clamp_min(0)
-
-    def _near(self, starts: Tensor, per: int, view: View) -> Selection:
-        """The newest tokens of each piece: from where its blocks, or the first tokens, end."""
-        gone = (starts - self.local + 1).clamp_min(0)
-        edge = torch.minimum(gone, self.init + self._ready(starts) * self.block)
-        slots = edge.unsqueeze(-1) + torch.arange(self.local + self.block + per - 2, device=edge.device)
-        ends = torch.minimum(starts + per, view.lengths[:, :1]).unsqueeze(-1)
-        return Selection(lists=torch.where(slots < ends, slots, -1).to(torch.int32).unsqueeze(1), q_block=per)
-
-    def _blocks(self, view: View, mass: Tensor, ctx: Context, single: bool) -> Tensor:
-        where = BlocksAt(self.block, self.init, self._ahead)
-        return known_blocks(ctx.mine.get("blocks"), view, mass, self.representatives, where, ctx, single=single)
 
     def _recall(
         self, probes: Tensor, blocks: Tensor, starts: Tensor, ready: Tensor, view: View, ctx: Context

@@ -13,16 +13,20 @@ from torch import Tensor
 from foveate.attention.triton.decode import Stores, places
 from foveate.attention.triton.workers import jit, power_of_two
 
+_WORDS = {4: torch.int32, 2: torch.int16}
+"""What tags of so many bytes are moved as."""
+
 
 @dataclass(frozen=True)
 class Tags:
-    """Values per slot besides keys, values and positions, as words of 4 bytes: W of them for each of P pairs.
+    """Values per slot besides keys, values and positions, as words of 4 bytes or all of 2: W of them for each of P
+    pairs.
 
     Args:
-        base: int32, any of them.
+        base: int32 or int16, any of them.
         start: int64 [W, P], where a word of slot 0 lies, in words from the first of `base`.
         step: int64 [W, P], words from one slot to the next.
-        fill: int32 [W], of a token that just arrived.
+        fill: [W], of a token that just arrived, like `base`.
     """
 
     base: Tensor
@@ -216,20 +220,22 @@ def reached(parts: Sequence[Tensor | None], sizes: Sequence[int], device: torch.
 
 def tags_of(bands: Sequence[Sequence[tuple[Tensor, float]]]) -> Tags | None:
     """What the bands hold of each token besides, by band and name the values [P, C, width] and what fills them; None
-    if there is nothing, or it does not come in words of 4 bytes."""
+    if there is nothing, or it does not come in words of 4 or of 2 bytes."""
     flat = [x for band in bands for x, _ in band]
-    if not flat or any(x.element_size() != 4 or x.is_complex() for x in flat):
+    sizes = {x.element_size() for x in flat}
+    if len(sizes) != 1 or not sizes <= _WORDS.keys() or any(x.is_complex() for x in flat):
         return None
-    base, starts, steps, fills = flat[0].view(torch.int32), [], [], []
+    (size,) = sizes
+    base, starts, steps, fills = flat[0].view(_WORDS[size]), [], [], []
     for band in bands:
         begin, step = [], []
         for x, _ in band:
-            away = (x.data_ptr() - base.data_ptr()) // 4
+            away = (x.data_ptr() - base.data_ptr()) // size
             pair = x.stride(0) * torch.arange(x.shape[0], device=x.device)
             begin += [away + pair + word * x.stride(2) for word in range(x.shape[2])]
             step += [torch.full_like(pair, x.stride(1))] * x.shape[2]
         starts.append(torch.stack(begin))
         steps.append(torch.stack(step))
     for x, fill in bands[0]:
-        fills.append(x.new_full((x.shape[2],), fill).view(torch.int32))
+        fills.append(x.new_full((x.shape[2],), fill).view(base.dtype))
     return Tags(base, torch.cat(starts, 1), torch.cat(steps, 1), torch.cat(fills))

@@ -113,26 +113,25 @@ def _(q: Tensor, summary: Tensor, lengths: Tensor, page: int, out_heads: int) ->
     return q.new_empty(q.shape[0], out_heads, summary.shape[1], dtype=torch.float32)
 
 
-@jit(do_not_specialize=["wanted", "pieces"])
-def _select(
-    scores, numbers, limits, lists, kept, counts, n, wanted, pieces, N: tl.constexpr, WIDE: tl.constexpr,
-    NUMBERED: tl.constexpr, KEPT: tl.constexpr,
-):  # fmt: skip
-    """The best of N scores of a row from piece * N on, `wanted` of them and no more than the limit of the part,
-    ascending. NUMBERED: by the numbers given for them; KEPT: their scores are written, too, and no count."""
-    part = tl.program_id(0)
-    number = part % pieces * N + tl.arange(0, N)
-    there = number < n
-    before = (part // pieces).to(tl.int64) * n
+@jit
+def ordered(x):
+    """Numbers as int32 of the same order; NaN is -inf."""
     # Adding 0 makes -0 and 0 the same bits. What is no number must not lead to a list with holes.
-    x = tl.load(scores + before + number, mask=there, other=float("-inf")) + 0.0
+    x = x + 0.0
     bits = tl.where(x > float("-inf"), x, float("-inf")).to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered like the numbers
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def best_of(key, need):
+    """Which of the keys of `ordered` [n], fewer than 2^16, are the `need` best; the first of equal ones, -inf never.
+
+    Returns:
+        bool [n], and how many they are.
+    """
     endless = key == 0x7F800000
     has = tl.sum((key > -0x7F800001).to(tl.int32) + (endless.to(tl.int32) << 16), 0)
-    need = tl.minimum(wanted, has & 0xFFFF)
-    if limits is not None:
-        need = tl.minimum(need, tl.maximum(tl.load(limits + part).to(tl.int32), 0))
+    need = tl.minimum(need, has & 0xFFFF)
     # The edge, a key that `need` keys reach, lies from low to below high, which fewer reach. As soon as just so many
     # reach low, any key up to the next real one could be the edge; among equals it never is so, and the gap closes.
     full = (has >> 16) >= need  # of the endless ones
@@ -153,6 +152,25 @@ def _select(
     if reached > need:
         left = need - tl.sum((key > low).to(tl.int32), 0)
         chosen = (key > low) | ((key == low) & (tl.cumsum((key == low).to(tl.int32), 0) <= left))
+    return chosen, need
+
+
+@jit(do_not_specialize=["wanted", "pieces"])
+def _select(
+    scores, numbers, limits, lists, kept, counts, n, wanted, pieces, N: tl.constexpr, WIDE: tl.constexpr,
+    NUMBERED: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """The best of N scores of a row from piece * N on, `wanted` of them and no more than the limit of the part,
+    ascending. NUMBERED: by the numbers given for them; KEPT: their scores are written, too, and no count."""
+    part = tl.program_id(0)
+    number = part % pieces * N + tl.arange(0, N)
+    there = number < n
+    before = (part // pieces).to(tl.int64) * n
+    key = ordered(tl.load(scores + before + number, mask=there, other=float("-inf")))
+    need = wanted
+    if limits is not None:
+        need = tl.minimum(need, tl.maximum(tl.load(limits + part).to(tl.int32), 0))
+    chosen, need = best_of(key, need)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     if NUMBERED:
         number = tl.load(numbers + before + number, mask=chosen, other=-1)

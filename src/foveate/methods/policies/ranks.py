@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from foveate.attention import decoding
+from foveate.attention import Selection, decoding, turned
 from foveate.cache import View
 from foveate.methods.base import Context
 from foveate.methods.policies.lists import top_lists
@@ -86,5 +86,36 @@ def codes_of(name: str, q: Tensor, view: View, ctx: Context) -> Tensor:
         new = book.codes(raw).to(codes.dtype)
         codes = torch.cat([codes[:, :, : slots.start], new], dim=-1).masked_fill(~view.valid(), -1)
         view.write(name, codes.unsqueeze(-1))
-    ctx.forward[f"coded {ctx.layer}"] = {"coded": torch.ones(len(q), dtype=torch.bool, device=q.device)}
+    state = {"coded": torch.ones(len(q), dtype=torch.bool, device=q.device)}
+    if turned.serves(q, ctx.rope.angles()):  # how many tokens have each code is counted by the first recorded step
+        some = {"dtype": torch.int32, "device": q.device}
+        state["counts"] = torch.zeros(*codes.shape[:2], book.centroids.shape[1], **some)
+        state["counted"] = torch.zeros(codes.shape[:2], **some)
+    ctx.forward[f"coded {ctx.layer}"] = state
     return codes
+
+
+def chosen_by_codes(
+    name: str, q: Tensor, view: View, ctx: Context, *, distance: int, sink: int, window: int, ratio: float,
+    most: int | None,
+) -> Selection | None:  # fmt: skip
+    """The first and the newest tokens and those of the best codes for any query head of a group, a share of all tokens
+    for each head, or those with the best ranks, `most` together, in a few launches: of a recorded step of tokens that
+    have codes; None elsewhere."""
+    held, angles = view.held, ctx.rope.angles()
+    if held is None or not view.in_place or q.shape[2] != 1 or "counts" not in ctx.mine:
+        return None
+    book, codes, k = ctx.role.extra["book"].on(q.device), view.tag(name)[..., 0].flatten(0, 1), held.stores.k
+    module, group = import_module("foveate.attention.triton.code_choice"), q.shape[1] * len(q) // len(k)
+    if q.dtype != k.dtype or book.centroids.shape[1] > module.MOST or not turned.serves(q, angles):
+        return None
+    wanted = ctx.forward.get("wanted") if most is None else min(most, view.capacity)
+    if wanted is None:  # all layers hold the same tokens
+        lengths = held.stores.lengths.view(len(q), -1)[:, 0]
+        ctx.forward["wanted"] = wanted = (lengths.double() * ratio + 1e-9).int()
+    coded = module.Coded(codes, ctx.mine["counts"].flatten(0, 1), ctx.mine["counted"].flatten())
+    width = sink + window + (group * int(view.capacity * ratio + 1e-9) if most is None else most)
+    where = {"distance": distance, "sink": sink, "window": window, "width": width}
+    given = (held.stores.lengths, wanted, module.Book(book.centroids, *book.metric), coded, angles)
+    lists, counts = module.choose_by_codes(q, k, *given, **where)
+    return Selection(lists.unsqueeze(2), q_block=1, counts=counts.unsqueeze(2))

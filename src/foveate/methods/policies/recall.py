@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from foveate.attention import Selection
+from foveate.attention.recalled import Borders
 from foveate.cache import View
 from foveate.methods.base import Context
 from foveate.methods.policies.complete import completes, newest, room
@@ -53,16 +53,8 @@ def taken(left: Tensor, means: Tensor | None, number: int, layers: int, least: i
     return torch.minimum(take, left - least * (layers - 1 - number))
 
 
-class BlocksAt(NamedTuple):
-    """Where blocks of `size` tokens stand: the first in slot `first`; `ahead` tokens of a text belong to none."""
-
-    size: int
-    first: int
-    ahead: int
-
-
 def known_blocks(
-    known: Tensor | None, view: View, mass: Tensor, count: int, at: BlocksAt, ctx: Context, *, single: bool
+    known: Tensor | None, view: View, mass: Tensor, count: int, at: Borders, ctx: Context, *, single: bool
 ) -> Tensor:
     """What each block that the next token finds ready is known by (`representative_means` of its keys without position,
     by mass [B, slots]), float32 [B, Hs, blocks, D], and room for more.
@@ -71,7 +63,7 @@ def known_blocks(
         known: the same of the last forward, if there was one.
         single: whether one token came with this forward, or several.
     """
-    (size, first, ahead), keys = at, view.k()
+    size, first, ahead, keys = at.block, at.init, at.ahead, view.k()
     if known is not None and (known.shape[1], known.shape[3]) != (keys.shape[1], keys.shape[3]):
         known = None  # MLA: heads in the prompt, then latents
     if known is not None and single and not view.exceeds(ahead + (known.shape[2] + 1) * size - 1):
@@ -95,6 +87,15 @@ def known_blocks(
         shares = mass[:, some].unflatten(1, (-1, size))
         blocks[:, :, begin:total] = representative_means(raw.unflatten(2, (-1, size)), shares, count)
     return blocks
+
+
+def newest_tokens(starts: Tensor, ready: Tensor, per: int, view: View, at: Borders) -> Selection:
+    """The newest tokens of each piece of `per` queries that begins at `starts` [B, pieces]: from where its `ready`
+    blocks, or the first tokens, end."""
+    edge = torch.minimum((starts - at.local + 1).clamp_min(0), at.init + ready * at.block)
+    slots = edge.unsqueeze(-1) + torch.arange(at.local + at.block + per - 2, device=edge.device)
+    ends = torch.minimum(starts + per, view.lengths[:, :1]).unsqueeze(-1)
+    return Selection(lists=torch.where(slots < ends, slots, -1).to(torch.int32).unsqueeze(1), q_block=per)
 
 
 def first_tokens(starts: Tensor, init: int, local: int) -> Tensor:
