@@ -232,10 +232,11 @@ def window(
     return Partial(*read(q, k, v, sink, place, seen, frequencies, last=last, scale=scale, softcap=softcap))
 
 
-def best(scores: Tensor, k: int, limits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def best(scores: Tensor, k: int, limits: Tensor | None = None, *, coarse: bool = False) -> tuple[Tensor, Tensor]:
     """The k best of each row of scores [..., n], exactly, the first of equal ones: int32 [..., min(k, n)], ascending,
-    -1 behind the end, and how many they are [...]; -inf is never chosen, and no more of a row than `limits` [...]."""
-    chosen: tuple[Tensor, Tensor] = _kernels("topk").select_best(scores, k, limits)
+    -1 behind the end, and how many they are [...]; -inf is never chosen, and no more of a row than `limits` [...]. It
+    helps to know of `coarse` scores that bfloat16 can hold them."""
+    chosen: tuple[Tensor, Tensor] = _kernels("topk").select_best(scores, k, limits, coarse=coarse)
     return chosen
 
 
