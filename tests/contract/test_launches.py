@@ -102,10 +102,13 @@ def launches(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]
         ("kvtc", ["arrive_packed", "decode_coded"]),
         ("lycheedecode", ["arrive", "listed"]),
         ("recycled-attention", ["arrive", "listed", "replace_least"]),
+        ("tokenselect", ["arrive", "newest_voter", "turned_votes", "select_best", "tally_votes", "decode_framed"]),
+        ("longheads", ["arrive", "feature_scores", "select_best", "decode_framed", "scatter_"]),
         (
-            "tokenselect",
-            ["arrive", "newest_voter", "turned_votes", "select_best", "tally_votes", "sub", "decode_framed"],
+            "landmark-means",
+            ["arrive", "newest_mean", "feature_scores", "select_best", "line_up", "decode_framed"],
         ),
+        ("hip", ["arrive", "decode_lists"]),  # a step that an earlier search serves
     ],
 )
 def test_a_layer_launches_no_more_than_it_must(
