@@ -40,9 +40,9 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
             without.setattr(decoding, "serves", serves)
             return made()
 
-    def best_of_few(scores: torch.Tensor, k: int, limits: torch.Tensor | None = None) -> Any:
+    def best_of_few(scores: torch.Tensor, k: int, limits: torch.Tensor | None = None, **how: Any) -> Any:
         few = scores.shape[:-1].numel() <= FEW
-        return best(scores, k, limits) if few else plainly(lambda: counted_lists(scores, k, limits))
+        return best(scores, k, limits, **how) if few else plainly(lambda: counted_lists(scores, k, limits))
 
     def turn_few(x: torch.Tensor, delta: torch.Tensor, angles: Angles) -> torch.Tensor:
         few = x.shape[:-1].numel() <= 8 * FEW

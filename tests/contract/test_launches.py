@@ -103,10 +103,13 @@ def launches(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]
         ("lycheedecode", ["arrive", "listed"]),
         ("actqkv", ["arrive", "block_cosines", "recall_blocks", "decode_recalled", "settle_recall"]),
         ("recycled-attention", ["arrive", "listed", "replace_least"]),
+        ("tokenselect", ["arrive", "newest_voter", "turned_votes", "select_best", "tally_votes", "decode_framed"]),
+        ("longheads", ["arrive", "feature_scores", "select_best", "decode_framed", "scatter_"]),
         (
-            "tokenselect",
-            ["arrive", "newest_voter", "turned_votes", "select_best", "tally_votes", "sub", "decode_framed"],
+            "landmark-means",
+            ["arrive", "newest_mean", "feature_scores", "select_best", "line_up", "decode_framed"],
         ),
+        ("hip", ["arrive", "decode_lists"]),  # a step that an earlier search serves
     ],
 )
 def test_a_layer_launches_no_more_than_it_must(

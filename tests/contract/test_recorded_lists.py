@@ -65,9 +65,13 @@ def test_no_search_serves_where_tokens_move(seed: int) -> None:
     assert_close(got, want, EXACT)
 
 
-@pytest.mark.parametrize("name", ["longheads", "landmark-means", "actqkv"])
+@pytest.mark.parametrize("name", ["longheads", "actqkv"])
 def test_steps_that_complete_a_block_are_another_kind(name: str, seed: int) -> None:
     assert recordings(name, seed) == 2
+
+
+def test_whether_a_block_is_complete_is_looked_up_in_the_step(seed: int) -> None:
+    assert recordings("landmark-means", seed) == 1
 
 
 def test_codes_are_looked_up_in_the_step(seed: int) -> None:
@@ -98,6 +102,8 @@ def test_a_prompt_between_recorded_steps_gets_its_codes(seed: int) -> None:
         ("hip", {"tokens": 32, "k_block": 4, "refresh": 2}),
         ("a2ats", {}),
         ("a2ats", {"budget": None, "ratio": 0.11}),
+        ("landmark-means", {"block": 3, "k": 2, "budget": None}),
+        ("longheads", {}),
     ],
 )
 def test_kernels_make_the_same_steps(

@@ -38,11 +38,16 @@ def can_run(request: Request) -> tuple[bool, str]:
         return False, "it knows no positions"
     if r.lists is None:
         return True, ""
-    if r.k_block > _PAGE or r.k_block & (r.k_block - 1):
+    if not pages(r.k_block):
         return False, f"blocks of {r.k_block} slots are not a power of two up to {_PAGE}"
     if r.span is not None and (_near(r) is None or r.geometry.k_positions is not None):
         return False, "the span beside the lists is none of slots"
     return True, ""
+
+
+def pages(size: int) -> bool:
+    """Whether listed blocks of `size` slots are read."""
+    return size <= _PAGE and not size & (size - 1)
 
 
 def serves(q: Tensor, forced: bool = False) -> tuple[bool, str]:
@@ -227,10 +232,11 @@ def window(
     return Partial(*read(q, k, v, sink, place, seen, frequencies, last=last, scale=scale, softcap=softcap))
 
 
-def best(scores: Tensor, k: int, limits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def best(scores: Tensor, k: int, limits: Tensor | None = None, *, coarse: bool = False) -> tuple[Tensor, Tensor]:
     """The k best of each row of scores [..., n], exactly, the first of equal ones: int32 [..., min(k, n)], ascending,
-    -1 behind the end, and how many they are [...]; -inf is never chosen, and no more of a row than `limits` [...]."""
-    chosen: tuple[Tensor, Tensor] = _kernels("topk").select_best(scores, k, limits)
+    -1 behind the end, and how many they are [...]; -inf is never chosen, and no more of a row than `limits` [...]. It
+    helps to know of `coarse` scores that bfloat16 can hold them."""
+    chosen: tuple[Tensor, Tensor] = _kernels("topk").select_best(scores, k, limits, coarse=coarse)
     return chosen
 
 

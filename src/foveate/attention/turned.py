@@ -98,6 +98,19 @@ def feature_scores(
     return out
 
 
+def newest_mean(means: Tensor, k: Tensor, lengths: Tensor, size: int, angles: Angles) -> None:
+    """Write the mean of the keys k [B, Hs, C, D] of each row's newest block, at position 0, to its place in means,
+    float32 [B, Hs, n, D], if a block of `size` slots ends with the `lengths` (int32 [B])."""
+    _kernels("newest_mean").newest_mean(means, k, lengths, size, angles)
+
+
+def line_up(chosen: Tensor, own: Tensor, most: int, size: int, near: int) -> tuple[Tensor, Tensor]:
+    """Chosen blocks of single queries, int32 [B, H, 1, K], and behind them the `near` newest, with the places at which
+    they are met; see `triton.line_up.line_up`."""
+    made: tuple[Tensor, Tensor] = _kernels("line_up").line_up(chosen, own, most, size, near)
+    return made
+
+
 def votes(
     voters: Tensor,
     k: Tensor,

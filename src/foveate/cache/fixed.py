@@ -304,13 +304,13 @@ class FixedBand:
             return torch.arange(self.used, dtype=torch.int32, device=self.lengths.device).expand(len(self.pairs), -1)
         return self.positions.data[:, : self.used]
 
-    def geometry(self, placed: bool) -> Geometry:
+    def geometry(self, spanned: bool, placed: bool) -> Geometry:
         """Where the one query of each pair and the held keys stand.
 
         Args:
-            placed: whether the read depends on positions.
+            spanned, placed: whether the read depends on the position of the query, and on those of keys.
         """
-        now = (self.seen - 1).unsqueeze(1) if placed else None
+        now = (self.seen - 1).unsqueeze(1) if spanned else None
         slots = self.slot_positions().unsqueeze(1) if placed and self.positions is not None else None
         return Geometry(
             len(self.pairs), 1, self.used, self.lengths.unsqueeze(1), None, now, slots, device=self.lengths.device

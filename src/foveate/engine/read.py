@@ -84,7 +84,8 @@ def read(
     listed = listed if window is None else [window]
     lse = lse or len(listed) > 1 or how.sinks is not None or probs
     moved = [_moved(q, part, store, how) for part in listed]
-    placed = bool(how.spans) or any(_placed(part) for part in listed)
+    spanned = bool(how.spans) or any(_spanned(part) for part in listed)
+    placed = spanned or any(isinstance(part, Selection) and part.frame.keys is not None for part in listed)
     outs: list[tuple[Band, Partial]] = []
     weights: list[Tensor] = []
     others = [None] * len(store.bands) if keys_instead is None else store.scatter(keys_instead)
@@ -92,7 +93,7 @@ def read(
         apart = is_apart(band) and other is None
         keys, values = (None, None) if apart or isinstance(band, FixedBand) else _held(band)
         keys = keys if other is None else other.unsqueeze(1)
-        geometry = band.geometry(placed) if isinstance(band, FixedBand) else _geometry(band, how, queries)
+        geometry = band.geometry(spanned, placed) if isinstance(band, FixedBand) else _geometry(band, how, queries)
         visible = how.spans if how.spans is not None else band.spans
         got: list[Partial] = []
         chosen: list[tuple[Tensor, Selection]] = []
@@ -279,11 +280,9 @@ def _moved(q: Tensor, part: Selection | Partial, store: Store, how: Reading) -> 
     return how.move(q, part.frame.query.to(q.device) - positions)
 
 
-def _placed(part: Selection | Partial) -> bool:
-    """Whether what is read of a part depends on where tokens stand: lists alone name slots."""
-    if isinstance(part, Partial) or part is ALL:
-        return False
-    return part.span is not None or part.frame.keys is not None
+def _spanned(part: Selection | Partial) -> bool:
+    """Whether what is read of a part depends on where its queries stand: lists alone name slots."""
+    return isinstance(part, Selection) and part is not ALL and part.span is not None
 
 
 def _rows(x: Tensor, band: Band, group: int, store: Store) -> Tensor:

@@ -15,8 +15,7 @@ from foveate.cache import View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Result, Role, register, tries
 from foveate.methods.budget import Budget
-from foveate.methods.policies.lists import close_gaps
-from foveate.methods.policies.tree import descend, descend_keys
+from foveate.methods.policies.tree import descend, descend_keys, descend_lists, with_ends
 from foveate.models.shape import ModelShape
 
 LEAST_BLOCKS = 2
@@ -103,7 +102,7 @@ class HiP(Method):
             return ALL
         keys = view.k().detach()
         if ctx.phase == "decode":
-            return Selection(lists=self._steps(q.detach(), keys, view, ctx, slots), q_block=1, k_block=self.k_block)
+            return self._steps(q.detach(), keys, view, ctx, slots)
         slots = min(slots, -(-keys.shape[2] // self.k_block))
         if view.host_lengths.max() <= self._sinks * self.k_block + self.window + slots * self.k_block:
             return ALL
@@ -118,7 +117,8 @@ class HiP(Method):
         index = rows.flatten(1)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
         asking = q.detach().gather(2, index).unflatten(2, rows.shape[1:])
         begin = torch.minimum(self._begin(first), last.clamp_min(0) // self.k_block)
-        lists = self._with_ends(self._search(asking, keys, begin, slots), begin, last, self.window + self.q_block)
+        found = self._search(asking, keys, begin, slots)
+        lists = with_ends(found, begin, last, self._sinks, self.window + self.q_block, self.k_block)
         return Selection(lists=lists, q_block=self.q_block, k_block=self.k_block)
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
@@ -133,32 +133,42 @@ class HiP(Method):
         """The window's first block, for query blocks whose first query stands in slot `first`."""
         return (first - self.window + 1).clamp_min(0) // self.k_block
 
-    def _steps(self, q: Tensor, keys: Tensor, view: View, ctx: Context, slots: int) -> Tensor:
-        """Lists of single queries in their order, [B, H, N, K], each by the latest search that still serves. What it
-        found is remembered as a list that ends with the window as long as it becomes."""
-        state = dict(ctx.mine)
-        own = view.lengths - view.fresh[:, None]
-        read = []
+    def _steps(self, q: Tensor, keys: Tensor, view: View, ctx: Context, slots: int) -> Selection:
+        """What single queries read in their order, each by the latest search that still serves. What it found is
+        remembered as a list that ends with the window as long as it becomes."""
+        state, read = dict(ctx.mine), []
         for i in range(q.shape[2]):
-            here = own + i if i else own
-            if self.kind(ctx.clock + i) or not state or not self._serves(state, here, i, view, ctx):
-                begin = self._begin(here.long().unsqueeze(-1))
-                found = self._search(q[:, :, i, None, None], keys, begin, slots)
-                last = torch.full_like(begin, torch.iinfo(torch.int32).max)
-                lists = self._with_ends(found, begin, last, self.window + self.refresh)
-                state = {"lists": lists, "own": here, "at": view.seen - view.fresh + i}
-            ends = (here // self.k_block)[..., None, None, None]  # [B, Hs, 1, 1, 1]
-            blocks = state["lists"].unflatten(1, (here.shape[1], -1))
+            if self.kind(ctx.clock + i) or not state or not self._serves(state, i, view, ctx):
+                ago = i - view.fresh
+                state = {"own": view.lengths + ago[:, None], "at": view.seen + ago}
+                state["lists"], state["counts"] = self._found(q[:, :, i : i + 1], keys, state["own"], slots)
+            if view.still and decoding.serves(q)[0] and decoding.pages(self.k_block):
+                ctx.forward[str(ctx.layer)] = state  # of a block that is not held yet kernels read nothing
+                return Selection(state["lists"], q_block=1, k_block=self.k_block, counts=state["counts"])
+            own = view.lengths - view.fresh[:, None] + i
+            blocks = state["lists"].unflatten(1, (own.shape[1], -1))
+            ends = (own // self.k_block)[..., None, None, None]  # [B, Hs, 1, 1, 1]
             read.append(torch.where(blocks <= ends, blocks, -1).flatten(1, 2))
         ctx.forward[str(ctx.layer)] = state
-        return read[0] if len(read) == 1 else torch.cat(read, dim=2)
+        return Selection(torch.cat(read, dim=2), q_block=1, k_block=self.k_block)
 
-    def _serves(self, state: dict[str, Tensor], own: Tensor, i: int, view: View, ctx: Context) -> bool:
+    def _serves(self, state: dict[str, Tensor], i: int, view: View, ctx: Context) -> bool:
         """Whether no slots have been moved since the last search."""
         if view.still:
             return True
-        age = view.seen - view.fresh + i - state["at"]
+        own, age = view.lengths - view.fresh[:, None] + i, view.seen - view.fresh + i - state["at"]
         return ctx.sure((age > 0) & (age < self.refresh) & (own - state["own"] == age[:, None]).all(1))
+
+    def _found(self, q: Tensor, keys: Tensor, own: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """A search for single queries q [B, H, 1, D] in slots `own` [B, Hs]: lists [B, H, 1, K] and their counts."""
+        reach = self.window + self.refresh
+        made = descend_lists(q, keys, own, self._sinks, self.window, slots, reach, self.k_block)
+        if made is not None:
+            return made
+        begin = self._begin(own.long().unsqueeze(-1))
+        found, last = self._search(q.unsqueeze(3), keys, begin, slots), torch.full_like(begin, (1 << 31) - 1)
+        lists = with_ends(found, begin, last, self._sinks, reach, self.k_block)
+        return lists, (lists >= 0).sum(-1, dtype=torch.int32)
 
     @torch.no_grad()
     def _search(self, asking: Tensor, keys: Tensor, begin: Tensor, slots: int) -> Tensor:
@@ -188,13 +198,3 @@ class HiP(Method):
             high = high.unflatten(1, (stores, group))
             found.append(descend(torch.full_like(high, self._sinks), high, slots, score, most).flatten(1, 2))
         return torch.cat(found, dim=2)
-
-    def _with_ends(self, found: Tensor, begin: Tensor, last: Tensor, longest: int) -> Tensor:
-        """What was found [B, H, nq, K], the sinks, and the window from `begin` to the block of slot `last`."""
-        group = found.shape[1] // begin.shape[1]
-        begin, last = (x.repeat_interleave(group, dim=1).unsqueeze(-1) for x in (begin, last))
-        sinks = torch.arange(self._sinks, device=found.device).expand(*found.shape[:3], -1)
-        window = begin + torch.arange(-(-longest // self.k_block) + 1, device=found.device)
-        sinks = torch.where(sinks < begin, sinks, -1)
-        window = torch.where((window * self.k_block <= last) & (last >= 0), window, -1)
-        return close_gaps(torch.cat([sinks, found, window], dim=-1))

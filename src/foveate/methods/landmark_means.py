@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention import ALL, Frame, Partial, Parts, Selection
+from foveate.attention import ALL, Frame, Partial, Parts, Selection, turned
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Role, register
 from foveate.methods.budget import Budget
 from foveate.methods.policies.checks import at_least
-from foveate.methods.policies.complete import completes, newest, room
+from foveate.methods.policies.complete import newest, room
 from foveate.methods.policies.features import Limits, best_features
 from foveate.methods.policies.positions import at_position, refuse_fixed_positions
 from foveate.models.shape import ModelShape
@@ -108,6 +107,10 @@ class LandmarkMeans(Method):
         how: dict[str, Any] = {"place": self.recent * self.block, "scale": ctx.scale, "softcap": ctx.softcap}
         means = self._means(view, ctx, single)
         listed, score = best_features(q, means, limits, k, ctx, scored=grouped, **how)
+        if single and not grouped and self.reposition and turned.serves(q, ctx.rope.angles()):
+            # One read of all: keys come to a query that stays where it is.
+            lists, places = turned.line_up(listed, layout.own[:, 0], k, size, self.recent)
+            return Selection(lists, q_block=1, k_block=size, frame=Frame(keys=places))
         number = torch.arange(listed.shape[-1], dtype=torch.int32, device=q.device)
         rank = number - (listed >= 0).sum(-1, keepdim=True, dtype=torch.int32)  # -1 is the newest
         start = (rank - (listed < (layout.edge - k).int()[:, None, :, None]).int()).add_(k + 1).mul_(size)
@@ -122,10 +125,6 @@ class LandmarkMeans(Method):
             block = Selection(listed[..., one].contiguous(), 1, size, frame=Frame(frame.query, keys))
             parts.append(Partial(ctx.attend(q, view, block).out, score[..., n]))
         return parts
-
-    def completes(self, seen: np.ndarray) -> bool:
-        """A complete block gets its mean."""
-        return completes(seen, self.block)
 
     def _layout(self, q: Tensor, k: int, view: View) -> Layout:
         """Where queries and blocks stand."""
@@ -157,8 +156,12 @@ class LandmarkMeans(Method):
         if known is not None and (known.shape[1], known.shape[3]) != (keys.shape[1], keys.shape[3]):
             known = None  # latent attention: heads in the prompt, then latents
         if known is not None and single and not view.exceeds((known.shape[2] + 1) * size - 1):
-            if self.completes(ctx.seen):
-                last = newest(view, size)
+            angles = ctx.rope.angles()
+            if turned.serves(keys, angles):
+                turned.newest_mean(known, keys, view.lengths[:, 0], size, angles)
+                return known
+            last = newest(view, size)
+            if not ctx.sure(~last.now):
                 raw = at_position(last.of(keys, size), last.slots(size), 0, ctx.rope)
                 known = ctx.mine["means"] = last.put(known, raw.float().mean(2))
             return known

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.attention import ALL, Frame, Parts, Selection
+from foveate.attention import ALL, Frame, Parts, Selection, turned
 from foveate.attention.at_once import at_once
 from foveate.attention.sent import sent
 from foveate.cache import UNBOUNDED, View
@@ -85,12 +85,16 @@ class LongHeads(Method):
             own = (view.lengths[:, 0].long() - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device)
             place = torch.where(own < most * size, own, (most - 1) * size + own % size)
             ranks = torch.arange(min(most, features.shape[2]), device=q.device).mul(size)
-            common = place, ranks, Limits(own, own // size + 1, own // size - 1)
+            limits = Limits(own, own // size + 1, own // size - 1)
+            common = place, ranks, limits
+            if single and turned.serves(q, ctx.rope.angles()):  # by kernels, keys come to a query that stays
+                ranks = (ranks + (own - place)).int()[:, None, None].expand(-1, q.shape[1], -1, -1)
+                common = None, ranks.contiguous(), limits
             if single:  # all layers hold the same tokens
                 ctx.forward[key] = common
         place, ranks, limits = common
         listed, _ = best_features(q, features, limits, most, ctx, place=0)
-        return Selection(lists=listed, q_block=1, k_block=size, frame=Frame(place, ranks.expand_as(listed)))
+        return Selection(listed, q_block=1, k_block=size, frame=Frame(place, ranks.expand_as(listed)))
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         """Keep the features, and the queries of incomplete chunks: the query of position p in place p mod chunk."""
@@ -102,8 +106,11 @@ class LongHeads(Method):
             ctx.mine["queries"] = q.new_zeros(*q.shape[:2], self.chunk, q.shape[3])
         held = ctx.mine["queries"]
         if q.shape[2] == 1 and view.host_fresh.all():
-            place = (view.lengths[:, :1].long() - 1) % self.chunk
-            held.scatter_(2, place[:, None, :, None].expand_as(q), q)
+            key = f"queries {q.device}"
+            place = ctx.forward.get(key)
+            if place is None:  # all layers hold the same tokens
+                place = ctx.forward[key] = ((view.lengths[:, :1].long() - 1) % self.chunk)[:, None, :, None]
+            held.scatter_(2, place.expand_as(q), q)
             return
         count = min(q.shape[2], self.chunk)
         column = view.fresh[:, None].long() - count + torch.arange(count, device=q.device)

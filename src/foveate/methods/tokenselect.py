@@ -119,7 +119,8 @@ class TokenSelect(Method):
         if last is not None and ctx.sure(stands):
             chosen, counts = last.winners, torch.full_like(lengths, k)
         else:
-            chosen, counts = decoding.best(ballot(voter, edges, None if last is None else stands)[:, 0], k)
+            votes = ballot(voter, edges, None if last is None else stands)[:, 0]
+            chosen, counts = decoding.best(votes, k, coarse=True)
         lists, places, now = turned.tally(voter, edges, lengths, stands, chosen, counts, rule, last)
         ctx.forward[f"vote {ctx.layer}"] = {"query": now.query, "list": now.winners, "voted": now.held}
         return lists.unsqueeze(1), places.unsqueeze(1)

@@ -9,13 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
+from foveate.attention.triton.decode_moved import read_moved, serves
 from foveate.attention.triton.splits import merge_splits
-from foveate.attention.triton.turning import channels, halves, others, product, tokens_at_once, turned
+from foveate.attention.triton.turning import channels, circle, halves, others, product, tokens_at_once, turned
 from foveate.attention.triton.workers import (
     capped,
     check_heads,
     in_base_2,
     jit,
+    multiprocessors,
     outputs,
     partials,
     power_of_two,
@@ -44,9 +46,9 @@ def _read(
     slot = tl.where(keep, slot, 0)
     far = slot.to(tl.int64)
     speed = tl.load(frequencies + d, mask=d < F, other=0.0)
-    angle = (place - slot).to(tl.float32)[:, None] * speed[None, :]
+    cos, sin = circle((place - slot).to(tl.float32)[:, None] * speed[None, :])
     k1, k2 = halves(k, pair * stride_k + far * stride_kt, keep, FIRST, F, FP)
-    k1, k2 = turned(k1, k2, tl.cos(angle), tl.sin(angle))
+    k1, k2 = turned(k1, k2, cos, sin)
     kind = k.dtype.element_ty
     q1, q2 = halves(q, (unit * R + row) * DK, valid, FIRST, F, FP)
     s = product(q1, k1.to(kind), tl.zeros([M, BLOCK], tl.float32), False, PRECISION)
@@ -138,7 +140,11 @@ def _op(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     (units, rows, _, dim), width, v_dim = q.shape, lists.shape[1], v.shape[2]
+    if width and serves(rows, page):
+        return read_moved(q, k, v, lists, places, lengths, frequencies, last, page, scale, softcap)
     block, wide = tokens_at_once(max(dim, v_dim), k.element_size()), power_of_two(v_dim)
+    if units * width * page < 4 * block * multiprocessors(q.device):
+        block = max(16, block // 2)  # of few keys, more programs with less to turn each
     splits = max(1, -(-width * page // block))
     part, weight = partials(units * rows * splits, 1, v_dim, q.device)
     _read[(units, splits)](

@@ -15,24 +15,42 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
-from foveate.attention.triton.turning import channels, halves, others, product, tokens_at_once, turned
+from foveate.attention.triton.turning import channels, circle, halves, others, product, tokens_at_once, turned
 from foveate.attention.triton.workers import LOG2E, jit, multiprocessors, power_of_two, precision_of
 from foveate.errors import BadArgument
+
+
+@jit
+def _product(
+    a, b, s, N: tl.constexpr, M: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """`product`; where rows N to M repeat the others, these are the second of the two numbers that a is split in."""
+    if N < M:
+        high = a.to(b.dtype)
+        low = (a - high.to(tl.float32)).to(b.dtype)
+        both = tl.where((tl.arange(0, M) < N)[:, None], high, low)
+        return tl.dot(both, tl.trans(b), s, input_precision=PRECISION)
+    else:
+        return product(a, b, s, SPLIT, PRECISION)
 
 
 @jit(do_not_specialize=["voters", "splits", "capacity", "begin"])
 def _logits(
     q, k, edges, stands, frequencies, scores, masses, factor, voters, splits, capacity, begin, stride, stride_token,
-    G: tl.constexpr, STORES: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, STANDS: tl.constexpr,
+    G: tl.constexpr, STORES: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, STANDS: tl.constexpr,
     DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, RP: tl.constexpr,
     OTHERS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch = pair // STORES
-    row = tl.arange(0, M)
+    row = tl.arange(0, N)
     valid = row < voters * G
     voter = batch * voters + row // G
     place = voter * (STORES * G) + pair % STORES * G + row % G
+    # Rows of the products: those of the queries, or twice as many, which are both halves of a split.
+    twice = tl.arange(0, M) % N
+    asks = twice < voters * G
+    asked = (batch * voters + twice // G) * (STORES * G) + pair % STORES * G + twice % G
     edge = tl.load(edges + voter, mask=valid, other=0)
     last = tl.max(edge, 0)
     from_tile = begin // TILE
@@ -42,20 +60,22 @@ def _logits(
     n, d = tl.arange(0, TILE), tl.arange(0, FP)
     speed = tl.load(frequencies + d, mask=d < F, other=0.0)
     angle = n[:, None].to(tl.float32) * speed[None, :]
-    cos, sin = tl.cos(angle), -tl.sin(angle)
-    q1, q2 = halves(q, place * DK, valid, FIRST, F, FP)
+    cos, sin = circle(-angle)
+    q1, q2 = halves(q, asked * DK, asks, FIRST, F, FP)
     if REST:
-        q3 = others(q, place * DK, valid, OTHERS, REST, RP)
+        q3 = others(q, asked * DK, asks, OTHERS, REST, RP)
     to = scores + place[:, None] * capacity + n[None, :]
-    top = tl.full([M], float("-inf"), tl.float32)
-    mass = tl.zeros([M], tl.float32)
+    # Of every column of the tiles: threads have to agree on no maximum before the end.
+    top = tl.full([N, TILE], float("-inf"), tl.float32)
+    mass = tl.zeros([N, TILE], tl.float32)
     first = from_tile + (tiles.to(tl.int64) * split // splits).to(tl.int32)
     end = from_tile + (tiles.to(tl.int64) * (split + 1) // splits).to(tl.int32)
     # Angles of far tiles are whole turns and a part, of which float32 would keep too little.
     far = speed.to(tl.float64) * 0.15915494309189535 * (first * TILE)
     part = ((far - tl.floor(far)) * 6.283185307179586).to(tl.float32)
-    a, b = turned(q1, q2, tl.cos(part)[None, :], tl.sin(part)[None, :])
-    onward_cos, onward_sin = tl.cos(speed * TILE)[None, :], tl.sin(speed * TILE)[None, :]
+    near_cos, near_sin = circle(part)
+    a, b = turned(q1, q2, near_cos[None, :], near_sin[None, :])
+    onward_cos, onward_sin = circle(speed * TILE)
     for tile in tl.range(first, end, num_stages=STAGES):
         slot = tile * TILE + n
         keep = slot < last
@@ -63,19 +83,24 @@ def _logits(
         k1, k2 = halves(k, offsets, keep, FIRST, F, FP)
         x1, x2 = turned(k1, k2, cos, sin)
         s = tl.zeros([M, TILE], tl.float32)
-        s = product(a, x1.to(k.dtype.element_ty), s, SPLIT, PRECISION)
-        s = product(b, x2.to(k.dtype.element_ty), s, SPLIT, PRECISION)
+        s = _product(a, x1.to(k.dtype.element_ty), s, N, M, SPLIT, PRECISION)
+        s = _product(b, x2.to(k.dtype.element_ty), s, N, M, SPLIT, PRECISION)
         if REST:
-            s = product(q3, others(k, offsets, keep, OTHERS, REST, RP), s, SPLIT, PRECISION)
+            s = _product(q3, others(k, offsets, keep, OTHERS, REST, RP), s, N, M, SPLIT, PRECISION)
+        if N < M:
+            s = tl.sum(tl.reshape(s, [2, N, TILE]), 0)
         seen = (slot >= begin)[None, :] & (slot[None, :] < edge[:, None])  # rows that are none have no edge
         s = tl.where(seen, s * factor, float("-inf"))
         tl.store(to + tile * TILE, s, mask=seen)
-        new = tl.maximum(top, tl.max(s, 1))
+        new = tl.maximum(top, s)
         anchor = tl.where(new == float("-inf"), 0.0, new)
-        mass = mass * tl.exp2(top - anchor) + tl.sum(tl.exp2(s - anchor[:, None]), 1)
+        mass = mass * tl.exp2(top - anchor) + tl.exp2(s - anchor)
         top = new
-        a, b = turned(a, b, onward_cos, onward_sin)
-    total = tl.where(mass > 0, top + tl.log2(tl.where(mass > 0, mass, 1.0)), float("-inf"))
+        a, b = turned(a, b, onward_cos[None, :], onward_sin[None, :])
+    most = tl.max(top, 1)
+    anchor = tl.where(most == float("-inf"), 0.0, most)
+    mass = tl.sum(mass * tl.exp2(top - anchor[:, None]), 1)
+    total = tl.where(mass > 0, anchor + tl.log2(tl.where(mass > 0, mass, 1.0)), float("-inf"))
     tl.store(masses + place * splits + split, total, mask=valid)
 
 
@@ -168,6 +193,7 @@ def _votes_op(
     (batch, count, heads, dim), (pairs, capacity, _), device = voters.shape, k.shape, voters.device
     group = heads * batch // pairs
     rows = max(16, power_of_two(count * group))
+    halved = k.dtype != torch.float32 and 2 * count * group <= rows  # there is room for both halves in one product
     tile = tokens_at_once(dim, k.element_size())
     splits = max(1, min(2 * multiprocessors(device) // pairs, -(-capacity // (4 * tile))))  # what runs side by side
     scores = torch.empty(batch, count, heads, capacity, dtype=torch.float32, device=device)
@@ -176,15 +202,16 @@ def _votes_op(
     wait = edges if stands is None else stands
     _logits[(pairs, splits)](
         voters, k, edges, wait, frequencies, scores, masses, scale * LOG2E.value, count, splits, capacity, begin,
-        k.stride(0), k.stride(1), G=group, STORES=pairs // batch, M=rows, TILE=tile, STANDS=stands is not None,
-        SPLIT=k.dtype != torch.float32, PRECISION=precision_of(k.dtype), STAGES={16: 3, 32: 2}.get(rows, 1),
-        **channels(dim, frequencies.numel(), last), num_warps=4 if rows <= 32 else 8,
+        k.stride(0), k.stride(1), G=group, STORES=pairs // batch, N=rows // 2 if halved else rows, M=rows, TILE=tile,
+        STANDS=stands is not None, SPLIT=k.dtype != torch.float32, PRECISION=precision_of(k.dtype),
+        STAGES={16: 3, 32: 2}.get(rows, 1), **channels(dim, frequencies.numel(), last),
+        num_warps=4 if rows <= 32 else 8,
     )  # fmt: skip
     wide = power_of_two(heads)
-    block = max(32, 4096 // wide)
+    block = max(32, 8192 // wide)  # each program adds up all masses first
     _sum_votes[(batch * count, -(-capacity // block))](
         scores, masses, edges, wait, out, count, splits, capacity, begin, HEADS=heads, HP=wide, SP=power_of_two(splits),
-        BLOCK=block, STANDS=stands is not None, ROUND=rounded, num_warps=4,
+        BLOCK=block, STANDS=stands is not None, ROUND=rounded, num_warps=8,
     )  # fmt: skip
     return out
 

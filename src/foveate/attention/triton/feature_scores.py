@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
-from foveate.attention.triton.turning import channels, turned
+from foveate.attention.triton.turning import channels, circle, turned
 from foveate.attention.triton.workers import jit
 from foveate.errors import BadArgument
 
@@ -30,9 +30,9 @@ def _scores(
     b, head = unit // HEADS, unit % HEADS // SHARE
     n, d = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, FP)
     keep = (n < blocks) & (n < tl.load(high + b))
-    angle = (place - tl.load(own + b)).to(tl.float32) * tl.load(frequencies + d, mask=d < F, other=0.0)
+    cos, sin = circle((place - tl.load(own + b)).to(tl.float32) * tl.load(frequencies + d, mask=d < F, other=0.0))
     row = q + unit * DK
-    x1, x2 = turned(_row(row + FIRST, d, d < F), _row(row + FIRST + F, d, d < F), tl.cos(angle), tl.sin(angle))
+    x1, x2 = turned(_row(row + FIRST, d, d < F), _row(row + FIRST + F, d, d < F), cos, sin)
     kind = q.dtype.element_ty  # queries that are turned elsewhere are rounded, too
     x1, x2 = x1.to(kind).to(tl.float32), x2.to(kind).to(tl.float32)
     at = features + b * stride_b + head * stride_h + n.to(tl.int64)[:, None] * stride_n

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.triton.turning import channels, halves, others, turned
+from foveate.attention.triton.turning import channels, circle, halves, others, turned
 from foveate.attention.triton.workers import jit, power_of_two
 
 
@@ -30,9 +30,9 @@ def _voter(
     head, d = tl.arange(0, HP), tl.arange(0, FP)
     there = head < HEADS
     offsets = (batch * HEADS + head) * DK
-    angle = (local - own).to(tl.float32) * tl.load(frequencies + d, mask=d < F, other=0.0)
+    cos, sin = circle((local - own).to(tl.float32) * tl.load(frequencies + d, mask=d < F, other=0.0))
     x1, x2 = halves(q, offsets, there, FIRST, F, FP)
-    x1, x2 = turned(x1, x2, tl.cos(angle)[None, :], tl.sin(angle)[None, :])
+    x1, x2 = turned(x1, x2, cos[None, :], sin[None, :])
     inside = there[:, None] & (d < F)[None, :]
     place = out + offsets[:, None] + FIRST + d[None, :]
     tl.store(place, x1, mask=inside)

@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from foveate.attention.triton.topk_rounds import LONGEST, best_of_long
 from foveate.attention.triton.workers import (
     check_heads,
     jit,
@@ -25,6 +26,9 @@ AT_ONCE = 16384
 
 PIECE = 2048
 """Least size of a piece: more than two of them are ordered side by side, where lists take an eighth of each or less."""
+
+FEW = 64
+"""Most long rows whose pieces look for the edge together, each of them in every launch: others are ordered in turn."""
 
 _LAYOUT = ("K0", "K1")
 
@@ -187,13 +191,14 @@ def _select(
         tl.store(counts + part, need)
 
 
-def select_best(scores: Tensor, k: int, limits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def select_best(scores: Tensor, k: int, limits: Tensor | None = None, *, coarse: bool = False) -> tuple[Tensor, Tensor]:
     """The k best of each row, exactly; of equal ones the first.
 
     Args:
         scores: float32 [..., n]; -inf is never chosen, +inf always is (as far as k reaches), NaN must not occur.
         k: width of the lists.
         limits: int [...], so many of each row at most; None: all k.
+        coarse: bfloat16 can hold the scores, which takes fewer rounds where rows are few and long.
 
     Returns:
         lists int32 [..., min(k, n)], ascending, -1 behind the end; counts int32 [...].
@@ -202,20 +207,27 @@ def select_best(scores: Tensor, k: int, limits: Tensor | None = None) -> tuple[T
         raise BadArgument("limits", tuple(limits.shape), f"give one number for each row: {tuple(scores.shape[:-1])}")
     if scores.dtype != torch.float32 or scores.dim() == 0 or scores.shape[-1] == 0 or k < 1:
         raise BadArgument("scores", f"{tuple(scores.shape)} {scores.dtype}, k {k}", "give float32 [..., n], k from 1")
-    return _select_op(scores, min(k, scores.shape[-1]), limits)
+    return _select_op(scores, min(k, scores.shape[-1]), limits, coarse)
 
 
 @torch.library.custom_op(
-    "foveate::select_best", mutates_args=(), schema="(Tensor scores, SymInt k, Tensor? limits) -> (Tensor, Tensor)"
+    "foveate::select_best",
+    mutates_args=(),
+    schema="(Tensor scores, SymInt k, Tensor? limits, bool coarse) -> (Tensor, Tensor)",
 )
-def _select_op(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+def _select_op(scores: Tensor, k: int, limits: Tensor | None, coarse: bool) -> tuple[Tensor, Tensor]:
     flat = scores.reshape(-1, scores.shape[-1])
-    lists, counts = _ordered(flat, k, None if limits is None else limits.flatten().contiguous())
+    most = None if limits is None else limits.flatten().contiguous()
+    few = flat.shape[0] <= FEW and flat.shape[1] > AT_ONCE and k <= LONGEST
+    if few and (coarse or k > PIECE // 2):
+        lists, counts = best_of_long(flat.contiguous(), k, most, coarse=coarse)
+    else:
+        lists, counts = _ordered(flat, k, most)
     return lists.view(*scores.shape[:-1], k), counts.view(scores.shape[:-1])
 
 
 @_select_op.register_fake
-def _(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(scores: Tensor, k: int, limits: Tensor | None, coarse: bool) -> tuple[Tensor, Tensor]:
     lists = scores.new_empty(*scores.shape[:-1], k, dtype=torch.int32)
     return lists, scores.new_empty(scores.shape[:-1], dtype=torch.int32)
 

@@ -90,10 +90,34 @@ def best_blocks(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, mos
     schema="(Tensor q, Tensor k, Tensor low, Tensor high, SymInt slots, SymInt most, SymInt page) -> Tensor",
 )
 def _op(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, most: int, page: int) -> Tensor:
-    (batch, heads, sets, rows, dim), group = q.shape, q.shape[1] // k.shape[1]
     count = (high - low).clamp_min(0).unsqueeze(-1)
     edge = low.unsqueeze(-1) + count * torch.arange(slots + 1, device=q.device) // slots
     groups = torch.stack([edge[..., :-1], edge.diff(dim=-1)], dim=-2).to(torch.int32)  # starts and sizes
+    groups, chosen = halved(q, k, groups, slots, most, page)
+    start, size = groups.long().unbind(-2)
+    if chosen is not None:
+        there = chosen.long().clamp_min(0)
+        start, size = start.gather(-1, there), size.gather(-1, there).masked_fill(chosen < 0, 0)
+    return torch.where(size > 0, start, -1)
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, most: int, page: int) -> Tensor:
+    return low.new_empty(*low.shape, slots)
+
+
+def halved(q: Tensor, k: Tensor, groups: Tensor, slots: int, most: int, page: int) -> tuple[Tensor, Tensor | None]:
+    """Groups of blocks, halved until each is one block.
+
+    Args:
+        q: contiguous [B, H, T, R, D]; k: [B, Hs, C, D] with adjacent channels.
+        groups: int32 [B, H, T, 2, slots], starts and sizes; no range that was cut into groups exceeds `most`.
+
+    Returns:
+        Halves of the last round, int32 [B, H, T, 2, n], and which of them stay, [B, H, T, slots], ascending, -1 behind
+        the end; None: all of n.
+    """
+    (batch, heads, sets, rows, dim), group = q.shape, q.shape[1] // k.shape[1]
     chosen, largest = None, -(-most // slots)
     while largest > 1:
         halves = torch.empty(batch, heads, sets, 2, 2 * slots, dtype=torch.int32, device=q.device)
@@ -105,13 +129,4 @@ def _op(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, most: int, 
             BLOCK=TILE, CHOSEN=chosen is not None, PRECISION=precision_of(k.dtype), num_warps=4,
         )  # fmt: skip
         groups, chosen, largest = halves, select_best(scores, slots)[0], -(-largest // 2)
-    start, size = groups.long().unbind(-2)
-    if chosen is not None:
-        there = chosen.long().clamp_min(0)
-        start, size = start.gather(-1, there), size.gather(-1, there).masked_fill(chosen < 0, 0)
-    return torch.where(size > 0, start, -1)
-
-
-@_op.register_fake
-def _(q: Tensor, k: Tensor, low: Tensor, high: Tensor, slots: int, most: int, page: int) -> Tensor:
-    return low.new_empty(*low.shape, slots)
+    return groups, chosen

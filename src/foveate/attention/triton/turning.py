@@ -52,6 +52,25 @@ def others(x, offsets, keep, OTHERS: tl.constexpr, REST: tl.constexpr, RP: tl.co
 
 
 @jit
+def circle(angle):
+    """Cosines and sines of angles, float32, without a branch: those of PyTorch go a long way round where angles are
+    large, which some in a tile always are.
+
+    Source: the polynomials of Cephes' single precision, which are good to the last digit up to an eighth of a turn.
+    """
+    quarters = angle.to(tl.float64) * 0.6366197723675814
+    whole = tl.floor(quarters + 0.5)
+    x = ((quarters - whole) * 1.5707963267948966).to(tl.float32)
+    z = x * x
+    sin = x + x * z * ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1)
+    cos = 1.0 - 0.5 * z + z * z * ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2)
+    quadrant = whole.to(tl.int32)
+    odd = (quadrant & 1) != 0
+    one, other = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    return tl.where(((quadrant + 1) & 2) != 0, -one, one), tl.where((quadrant & 2) != 0, -other, other)
+
+
+@jit
 def turned(x1, x2, cos, sin):
     """Both halves, turned by angles of these cosines and sines."""
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin

@@ -43,7 +43,6 @@ def best_features(
         Lists, ascending, int32 [B, H, N, min(k, n)], -1 behind the end; scores, float32 of the same shape, -inf there.
     """
     (batch, heads, queries, _), blocks = q.shape, features.shape[2]
-    number = torch.arange(blocks, device=q.device)
     lists, won = [], []
     step = max(1, at_once(q.device) // (batch * heads * max(1, blocks)))
     for first in range(0, queries, step):
@@ -60,6 +59,7 @@ def best_features(
             scores = (rows @ features.transpose(-1, -2)).view(batch, heads, -1, blocks) * scale
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
+            number = torch.arange(blocks, device=q.device)
             if sure is not None:
                 scores = scores.masked_fill((number == 0) | (number >= sure[:, None, :, None]), torch.inf)
             scores = scores.masked_fill(number >= high[:, None, :, None], -torch.inf)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import decoding
-from foveate.methods.policies.lists import top_lists
+from foveate.methods.policies.lists import close_gaps, top_lists
 
 
 def descend(
@@ -53,3 +53,28 @@ def descend_keys(q: Tensor, k: Tensor, first: int, high: Tensor, slots: int, mos
     low = torch.full_like(high, first)
     found: Tensor = import_module("foveate.attention.triton.tree").best_blocks(q, k, low, high, slots, most, page)
     return found
+
+
+def descend_lists(
+    q: Tensor, k: Tensor, own: Tensor, first: int, window: int, slots: int, longest: int, page: int
+) -> tuple[Tensor, Tensor] | None:
+    """For single queries q [B, H, 1, D] in slots `own` of k [B, Hs, C, D], lists of the first blocks, about the best
+    `slots` of those between and the newest, with their counts, by kernels; see `search_lists`. None where there are
+    none."""
+    if q.dtype != k.dtype or k.stride(3) != 1 or not decoding.serves(q)[0]:
+        return None
+    search = import_module("foveate.attention.triton.search_lists").search_lists
+    made: tuple[Tensor, Tensor] = search(q, k, own.int(), first, window, slots, longest, page)
+    return made
+
+
+def with_ends(found: Tensor, begin: Tensor, last: Tensor, first: int, longest: int, page: int) -> Tensor:
+    """Lists of what was found [B, H, n, K], the first blocks in front of the window, and the window from block `begin`
+    to that of slot `last` [B, Hs, n], `longest` slots at most: int32 [B, H, n, K'], ascending, -1 behind the end."""
+    group = found.shape[1] // begin.shape[1]
+    begin, last = (x.repeat_interleave(group, dim=1).unsqueeze(-1) for x in (begin, last))
+    sinks = torch.arange(first, device=found.device).expand(*found.shape[:3], -1)
+    window = begin + torch.arange(-(-longest // page) + 1, device=found.device)
+    sinks = torch.where(sinks < begin, sinks, -1)
+    window = torch.where((window * page <= last) & (last >= 0), window, -1)
+    return close_gaps(torch.cat([sinks, found, window], dim=-1))
