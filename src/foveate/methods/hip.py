@@ -172,7 +172,7 @@ class HiP(Method):
         found = []
         for at in range(0, count, step):
             some = slice(at, at + step)
-            high = begin[:, :, some].repeat_interleave(group, dim=1)
+            high = begin[:, :, some]  # the heads of a group search in the same range
             best = descend_keys(asking[:, :, some], keys, self._sinks, high, slots, most, self.k_block)
             if best is not None:
                 found.append(best)
@@ -185,16 +185,16 @@ class HiP(Method):
                 fetched = fetched.float().view(*blocks.shape[:-1], -1, dim)
                 return (ask @ fetched.mT).amax(-2).unflatten(-1, (-1, self.k_block)).amax(-1)
 
-            high = high.unflatten(1, (stores, group))
+            high = high.unsqueeze(2).expand(-1, -1, group, -1)
             found.append(descend(torch.full_like(high, self._sinks), high, slots, score, most).flatten(1, 2))
         return torch.cat(found, dim=2)
 
     def _with_ends(self, found: Tensor, begin: Tensor, last: Tensor, longest: int) -> Tensor:
         """What was found [B, H, nq, K], the sinks, and the window from `begin` to the block of slot `last`."""
         group = found.shape[1] // begin.shape[1]
-        begin, last = (x.repeat_interleave(group, dim=1).unsqueeze(-1) for x in (begin, last))
-        sinks = torch.arange(self._sinks, device=found.device).expand(*found.shape[:3], -1)
-        window = begin + torch.arange(-(-longest // self.k_block) + 1, device=found.device)
+        begin, last = (x.int().repeat_interleave(group, dim=1).unsqueeze(-1) for x in (begin, last))
+        sinks = torch.arange(self._sinks, device=found.device, dtype=torch.int32).expand(*found.shape[:3], -1)
+        window = begin + torch.arange(-(-longest // self.k_block) + 1, device=found.device, dtype=torch.int32)
         sinks = torch.where(sinks < begin, sinks, -1)
         window = torch.where((window * self.k_block <= last) & (last >= 0), window, -1)
         return close_gaps(torch.cat([sinks, found, window], dim=-1))

@@ -46,8 +46,8 @@ def descend(
 
 def descend_keys(q: Tensor, k: Tensor, first: int, high: Tensor, slots: int, most: int, page: int) -> Tensor | None:
     """`descend` for sets of queries q [B, H, T, R, D], blocks of `page` keys k [B, Hs, C, D] and the largest logit that
-    a query of the set has for them, by kernels: from block `first` to high [B, H, T] it gives [B, H, T, slots]. None
-    where there are none."""
+    a query of the set has for them, by kernels: from block `first` to high [B, H or Hs, T] it gives int32
+    [B, H, T, slots]. None where there are none."""
     if q.dtype != k.dtype or k.stride(3) != 1 or not decoding.serves(q)[0]:
         return None
     low = torch.full_like(high, first)
