@@ -96,7 +96,7 @@ def _peaks(
     scale_base = k_scale_ptr + store * (wide // SHARE) + tl.arange(0, BN // SHARE)
     add_base = k_add_ptr + head.to(tl.int64) * wide + tl.arange(0, BN)
     out = peaks_ptr + (head.to(tl.int64) * q_blocks + block) * k_blocks
-    for t in tl.range(0, tl.cdiv(stop, BN), num_stages=STAGES):
+    for t in tl.range(0, tl.cdiv(stop, BN), num_stages=STAGES):  # type: ignore[general]
         j = tl.minimum(t * BN + tl.arange(0, BN), m - 1)
         k_at = k_base + j.to(tl.int64)[:, None] * D + d[None, :]
         k = tl.load(k_at) if D == WIDE else tl.load(k_at, mask=(d < D)[None, :], other=0)

@@ -28,7 +28,7 @@ def _best(
     it is not wanted: [HEADS, BLOCK]."""
     d = tl.arange(0, D)
     best = tl.full([HEADS, BLOCK], float("-inf"), tl.float32)
-    for t in tl.range(0, PAGE, loop_unroll_factor=min(PAGE, 4)):
+    for t in tl.range(0, PAGE, loop_unroll_factor=min(PAGE, 4)):  # type: ignore[general]
         slot = tl.minimum(start * PAGE + t, last).to(tl.int64)
         tile = tl.load(keys + slot[:, None] * stride_t + d[None, :], mask=some[:, None] & (d < DIM)[None, :], other=0.0)
         if M == 1:
