@@ -106,7 +106,7 @@ def grouped_read(
     blocks = -(-keys // size)
     wide = q.dtype == torch.float32 or max(dim, v_dim) > 128
     # A tile of many queries fetches its keys for more of them, where so many list a block.
-    tile = 32 if wide else 128 if lists.numel() >= 256 * batch * blocks else 64
+    tile = 32 if wide else 128 if lists.numel() >= 128 * batch * blocks else 64
     lists, places, ends = (x.to(torch.int32).contiguous() for x in (lists, places, ends))
     some = tiles(lists, size, ends, blocks, tile)
     part = torch.empty(batch * heads * queries * width, v_dim, dtype=q.dtype, device=q.device)
