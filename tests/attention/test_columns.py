@@ -200,6 +200,24 @@ def test_one_list_for_all_queries(
             assert_close(got, want, 5e-6)
 
 
+@pytest.mark.parametrize("many", [1, 512])
+@pytest.mark.parametrize("dim", [40, 64])
+def test_tiles_of_half_precision(seed: int, many: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide tiles and narrow ones, fetched by descriptor, of queries whose heads lie side by side."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available() or not triton_prefill._interpreted():
+        pytest.skip("needs Triton's interpreter")
+    torch.manual_seed(seed)
+    monkeypatch.setattr(import_module("foveate.attention.triton.columns"), "_MANY", many)
+    q = torch.randn(2, 150, 4, dim).bfloat16().transpose(1, 2)
+    k = torch.randn(2, 2, 300, dim).bfloat16()
+    lse = attend(q, k, k).lse
+    lse[0, 1, 7] = -torch.inf
+    how = {"valid": torch.tensor([150, 97]), "entropy": True, "each": True}
+    want = columns(q.double(), k.double(), lse.double(), **how)
+    assert_close(columns(q, k, lse, backend="triton", **how), want, 5e-6)
+
+
 def test_the_kernel_refuses_lists() -> None:
     q = torch.ones(1, 1, 2, 4)
     with pytest.raises(BadArgument, match="backend='cuda': choose one of triton, torch"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.attention.reads import random_lists, random_read
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.attention import ALL, Geometry, Selection, Span
 from foveate.attention.pairs import pairs
@@ -55,6 +58,26 @@ def test_counting_needs_no_mask(seed: int, case: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Selection, "seen", lambda *args: pytest.fail("made a mask"))
     assert torch.equal(selection.pairs(g, 4, visible), mask.sum((-1, -2)))
     assert torch.equal(pairs(selection, g, 4, visible, real), some.sum((-1, -2)))
+
+
+def test_one_list_beside_a_window_is_counted_without_a_number_for_each_pair(seed: int) -> None:
+    torch.manual_seed(seed)
+    kept = torch.randperm(3000)[:1500].sort().values.int()
+    selection = Selection(kept.view(1, 1, 1, -1), span=Span(window=1))
+    g = Geometry(1, 3000, 3000)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            largest = max(largest, made.numel() if isinstance(made, torch.Tensor) else 0)
+            return made
+
+    with Sizes():
+        count = selection.pairs(g, 2)
+    assert torch.equal(count, selection.mask(g, 2).sum((-1, -2)))
+    assert largest <= 2 * 3000
 
 
 def test_density_of_plain_cases() -> None:

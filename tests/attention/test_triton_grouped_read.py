@@ -61,6 +61,21 @@ def test_against_the_definition(seed: int, dtype, dim: int, pairs: int, last: bo
     assert lse.isinf().any()
 
 
+def test_many_queries_of_a_block_stand_in_wide_tiles(seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k = made(torch.bfloat16, 1, 2, 300, 64), made(torch.bfloat16, 1, 150, 64)
+    lists = torch.stack([torch.randint(-1, 2, (1, 2, 300)), torch.full((1, 2, 300), 2)], dim=-1)
+    places, ends = torch.randint(0, 400, lists.shape), torch.randint(60, 150, (1, 300))
+    q, k, lists, places, ends = on(q, k, lists, places, ends)
+    angles, how = Angles(speeds(32)), {"size": 40, "scale": 0.2}
+    out, lse = grouped_read(q, k, k, lists, places, ends, angles, **how)
+    for some in (slice(0, 100), slice(100, 200), slice(200, 300)):
+        rows = lists[:, :, some], places[:, :, some], ends[:, some]
+        near, mass = grouped_read(q[:, :, some], k, k, *rows, angles, **how)
+        assert_close(out[:, :, some].cpu(), near.cpu(), LIMIT[torch.bfloat16])
+        assert_close(lse[:, :, some].cpu(), mass.cpu(), 1e-5)
+
+
 def test_tiles_hold_every_entry_once(seed: int) -> None:
     torch.manual_seed(seed)
     lists = torch.randint(-1, 6, (2, 2, 45, 3), dtype=torch.int32)

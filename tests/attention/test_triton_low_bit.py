@@ -17,14 +17,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("softcap", "tile"), [(None, 4), (3.0, 4), (None, 32), (None, 1)])
 @pytest.mark.parametrize(
     ("heads", "stores", "n", "m", "dim", "blocks"),
     [(2, 1, 150, 150, 64, (64, 32)), (4, 2, 70, 203, 40, (16, 16)), (3, 3, 33, 300, 80, (128, 128))],
 )
 def test_peaks(
-    seed: int, heads: int, stores: int, n: int, m: int, dim: int, blocks: tuple[int, int], softcap: float | None
-) -> None:
+    seed: int, heads: int, stores: int, n: int, m: int, dim: int, blocks: tuple[int, int], softcap: float | None,
+    tile: int,
+) -> None:  # fmt: skip
     torch.manual_seed(seed)
     q, k = torch.randn(heads, n, dim) + 0.5, torch.randn(stores, m, dim) - 0.3
     k[:, 7] = 0  # a scale of 0 where neighbours share none
@@ -33,7 +34,7 @@ def test_peaks(
     q, k, lse = q.to(DEVICE), k.to(DEVICE), lse.to(DEVICE)
     q_block, k_block = blocks
     got, want = (
-        block_peaks(q, k, lse, q_block=q_block, k_block=k_block, tile=4, scale=0.2, softcap=softcap, kernel=kernel)
+        block_peaks(q, k, lse, q_block=q_block, k_block=k_block, tile=tile, scale=0.2, softcap=softcap, kernel=kernel)
         for kernel in (True, False)
     )
     assert got.shape == want.shape

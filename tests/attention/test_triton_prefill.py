@@ -97,6 +97,29 @@ def test_lists(
     check(read, dtype)
 
 
+@pytest.mark.parametrize(
+    ("shape", "blocks", "list_heads", "dtype"),
+    [
+        ((1, 4, 2, 150, 150), (50, 50), 1, FULL),
+        ((2, 4, 1, 70, 133), (17, 7), 4, HALF),
+        ((1, 2, 2, 300, 310), (200, 96), 2, FULL),
+        ((1, 2, 1, 80, 140), (16, 24), 2, FULL),
+    ],
+)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_blocks_of_any_size(
+    seed: int, shape: tuple[int, int, int, int, int], blocks: tuple[int, int], list_heads: int, dtype: torch.dtype,
+    ragged: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    read = listed(seed, shape, (32, 64), blocks, list_heads)
+    if ragged:
+        batch, queries, keys = shape[0], *shape[3:]
+        lengths = torch.tensor([[keys - 3], [keys - 29]])[:batch]
+        read.geometry = Geometry(batch, queries, keys, lengths, lengths - queries, device=DEVICE)
+    poisoned(monkeypatch)
+    check(read, dtype)
+
+
 @pytest.mark.parametrize("k_block", [16, 64])
 def test_one_list_for_all_queries(seed: int, k_block: int) -> None:
     torch.manual_seed(seed)
@@ -329,8 +352,9 @@ def test_what_it_refuses() -> None:
     refused("lists, or a single span")
     refused("float64", Selection(lists, 16, 16), q.double())
     refused("no bias", Selection(lists, 16, 16), bias=torch.zeros(1, 1, 1, 32))
-    refused("k_block 7", Selection(lists, 16, 7))
-    refused("q_block 17", Selection(lists, 17, 16))
+    refused("k_block 7", Selection(lists, 16, 7, Span(0, 4)))
+    refused("q_block 17", Selection(lists, 17, 16, Span(0, 4)))
+    refused("q_block 3", Selection(lists.repeat_interleave(6, 2)[:, :, :11], 3, 16))
     refused("narrow lists", Selection(lists, 16, 16), visible=(Span(0, 4),))
     refused("differ by head", Selection(lists, 16, 16, Span(torch.tensor([1, 2]), 4)))
     refused("no gradients", Selection(lists, 16, 16, Span(0, 4)), q.clone().requires_grad_())

@@ -46,6 +46,21 @@ def test_finds_what_the_search_in_words_finds(
     assert torch.equal(close_gaps(got), close_gaps(want))
 
 
+@pytest.mark.parametrize(
+    ("heads", "stores", "rows", "slots"), [(4, 2, 3, 5), (6, 2, 16, 9), (2, 1, 1, 4), (4, 1, 9, 80)]
+)
+def test_heads_of_a_group_search_the_same_range(seed: int, heads: int, stores: int, rows: int, slots: int) -> None:
+    torch.manual_seed(seed)
+    q, k = made(torch.float32, 2, heads, 3, rows, 16), made(torch.float32, 2, stores, 160, 16)
+    low = torch.randint(0, 4, (2, stores, 3))
+    high = torch.randint(20, 80, (2, stores, 3))
+    high[1, 0, 1] = 0
+    q, k, low, high = on(q, k, low, high)
+    got = best_blocks(q, k, low, high, slots, 80, 2)
+    low, high = (x.repeat_interleave(heads // stores, dim=1) for x in (low, high))
+    assert torch.equal(got, best_blocks(q, k, low, high, slots, 80, 2))
+
+
 def test_bad_arguments() -> None:
     q, k, low = torch.zeros(1, 2, 3, 1, 16), torch.zeros(1, 2, 9, 16), torch.zeros(1, 2, 3, dtype=torch.int64)
     with pytest.raises(BadArgument, match="give sets of queries"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention.at_once import at_once
@@ -168,21 +169,26 @@ def _listed(lists: Tensor, selection: Selection, g: Geometry, real: Tensor | Non
 def _listed_in_range(
     lists: Tensor, selection: Selection, g: Geometry, span: Span, real: Tensor | None = None
 ) -> Tensor:
-    """Listed pairs inside a span: int64 [B, h], some query blocks at a time."""
+    """Listed pairs inside a span: int64 [B, h]. Lists ascend, so what of one lies in front of a slot is looked up: no
+    buffer grows with N x K where all queries have one list."""
+    k_block = selection.k_block
     step = g.queries if selection.q_block is None else selection.q_block
     ranges = _ranges(span, g, real)
     heads = max(lists.shape[1], *(x.shape[1] for pair in ranges for x in pair))
-    lists = to_heads(lists, heads).long()
-    ranges = [(to_heads(low, heads), to_heads(high, heads)) for low, high in ranges]
+    lists = to_heads(lists, heads).expand(-1, heads, -1, -1)
+    lists = torch.where(lists < 0, g.keys, lists.long()).contiguous()  # behind the end stands what nobody reaches
+    short = lists.shape[2] * step - g.queries  # the last block's missing queries, which see nothing
+
+    def before(slot: Tensor) -> Tensor:
+        """Listed slots in front of slots [1 or B, h, N]: [B, h, nq, q_block]."""
+        slot = F.pad(to_heads(slot, heads).expand(g.batch, heads, -1), (0, short)).unflatten(2, (-1, step))
+        block = slot // k_block
+        place = torch.searchsorted(lists, block.contiguous())
+        inside = lists.gather(3, place.clamp_max(lists.shape[3] - 1)) == block
+        return place * k_block + torch.where(inside & (place < lists.shape[3]), slot - block * k_block, 0)
+
     count = torch.zeros(g.batch, heads, dtype=torch.int64, device=g.device)
-    rows = max(1, at_once(g.device) // max(1, g.batch * heads * lists.shape[-1]))
-    for block in range(lists.shape[2]):
-        low = (lists[:, :, block] * selection.k_block).unsqueeze(-2)  # [B, h, 1, K]
-        there = lists[:, :, block].unsqueeze(-2) >= 0
-        for start in range(block * step, min((block + 1) * step, g.queries), rows):
-            stop = min(start + rows, (block + 1) * step, g.queries)
-            for from_, to in ranges:
-                from_, to = from_[..., start:stop].unsqueeze(-1), to[..., start:stop].unsqueeze(-1)
-                inside = torch.minimum(low + selection.k_block, to) - torch.maximum(low, from_)
-                count += torch.where(there, inside.clamp(min=0), 0).sum((-1, -2))
+    for low, high in ranges if lists.shape[3] else ():
+        low = low.clamp_min(0)
+        count += (before(torch.maximum(high, low)) - before(low)).sum((2, 3))
     return count

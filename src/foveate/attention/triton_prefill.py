@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.attention.regrained import keys_of, queries_of, regrained
 from foveate.attention.request import Request
 from foveate.attention.selection import Partial, Span
 
@@ -70,11 +71,20 @@ def _read(r: Request) -> str:
         return "" if len(r.visible) == 1 else "it reads lists, or a single span"
     if r.visible:
         return "it takes no spans that narrow lists"
-    if r.q_block is not None and r.q_block not in (16, 32, 64) and r.q_block % 128:
+    per, size = queries_of(r.q_block), keys_of(r.k_block)
+    alone = r.span is None and not (torch.is_grad_enabled() and _trains(r))  # others are not told in other blocks
+    if per != r.q_block and not (alone and _fills(r, per)):
         return f"q_block {r.q_block} is none of 16, 32, 64 and multiples of 128"
-    if r.k_block not in (1, 2, 4, 8, 16, 32, 64) and r.k_block % 128:
+    if size != r.k_block and not alone:
         return f"k_block {r.k_block} is neither a power of two up to 128 nor a multiple of it"
     return ""
+
+
+def _fills(r: Request, per: int | None) -> bool:
+    """Whether blocks of `per` queries are filled at least by half, and end alike for all heads."""
+    g = r.geometry
+    alike = all(x is None or x.shape[1] == 1 for x in (g.first, g.lengths))
+    return alike and per is not None and r.q_block is not None and per <= 2 * r.q_block
 
 
 def _span(r: Request) -> str:
@@ -101,12 +111,16 @@ def span_of(r: Request) -> Span | None:
 
 def run(request: Request) -> Partial:
     """One kernel over all tiles, after one that counts what each tile reads."""
-    r = request
-    out, lse = _Read.apply(r.q, r.k, r.v, r)  # type: ignore[misc]
+    r, ends, row = request, None, None
+    if r.lists is not None and (queries_of(r.q_block), keys_of(r.k_block)) != (r.q_block, r.k_block):
+        r, ends, row = regrained(r)
+    out, lse = _Read.apply(r.q, r.k, r.v, r, ends)  # type: ignore[misc]
+    if row is not None:
+        out, lse = out.index_select(2, row), lse.index_select(2, row)
     return Partial(out, lse)
 
 
-def _arguments(r: Request) -> dict[str, Any]:
+def _arguments(r: Request, ends: Tensor | None) -> dict[str, Any]:
     from foveate.attention.triton.block_sparse_tiles import Place
 
     g = r.geometry
@@ -125,7 +139,7 @@ def _arguments(r: Request) -> dict[str, Any]:
         "k_block": k_block,
         "scale": r.scale,
         "softcap": r.softcap,
-        "at": Place(g.first, g.lengths, None if positions is None else positions.contiguous(), span),
+        "at": Place(g.first, g.lengths, None if positions is None else positions.contiguous(), span, ends),
     }
 
 
@@ -133,10 +147,12 @@ class _Read(torch.autograd.Function):
     """Forward and backward of a request; its tensors are given beside it so that gradients find them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, request: Request, ends: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         from foveate.attention.triton import block_sparse
 
-        ctx.arguments = _arguments(request)
+        ctx.arguments = _arguments(request, ends)
         out, lse = block_sparse.forward(q, k, v, **ctx.arguments)
         ctx.save_for_backward(q, k, v, out, lse)
         return out, lse
@@ -149,4 +165,4 @@ class _Read(torch.autograd.Function):
         grad_q, grad_k, grad_v = block_sparse_backward.backward(
             q, k, v, out=out, lse=lse, grad_out=grads[0], grad_lse=grads[1], **ctx.arguments
         )
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v, None, None

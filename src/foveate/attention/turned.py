@@ -111,6 +111,22 @@ def line_up(chosen: Tensor, own: Tensor, most: int, size: int, near: int) -> tup
     return made
 
 
+def multiplies(q: Tensor) -> bool:
+    """Whether `feature_products` can be used for queries [B, H, N, D] on their device."""
+    return not q.requires_grad and q.shape[3] <= 256 and q.stride(3) == 1 and decoding.serves(q)[0]
+
+
+def feature_products(
+    q: Tensor, features: Tensor, high: Tensor, sure: Tensor | None, *, scale: float, softcap: float | None
+) -> Tensor:
+    """Products of the queries q [B, H, N, D] of a prompt, already where they meet them, with features of blocks,
+    float32 [B, h, n, D]: float32 [B, H, N, n], -inf from block `high` (int [B, N]) on, inf for block 0 and from `sure`
+    on."""
+    kernel = _kernels("feature_products").feature_products
+    out: Tensor = kernel(q, features, high, sure, scale=scale, softcap=softcap)
+    return out
+
+
 def votes(
     voters: Tensor,
     k: Tensor,

@@ -182,7 +182,7 @@ class HiP(Method):
         found = []
         for at in range(0, count, step):
             some = slice(at, at + step)
-            high = begin[:, :, some].repeat_interleave(group, dim=1)
+            high = begin[:, :, some]  # the heads of a group search in the same range
             best = descend_keys(asking[:, :, some], keys, self._sinks, high, slots, most, self.k_block)
             if best is not None:
                 found.append(best)
@@ -195,6 +195,6 @@ class HiP(Method):
                 fetched = fetched.float().view(*blocks.shape[:-1], -1, dim)
                 return (ask @ fetched.mT).amax(-2).unflatten(-1, (-1, self.k_block)).amax(-1)
 
-            high = high.unflatten(1, (stores, group))
+            high = high.unsqueeze(2).expand(-1, -1, group, -1)
             found.append(descend(torch.full_like(high, self._sinks), high, slots, score, most).flatten(1, 2))
         return torch.cat(found, dim=2)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate.attention import ALL, Frame, Parts, Selection, turned
 from foveate.attention.at_once import at_once
+from foveate.attention.kernel import softmax_attention
 from foveate.attention.sent import sent
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument, Refused
@@ -149,8 +150,12 @@ class LongHeads(Method):
             some = torch.arange(number, min(number + step, total), device=q.device)
             count, slots = len(some), slice(number * size, (number + len(some)) * size)
             new = torch.arange(slots.start, slots.stop, device=q.device) - start[:, None]
-            index = new.clamp(0, q.shape[2] - 1)[:, None, :, None].expand(-1, heads, -1, dim)
-            rows = torch.where((new >= 0)[:, None, :, None], q.gather(2, index), old.repeat(1, 1, count, 1))
+            begin = slots.start - int(first[0])
+            if begin >= 0 and (first == first[0]).all() and slots.stop - int(first[0]) <= q.shape[2]:
+                rows = q[:, :, begin : begin + count * size]  # all of them are new
+            else:
+                index = new.clamp(0, q.shape[2] - 1)[:, None, :, None].expand(-1, heads, -1, dim)
+                rows = torch.where((new >= 0)[:, None, :, None], q.gather(2, index), old.repeat(1, 1, count, 1))
             held, fresh = (x[:, :, slots] for x in (keys, values))
             q_of, k_of, v_of = (
                 x.unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1) for x in (rows, held, fresh)
@@ -172,10 +177,14 @@ class LongHeads(Method):
     def _feature(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, ctx: Context) -> Tensor:
         """Features [X, H, D] of chunks q [X, H, w, D], k and v [X, Hs, w, D] that begin at positions `start` [X]."""
         group = q.shape[1] // k.shape[1]
-        near = ctx.rope.move(k, -start[:, None].expand(-1, k.shape[2]))
-        k, v, near = (x.float().repeat_interleave(group, dim=1) for x in (k, v, near))
-        mean = (_weights(q.float() @ k.transpose(-1, -2), ctx) @ v).mean(2, keepdim=True)
-        return (_weights(mean @ near.transpose(-1, -2), ctx) @ near).squeeze(2)
+        near = ctx.rope.move(k, -start[:, None].expand(-1, k.shape[2])).float()
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and ctx.softcap is None and len(q) > 1:
+            outs = softmax_attention(q, k, v, scale=ctx.scale, lse=False)[0].float()
+        else:
+            k, v = (x.float().repeat_interleave(group, dim=1) for x in (k, v))
+            outs = _weights(q.float() @ k.transpose(-1, -2), ctx) @ v
+        mean = outs.mean(2).unflatten(1, (-1, group))  # the heads of a group share their keys
+        return (_weights(mean @ near.transpose(-1, -2), ctx) @ near).flatten(1, 2)
 
 
 def _weights(scores: Tensor, ctx: Context) -> Tensor:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.triton.block_sparse_steps import absorb, listed_cols, masked, near_tiles, scores, whole
-from foveate.attention.triton.block_sparse_tiles import Place, Tiles, Tiling, jit, near, row_ends, strides, tiles
+from foveate.attention.triton.block_sparse_tiles import Place, Tiles, Tiling, given_ends, jit, near, strides, tiles
 
 LOG2E = 1.4426950408889634
 
@@ -141,11 +141,12 @@ def launch(
         q, k, v, described_k, described_v, out, lse,
         None if prior is None else prior[0].contiguous(), None if prior is None else prior[1].contiguous(),
         lists, places.begin, places.full, places.stop, places.order,
-        at.first, at.lengths, at.positions,
+        at.first, at.lengths, at.positions, at.ends,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *(lists.stride(i) if lists.shape[i] > 1 else 0 for i in range(3)),
         *strides(at.first), *strides(at.lengths),
         0 if at.positions is None or at.positions.shape[0] == 1 else at.positions.stride(0),
+        0 if at.ends is None or at.ends.shape[0] == 1 else at.ends.stride(0),
         q.shape[2], k.shape[2], count, -(-q.shape[2] // how.rows),
         scale * LOG2E if softcap is None else 2 * scale * LOG2E / softcap,
         0.0 if softcap is None else softcap * LOG2E,
@@ -165,7 +166,7 @@ def _overlaps(
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9 or q.dtype == torch.float32:
         return False
     fits = {q.shape[3], v.shape[3]} <= {64, 128} and k_block % how.columns == 0 and lists.shape[3] > 0
-    plain = at.first is None and at.lengths is None and at.span is None
+    plain = at.first is None and at.lengths is None and at.span is None and at.ends is None
     return fits and plain and how.rows * how.pack >= 16 * layout.warps and described(k) and described(v)
 
 
@@ -194,7 +195,8 @@ def descriptor(x: Tensor, columns: int, wide: int) -> object:
 def _block_sparse(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, prior_out, prior_lse,
     lists_ptr, begin_ptr, full_ptr, stop_ptr, order_ptr, first_ptr, lengths_ptr, positions_ptr,
-    qsb, qsh, qsn, ksb, ksh, ksm, vsb, vsh, vsm, osb, osh, osn, sb, sh, sq, fsb, fsh, lsb, lsh, psb,
+    ends_ptr,
+    qsb, qsh, qsn, ksb, ksh, ksm, vsb, vsh, vsm, osb, osh, osn, sb, sh, sq, fsb, fsh, lsb, lsh, psb, esb,
     queries, keys, count, across, factor, cap, window, sink, beyond, k_heads,
     GROUP: tl.constexpr, LIST_GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
@@ -212,7 +214,8 @@ def _block_sparse(
     head = h * GROUP + index // across * PACK + r // ROWS
     i = row + r % ROWS
     real = (i < queries) & (r < ROWS * PACK)
-    ends = tl.where(real, row_ends(i, b, h, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys), 0)
+    ends = given_ends(i, b, h, ends_ptr, esb, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
+    ends = tl.where(real, ends, 0)
     high = tl.max(ends, 0)
     at = i
     if SPAN:

@@ -23,12 +23,15 @@ class Place(NamedTuple):
         lengths: [B, 1 or Hk], readable slots; None: all M.
         positions: [B, N], logical positions of the queries; None: M - N + arange(N). Slots stand at their own number.
         span: read beside the lists; its fields are host integers.
+        ends: int32 [B, N], one past the last slot that each query may read, instead of what `first` and `lengths` say;
+            without a span, forward.
     """
 
     first: Tensor | None = None
     lengths: Tensor | None = None
     positions: Tensor | None = None
     span: Span | None = None
+    ends: Tensor | None = None
 
 
 class Tiling(NamedTuple):
@@ -77,10 +80,12 @@ def tiles(
         at.first,
         at.lengths,
         at.positions,
+        at.ends,
         *(lists.stride(i) if lists.shape[i] > 1 else 0 for i in range(3)),
         *strides(at.first),
         *strides(at.lengths),
         0 if at.positions is None or at.positions.shape[0] == 1 else at.positions.stride(0),
+        0 if at.ends is None or at.ends.shape[0] == 1 else at.ends.stride(0),
         queries,
         keys,
         lists.shape[3],
@@ -133,10 +138,19 @@ def row_ends(i, b, h, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
     return tl.where(i < queries, ends, 0)
 
 
+@jit
+def given_ends(i, b, h, ends_ptr, esb, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys):
+    """`row_ends`, or those that are given for each query."""
+    if ends_ptr is None:
+        return row_ends(i, b, h, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
+    else:
+        return tl.minimum(tl.load(ends_ptr + b * esb + i, mask=i < queries, other=0), keys)
+
+
 @jit(do_not_specialize=["total", "across", "count", "window", "sink", "k_heads"])
 def _count(
-    lists_ptr, made_ptr, first_ptr, lengths_ptr, positions_ptr,
-    sb, sh, sq, fsb, fsh, lsb, lsh, psb,
+    lists_ptr, made_ptr, first_ptr, lengths_ptr, positions_ptr, ends_ptr,
+    sb, sh, sq, fsb, fsh, lsb, lsh, psb, esb,
     queries, keys, width, total, across, count, window, sink, k_heads,
     GROUP: tl.constexpr, LIST_GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, PACK: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr,
@@ -149,7 +163,7 @@ def _count(
     head = h * GROUP + index // across * PACK
     row = index % across * ROWS
     i = row + tl.arange(0, ROWS)
-    ends = row_ends(i, b, h, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
+    ends = given_ends(i, b, h, ends_ptr, esb, first_ptr, lengths_ptr, fsb, fsh, lsb, lsh, queries, keys)
     low = tl.min(tl.where(i < queries, ends, 2147483647), 0)
     high = tl.max(ends, 0)
     far = low

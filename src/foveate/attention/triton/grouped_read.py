@@ -103,21 +103,41 @@ def grouped_read(
     if ends.shape != (batch, queries) or size < 1 or not angles.fit(dim):
         given = f"ends {tuple(ends.shape)}, size {size}, {angles.frequencies.numel()} frequencies"
         raise BadArgument("ends", given, "give one end per query, blocks of 1 or more slots, a frequency for each pair")
-    tile = 32 if q.dtype == torch.float32 or max(dim, v_dim) > 128 else 64
-    lists, places, ends = (x.to(torch.int32).contiguous() for x in (lists, places, ends))
     blocks = -(-keys // size)
+    wide = q.dtype == torch.float32 or max(dim, v_dim) > 128
+    # A tile of many queries fetches its keys for more of them, where so many list a block.
+    tile = 32 if wide else 128 if lists.numel() >= 128 * batch * blocks else 64
+    lists, places, ends = (x.to(torch.int32).contiguous() for x in (lists, places, ends))
     some = tiles(lists, size, ends, blocks, tile)
     part = torch.empty(batch * heads * queries * width, v_dim, dtype=q.dtype, device=q.device)
     weight = torch.full((len(part),), -torch.inf, dtype=torch.float32, device=q.device)
     frequencies = angles.frequencies.to(q.device).float().contiguous()
+    turns = torch.outer(torch.arange(keys, device=q.device, dtype=torch.float32), frequencies)
+    options = {"num_warps": 8, "num_stages": 2, "maxnreg": 128} if tile == 128 else {"num_warps": 4}
     _entries[(len(some.begin),)](
-        q, k, v, some.which, some.begin, some.count, some.group, places, ends, frequencies, part, weight,
-        *in_base_2(scale, softcap), blocks, heads, queries, width, keys, *q.stride()[:3], *k.stride()[:2],
-        *v.stride()[:2], T=tile, BN=min(tile, max(16, power_of_two(size))), SIZE=size, DV=v_dim,
+        q, k, v, some.which, some.begin, some.count, some.group, places, ends, frequencies, turns.cos(), turns.sin(),
+        part, weight, *in_base_2(scale, softcap), blocks, heads, queries, width, keys, *q.stride()[:3], *k.stride()[:2],
+        *v.stride()[:2], T=tile, BN=min(tile, 64, max(16, power_of_two(size))), SIZE=size, DV=v_dim,
         VP=max(16, power_of_two(v_dim)), **channels(dim, frequencies.numel(), angles.last),
-        CAPPED=softcap is not None, PRECISION=precision_of(k.dtype), num_warps=4,
+        CAPPED=softcap is not None, PRECISION=precision_of(k.dtype), **options,
     )  # fmt: skip
     return merge_rows(part.view(batch, heads, queries, width, v_dim), weight)
+
+
+@jit
+def _circle(x):
+    """Cosine and sine in few registers, off by some 1e-7 and what the float32 angle is: those of the compiler hold a
+    table for any number there is, which would leave the loop over keys too few."""
+    n = tl.floor(x * 0.6366197723675814 + 0.5)
+    r = x - n * 1.5703125 - n * 4.837512969970703e-4 - n * 7.549789954891882e-8
+    z = r * r
+    s = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    quarter = n.to(tl.int32) & 3
+    odd = (quarter & 1) != 0
+    cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
+    cos = tl.where((quarter == 1) | (quarter == 2), -cos, cos)
+    return cos, tl.where(quarter >= 2, -sin, sin)
 
 
 _RUNTIME: Any = ["blocks", "heads", "queries", "width", "keys"]
@@ -125,10 +145,11 @@ _RUNTIME: Any = ["blocks", "heads", "queries", "width", "keys"]
 
 @jit(do_not_specialize=_RUNTIME)
 def _entries(
-    q, k, v, which, begin, count, group, places, ends, frequencies, part, weight, factor, softcap, blocks, heads,
-    queries, width, keys, qsb, qsh, qsn, ksb, ksm, vsb, vsm, T: tl.constexpr, BN: tl.constexpr, SIZE: tl.constexpr,
-    DV: tl.constexpr, VP: tl.constexpr, DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FIRST: tl.constexpr,
-    REST: tl.constexpr, RP: tl.constexpr, OTHERS: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, which, begin, count, group, places, ends, frequencies, cosines, sines, part, weight, factor, softcap,
+    blocks, heads, queries, width, keys, qsb, qsh, qsn, ksb, ksm, vsb, vsm, T: tl.constexpr, BN: tl.constexpr,
+    SIZE: tl.constexpr, DV: tl.constexpr, VP: tl.constexpr, DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, RP: tl.constexpr, OTHERS: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     there = tl.load(count + tile)
@@ -141,11 +162,21 @@ def _entries(
         query = (entry // width).to(tl.int32)
         i, h = query % queries, query // queries % heads
         end = tl.minimum(tl.load(ends + b * queries + i, mask=real, other=0), keys)
-        speed = tl.load(frequencies + d, mask=d < F, other=0.0)
-        angle = (block * SIZE - tl.load(places + entry, mask=real, other=0)).to(tl.float32)[:, None] * speed[None, :]
+        by = tl.where(real, block * SIZE - tl.load(places + entry, mask=real, other=0), 0)
+        distance = tl.abs(by)
+        if tl.max(distance, 0) < keys:
+            # Looked up: to compute them takes longer than the products of a small block.
+            turn = distance.to(tl.int64)[:, None] * F + d[None, :]
+            cos = tl.load(cosines + turn, mask=(d < F)[None, :], other=1.0)
+            sin = tl.load(sines + turn, mask=(d < F)[None, :], other=0.0)
+            sin = tl.where((by < 0)[:, None], -sin, sin)
+        else:
+            speed = tl.load(frequencies + d, mask=d < F, other=0.0)
+            angle = by.to(tl.float32)[:, None] * speed[None, :]
+            cos, sin = _circle(angle)
         at = b * qsb + h.to(tl.int64) * qsh + i.to(tl.int64) * qsn
         q1, q2 = halves(q, at, real, FIRST, F, FP)
-        q1, q2 = turned(q1, q2, tl.cos(angle), tl.sin(angle))
+        q1, q2 = turned(q1, q2, cos, sin)
         kind = k.dtype.element_ty
         q1, q2 = q1.to(kind), q2.to(kind)
         if REST:

@@ -54,16 +54,27 @@ def best_features(
             least = None if sure is None else sure[:, 0]
             scores = turned.feature_scores(q, features, own[:, 0], high[:, 0], least, ctx.rope.angles(), **how)
         else:
-            rows = at_position(q[:, :, some], own, place, ctx.rope).float()
-            rows = rows.reshape(batch, features.shape[1], -1, rows.shape[-1])
-            scores = (rows @ features.transpose(-1, -2)).view(batch, heads, -1, blocks) * scale
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            number = torch.arange(blocks, device=q.device)
-            if sure is not None:
-                scores = scores.masked_fill((number == 0) | (number >= sure[:, None, :, None]), torch.inf)
-            scores = scores.masked_fill(number >= high[:, None, :, None], -torch.inf)
+            rows = at_position(q[:, :, some], own, place, ctx.rope)
+            if blocks and turned.multiplies(rows):
+                scores = turned.feature_products(rows, features, high, sure, scale=scale, softcap=softcap)
+            else:
+                scores = _products(rows, features, high, sure, scale, softcap)
         lists.append(top_lists(scores, k))
         if scored:
             won.append(scores.gather(-1, lists[-1].long().clamp_min(0)).masked_fill(lists[-1] < 0, -torch.inf))
     return lists[0] if len(lists) == 1 else torch.cat(lists, dim=2), torch.cat(won, dim=2) if won else None
+
+
+def _products(
+    q: Tensor, features: Tensor, high: Tensor, sure: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """What `turned.feature_products` gives."""
+    (batch, heads, queries, dim), blocks = q.shape, features.shape[2]
+    number = torch.arange(blocks, device=q.device)
+    rows = q.float().reshape(batch, features.shape[1], -1, dim)
+    scores = (rows @ features.transpose(-1, -2)).view(batch, heads, queries, blocks) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if sure is not None:
+        scores = scores.masked_fill((number == 0) | (number >= sure[:, None, :, None]), torch.inf)
+    return scores.masked_fill(number >= high[:, None, :, None], -torch.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,8 @@ _ORDERED = (torch.float32, torch.bfloat16, torch.float16)
 """What float32 holds exactly, so that the order is the same."""
 _PART = 512
 """Places that are counted one behind the other."""
+_ROWS = 1024
+"""Fewest rows that keep a GPU busy, one program each."""
 
 
 def top_lists(scores: Tensor, k: int, limits: Tensor | None = None) -> Tensor:
@@ -48,6 +52,8 @@ def mask_lists(mask: Tensor) -> Tensor:
 
 def set_lists(mask: Tensor, width: int) -> Tensor:
     """`mask_lists` in lists [..., width] that no row exceeds: nothing is ordered, and nobody asks how long they are."""
+    if _many(mask):
+        return _compact(None, mask, width)
     number = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
     return close_gaps(number, mask, width)
 
@@ -55,10 +61,23 @@ def set_lists(mask: Tensor, width: int) -> Tensor:
 def close_gaps(numbers: Tensor, kept: Tensor | None = None, width: int | None = None) -> Tensor:
     """Those of numbers [..., n] that are kept, bool [..., n] (None: all but -1), in their order: int32 [..., width],
     -1 behind the end. No row keeps more (None: n)."""
-    kept, width = numbers >= 0 if kept is None else kept, numbers.shape[-1] if width is None else width
+    width = numbers.shape[-1] if width is None else width
+    if _many(numbers):
+        return _compact(numbers, kept, width)
+    kept = numbers >= 0 if kept is None else kept
     place = torch.where(kept, _running(kept) - 1, width).long()  # what is not kept goes behind the end
     lists = torch.full((*kept.shape[:-1], width + 1), -1, dtype=torch.int32, device=kept.device)
     return lists.scatter_(-1, place, numbers.to(torch.int32))[..., :width].contiguous()  # some are kept for long
+
+
+def _many(x: Tensor) -> bool:
+    """Whether x [..., n] has rows enough for a kernel that goes through each from its first place to its last."""
+    return x.numel() >= _ROWS * max(1, x.shape[-1]) and decoding.serves(x)[0]
+
+
+def _compact(numbers: Tensor | None, kept: Tensor | None, width: int) -> Tensor:
+    lists: Tensor = import_module("foveate.attention.triton.compact").compact(numbers, kept, width)
+    return lists
 
 
 def _running(mask: Tensor) -> Tensor:

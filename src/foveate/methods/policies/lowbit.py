@@ -76,7 +76,7 @@ def block_peaks(
 
         asked = (codes_q.to(torch.int8), scale_q, per_query.squeeze(-1))
         held = (codes_k.to(torch.int8), scale_k, per_key)
-        return code_peaks(asked, held, lse, q_block, k_block, scale=scale, softcap=softcap)
+        return code_peaks(asked, held, lse, q_block, k_block, scale=scale, softcap=softcap, tile=tile)
     scale_k = scale_k.repeat_interleave(group, dim=0).unsqueeze(1)
     peaks = q.new_full((heads, -(-n // q_block), -(-m // k_block)), -torch.inf)
     step = max(1, at_once(q.device) // (heads * m * q_block)) * q_block

@@ -46,8 +46,8 @@ def descend(
 
 def descend_keys(q: Tensor, k: Tensor, first: int, high: Tensor, slots: int, most: int, page: int) -> Tensor | None:
     """`descend` for sets of queries q [B, H, T, R, D], blocks of `page` keys k [B, Hs, C, D] and the largest logit that
-    a query of the set has for them, by kernels: from block `first` to high [B, H, T] it gives [B, H, T, slots]. None
-    where there are none."""
+    a query of the set has for them, by kernels: from block `first` to high [B, H or Hs, T] it gives int32
+    [B, H, T, slots]. None where there are none."""
     if q.dtype != k.dtype or k.stride(3) != 1 or not decoding.serves(q)[0]:
         return None
     low = torch.full_like(high, first)
@@ -72,9 +72,9 @@ def with_ends(found: Tensor, begin: Tensor, last: Tensor, first: int, longest: i
     """Lists of what was found [B, H, n, K], the first blocks in front of the window, and the window from block `begin`
     to that of slot `last` [B, Hs, n], `longest` slots at most: int32 [B, H, n, K'], ascending, -1 behind the end."""
     group = found.shape[1] // begin.shape[1]
-    begin, last = (x.repeat_interleave(group, dim=1).unsqueeze(-1) for x in (begin, last))
-    sinks = torch.arange(first, device=found.device).expand(*found.shape[:3], -1)
-    window = begin + torch.arange(-(-longest // page) + 1, device=found.device)
+    begin, last = (x.int().repeat_interleave(group, dim=1).unsqueeze(-1) for x in (begin, last))
+    sinks = torch.arange(first, device=found.device, dtype=torch.int32).expand(*found.shape[:3], -1)
+    window = begin + torch.arange(-(-longest // page) + 1, device=found.device, dtype=torch.int32)
     sinks = torch.where(sinks < begin, sinks, -1)
     window = torch.where((window * page <= last) & (last >= 0), window, -1)
     return close_gaps(torch.cat([sinks, found, window], dim=-1))
