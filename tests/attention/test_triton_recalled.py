@@ -102,15 +102,15 @@ def test_the_choice_is_that_of_separate_passes(seed: int, dtype, dim, pairs, las
 
 
 def test_what_does_not_fit_is_named() -> None:
-    q, known, lengths = torch.zeros(1, 2, 1, 16), torch.zeros(1, 1, 3, 16), torch.ones(1, dtype=torch.int32)
-    at, share, means, angles = Borders(1, 2, 4), Share(0, 4, 1, 4), torch.zeros(1, 2), Angles(speeds(8))
+    q, known, lengths = on(torch.zeros(1, 2, 1, 16), torch.zeros(1, 1, 3, 16), torch.ones(1, dtype=torch.int32))
+    at, share, means, angles = Borders(1, 2, 4), Share(0, 4, 1, 4), *on(torch.zeros(1, 2)), Angles(speeds(8))
     with pytest.raises(BadArgument, match="one query per row"):
         recalled.recall(q.expand(-1, -1, 2, -1), known, lengths, angles, at, share, None, means)
     with pytest.raises(BadArgument, match="float32 with adjacent"):
         recalled.recall(q, known.half(), lengths, angles, at, share, None, means)
     with pytest.raises(BadArgument, match="layers"):
         recalled.recall(q, known, lengths, angles, at, share._replace(number=2), None, means)
-    k, chosen = torch.zeros(1, 9, 16), torch.zeros(1, 2, dtype=torch.int32)
+    k, chosen = on(torch.zeros(1, 9, 16), torch.zeros(1, 2, dtype=torch.int32))
     with pytest.raises(BadArgument, match="all of one dtype"):
         recalled.read(q, k.half(), k, lengths, chosen, angles, at, scale=1.0, softcap=None)
     with pytest.raises(BadArgument, match=r"int32 \[B, K\]"):

@@ -5,6 +5,7 @@ On a CPU the graph is a tape of the step's operations: what the host worked out 
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -153,3 +154,19 @@ def test_a_step_that_looks_at_values_is_refused_by_the_tape() -> None:
 
     with pytest.raises(Refused, match="item"):
         record(step, [], x.device)
+
+
+def test_nothing_is_collected_while_a_graph_is_recorded() -> None:
+    """On a GPU the end of an older graph would be the end of the one that is recorded."""
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError, match="wrong"), captured.uncollected():
+        assert not gc.isenabled()
+        raise RuntimeError("wrong")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with captured.uncollected():
+            pass
+        assert not gc.isenabled(), "who had it disabled has it so"
+    finally:
+        gc.enable()

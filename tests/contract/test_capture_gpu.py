@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from tests.closeness import assert_close
@@ -10,6 +12,7 @@ from tests.contract.subjects import CASES, applied, where_it_fits
 from torch import Tensor, nn
 
 from foveate.engine.apply import Handle
+from foveate.engine.captured import record
 from foveate.models.tiny import tiny
 
 pytestmark = [
@@ -47,3 +50,27 @@ def test_replayed_steps_are_ordinary_steps(name: str, seed: int) -> None:
     else:  # a number that is rounded another way may choose another token now and then
         near = (got - want).norm(dim=-1) <= 1e-2 * want.norm(dim=-1)
         assert near.double().mean() > 0.9
+
+
+def test_an_older_graph_may_become_garbage_while_another_is_recorded() -> None:
+    x = torch.ones(8, device="cuda")
+    held = [torch.cuda.CUDAGraph()]
+    with torch.cuda.graph(held[0]):
+        x * 2
+    held.append(held)  # only the collector can free it
+    kept, before = [held], gc.get_threshold()
+    del held
+
+    def step(rehearsing: bool = False) -> Tensor:
+        if not rehearsing:
+            kept.clear()
+            [[] for _ in range(5000)]
+        return x + 1
+
+    gc.set_threshold(10)
+    try:
+        replay = record(step, [], x.device)
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert torch.equal(replay(), x + 1)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from foveate.engine.captured import uncollected
+
 _FLUSH = 1 << 28
 """Bytes that are read to drive everything else out of a GPU's L2 cache (50 MB on an H100). What is read leaves nothing
 behind that would have to be written back while the clock runs."""
@@ -132,7 +134,7 @@ def _record(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with uncollected(), torch.cuda.graph(graph):
             for _ in range(_IN_A_GRAPH):
                 work()
     finally:

@@ -8,7 +8,9 @@ looks at values on the host, a window is still filling, a column has to grow) th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -151,7 +153,7 @@ def record(run: Callable[..., Tensor], counters: list[Tensor], device: torch.dev
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=stream):  # torch's own lies on the GPU that recorded first
+        with uncollected(), torch.cuda.graph(graph, stream=stream):  # torch's own lies on the GPU that recorded first
             result = run()
     except RuntimeError as error:  # something waited for the device
         torch.cuda.synchronize(device)
@@ -163,6 +165,19 @@ def record(run: Callable[..., Tensor], counters: list[Tensor], device: torch.dev
         return result
 
     return replay
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within it no garbage is collected: if an older graph is among it, the device refuses to let it go while another
+    is recorded, and gives up that one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Forward:
