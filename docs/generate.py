@@ -143,9 +143,10 @@ def provenance(view: View, records: list[Record]) -> str:
     lengths = ", ".join(f"{n:,}" for n in view.lengths)
     versions = ", ".join(f"{name} {version}" for name, version in sorted(records[-1].versions.items()))
     seen = "question seen" if view.question_seen else "question not seen"
+    devices = " and ".join(sorted({record.device for record in records if record.device}))
     return (
         f"{view.model}, {lengths} tokens, {seen}, tasks {', '.join(view.tasks)}, {view.samples} samples; "
-        f"{records[-1].device}; {versions}. Shares and times are relative to dense; bold rows are on a Pareto front; "
+        f"{devices}; {versions}. Shares and times are relative to dense; bold rows are on a Pareto front; "
         f"intervals are 95 %. `{records[-1].command}`"
     )
 
