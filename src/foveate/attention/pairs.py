@@ -169,14 +169,14 @@ def _listed(lists: Tensor, selection: Selection, g: Geometry, real: Tensor | Non
 def _listed_in_range(
     lists: Tensor, selection: Selection, g: Geometry, span: Span, real: Tensor | None = None
 ) -> Tensor:
-    """Listed pairs inside a span: int64 [B, h]. Lists ascend, so what of one lies in front of a slot is looked up: no
-    buffer grows with N x K where all queries have one list."""
+    """Listed pairs inside a span: int64 [B, h]. What of an ordered list lies in front of a slot is looked up: no buffer
+    grows with N x K where all queries have one list."""
     k_block = selection.k_block
     step = g.queries if selection.q_block is None else selection.q_block
     ranges = _ranges(span, g, real)
     heads = max(lists.shape[1], *(x.shape[1] for pair in ranges for x in pair))
     lists = to_heads(lists, heads).expand(-1, heads, -1, -1)
-    lists = torch.where(lists < 0, g.keys, lists.long()).contiguous()  # behind the end stands what nobody reaches
+    lists = torch.where(lists < 0, g.keys, lists.long()).sort(-1).values  # behind the end stands what nobody reaches
     short = lists.shape[2] * step - g.queries  # the last block's missing queries, which see nothing
 
     def before(slot: Tensor) -> Tensor:
