@@ -195,7 +195,7 @@ def test_probed_rows_are_those_of_attention(k_heads: int) -> None:
 
 @pytest.mark.parametrize("n", [5, 8, 16, 19])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_are_means_of_what_they_have(n: int, dtype: torch.dtype) -> None:
+def test_partial_last_block_is_a_true_mean(n: int, dtype: torch.dtype) -> None:
     x = torch.randn(2, n, 4).to(dtype)
     means = block_mean(x, 8)
     assert means.dtype == torch.float32 and means.shape == (2, -(-n // 8), 4)
