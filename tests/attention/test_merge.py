@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 from hypothesis import given
@@ -68,7 +66,6 @@ def test_parts_in_one_launch(
     if not decoding._interpreted():
         pytest.skip("kernels run here in Triton's interpreter")
     torch.manual_seed(seed)
-    monkeypatch.setattr(import_module("foveate.attention.triton.merge_parts"), "MANY", 100)  # in tiles from here on
     outs, lses = torch.randn(count, 2, 3, queries, 20).to(dtype), 8 * torch.randn(count, 2, 3, queries)
     outs[0, 0, 0], lses[0, 0, 0] = torch.nan, -torch.inf
     outs[:, 1], lses[:, 1] = torch.nan, -torch.inf

@@ -18,10 +18,6 @@ MOST = 4
 """Parts of one launch."""
 
 
-MANY = 2**15
-"""Rows from which on a program takes several: a prompt has millions, and a program of one row is soon over."""
-
-
 @jit
 def _weighed(part, lse, row, keep, anchor, DV: tl.constexpr, D: tl.constexpr):
     """Rows of a part by their weights, and these; what weighs nothing may hold anything."""
@@ -87,7 +83,8 @@ def merge_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor,
 def _op(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
     none, rows, wide = MOST - len(outs), lse.numel(), power_of_two(out.shape[-1])
-    tile = max(1, 2048 // wide) if rows >= MANY else 1
+    # A prompt has millions of rows, and a program of one is soon over.
+    tile = max(1, 2048 // wide) if outs[0].shape[-2] > 1 else 1
     _merge_parts[(-(-rows // tile),)](
         *outs, *outs[:1] * none, *lses, *lses[:1] * none, out, lse, rows, T=tile, COUNT=len(outs), DV=out.shape[-1],
         D=wide, num_warps=1 if tile == 1 else 4,
