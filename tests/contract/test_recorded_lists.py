@@ -102,7 +102,7 @@ def test_a_prompt_between_recorded_steps_gets_its_codes(seed: int) -> None:
         ("hip", {"tokens": 32, "k_block": 4, "refresh": 2}),
         ("a2ats", {}),
         ("a2ats", {"budget": None, "ratio": 0.11}),
-        ("landmark-means", {"block": 3, "k": 2, "budget": None}),
+        ("landmark-means", {"block": 8, "k": 2, "budget": None}),
         ("longheads", {}),
     ],
 )
