@@ -42,6 +42,10 @@ from foveate.evaluate.tally import Batches, Tally
 from sweep_grid import Grid, Missing, merge, write
 from sweep_worker import Died, Failed, Job, Processes, Result, shared_gpus
 
+GRACE = 60.0
+"""Seconds that jobs under way have when the time is over. A process that is killed while it computes may leave CUDA's
+Multi-Process Service waiting for it for minutes."""
+
 TRACES = "errors.log"
 """Name of the file in the state folder with the tracebacks of jobs that failed."""
 
@@ -92,7 +96,7 @@ class Sweep:
         return Job(job.key, job.setting, job.length, job.task, 0, job.dense, self.tallies[job.key])
 
     def run(self, crew: Crew, seconds: float, watch: Watch) -> None:
-        """Measure for so many seconds at most. What is under way then is dropped.
+        """Measure for so many seconds. What is under way then may end within `GRACE` seconds, or else is dropped.
 
         Raises:
             FoveateError: the model cannot be opened, or workers died over it; or the state cannot be written.
@@ -102,8 +106,8 @@ class Sweep:
         busy: dict[int, Job] = {}
         done, total = 0, sum(job.work for job in self.jobs)
         watch(0.0, 0.0, "opening the model")
-        while (self.jobs or busy) and time.monotonic() < end:
-            for worker, result in crew.wait(max(0.0, min(LOOK, end - time.monotonic()))):
+        while time.monotonic() < (end + GRACE if busy else end) and (self.jobs or busy):
+            for worker, result in crew.wait(LOOK):
                 job = busy.pop(worker, None)
                 if job is None and isinstance(result, Failed):
                     raise FoveateError(f"the model cannot be opened: {result.reason}")
@@ -117,7 +121,7 @@ class Sweep:
                 if job is not None:
                     self.take(job, result)
                     done += 0 if isinstance(result, Died) else job.work
-            while free and self.jobs:
+            while free and self.jobs and time.monotonic() < end:
                 job = self.jobs.popleft()
                 if job.key in self.tallies and job.key not in self.failed:
                     busy[free[0]] = job
@@ -160,7 +164,7 @@ class Sweep:
 @app.callback(invoke_without_command=True)
 def measure(
     context: typer.Context,
-    seconds: Annotated[float, typer.Option(help="End after so long; the same call then goes on.")] = 500.0,
+    seconds: Annotated[float, typer.Option(help="Begin no batch after so long; the same call goes on.")] = 500.0,
     workers: Annotated[int, typer.Option(min=1, help="Processes, each with the model.")] = os.cpu_count() or 1,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that they share.")] = 1,
     device: Annotated[str, typer.Option(help="cuda or cpu; the run's own if nothing is given.")] = "",

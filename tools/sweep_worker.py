@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,9 @@ from foveate.models.shape import ModelShape
 from foveate.tasks import Sample
 
 DAEMON = "nvidia-cuda-mps-control"
+LEAVE = 5.0
+"""Seconds that workers have to end by themselves before they are killed."""
+
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 
 
@@ -204,6 +208,11 @@ class Processes:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for wire in self.wires:  # who waits for a job ends by itself
+            wire.close()
+        end = time.monotonic() + LEAVE
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
         for process in self.processes:
             process.kill()
         for process in self.processes:

@@ -64,14 +64,14 @@ def wanted(tool: Any, whole: Path) -> dict[str, Record]:
 
 
 def assert_same(got: list[Record], want: dict[str, Record]) -> None:
-    """All but times; scores in fp32 may differ by what else the shared prompt was captured for."""
+    """All but times and threads; scores in fp32 may differ by what else the shared prompt was captured for."""
     assert {r.cell.key() for r in got} == set(want) and len(got) == len(want)
     for record in got:
         other = want[record.cell.key()]
         assert record.scores == pytest.approx(other.scores, abs=1e-4)
         for one, two in zip(record.outcomes, other.outcomes, strict=True):
             assert one == {**two, "score": pytest.approx(two["score"], abs=2e-4)}
-        scores = {"scores": [], "outcomes": [], "status": "refused", "refused": "", "created": ""}
+        scores = {"scores": [], "outcomes": [], "status": "refused", "refused": "", "created": "", "device": ""}
         plain = {**record.__dict__, **scores, "refused": record.refused}
         assert plain == {**other.__dict__, **scores, "refused": other.refused}
         assert record.status == other.status
@@ -136,6 +136,32 @@ def test_a_sweep_that_is_stopped_goes_on_and_is_what_one_comparison_is(
     batches = [(job.key, job.start) for crew in crews for job in crew.log if not job.tallies]
     done = [key for key, record in want.items() if record.status == "done"]
     assert sorted(pair for pair in batches if pair[0] in done) == sorted((key, n) for key in done for n in (0, 2, 4))
+
+
+def test_when_the_time_is_over_nothing_is_begun_and_what_is_under_way_may_end(
+    tool: Any, partial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(tool.sweep, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    class Slow(InProcess):
+        """Two workers are given a job each; before they have done it the hundred seconds are over."""
+
+        stuck = False
+
+        def wait(self, seconds: float) -> list[tuple[int, Any]]:
+            if None in self.given.values():
+                return [(worker, self.given.pop(worker)) for worker in list(self.given)]
+            clock.now = max(clock.now + 1.0, 101.0)
+            return [] if self.stuck and self.log else super().wait(seconds)
+
+    crews: list[Slow] = []
+    for stuck in (False, True):
+        clock.now = 0.0
+        monkeypatch.setattr(Slow, "stuck", stuck)
+        swept(tool, partial, tmp_path / str(stuck), lambda worker: crews.append(Slow(worker, 2)) or crews[-1])
+    assert [len(crew.log) for crew in crews] == [2, 1]
+    assert clock.now == pytest.approx(100.0 + tool.sweep.GRACE, abs=1.0)
 
 
 def test_the_command_measures_in_processes_and_merges(tool: Any, whole: Path, partial: Path, tmp_path: Path) -> None:
