@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.attention.early import early_starts
 from foveate.cache import FoveateCache
 from foveate.cache.cache import WARMUP
 from foveate.engine.fused import fused
@@ -143,7 +144,7 @@ def record(run: Callable[..., Tensor], counters: list[Tensor], device: torch.dev
     before = [t.clone() for t in counters]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), early_starts(device):
         try:
             run(rehearsing=True)  # libraries initialise themselves outside the recording
         finally:
@@ -153,7 +154,8 @@ def record(run: Callable[..., Tensor], counters: list[Tensor], device: torch.dev
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     try:
-        with uncollected(), torch.cuda.graph(graph, stream=stream):  # torch's own lies on the GPU that recorded first
+        # torch's own stream lies on the GPU that recorded first
+        with uncollected(), early_starts(device), torch.cuda.graph(graph, stream=stream):
             result = run()
     except RuntimeError as error:  # something waited for the device
         torch.cuda.synchronize(device)

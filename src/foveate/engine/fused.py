@@ -2,9 +2,9 @@
 
 Between the matrix products of a decode step transformers launches some thirty kernels a layer that each take less time
 than their launch; of a long prompt each of them reads and writes all tokens, in float32 where a norm does. Liger's
-kernels do the same in four. The products themselves are `products`' where a step has one token. All are taken only
-where they give what the module itself gives on a probe, only by the thread that asks for them, and only within one
-forward: the model is as it was before and after.
+kernels do the same in four. Where a step has one token its products are those of `products`, and `rotary` turns. All
+are taken only where they give what the module itself gives on a probe, only by the thread that asks for them, and only
+within one forward: the model is as it was before and after.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def available(device: torch.device) -> bool:
 
 
 def multiplies(device: torch.device) -> bool:
-    """Whether the device can run the kernels of `products`."""
+    """Whether the device can run the kernels of `products` and `rotary`."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 
@@ -68,13 +68,13 @@ def fused(model: nn.Module) -> Iterator[None]:
                 change = _change_of(module)
                 if change is not None and _same(module, change):
                     put(module, partial(change, module))
-            watched = any(module._forward_hooks for module in model.modules())  # and may keep what would be turned
-            sources = set() if watched else {sys.modules[type(m).__module__] for m in compat.attention_modules(model)}
-            for source in sources:
-                own = _own_rotation(source)
-                if own is not None and _same_rotation(own, next(model.parameters())):
-                    change = _Here(partial(_rotated, own), own, device.type)
-                    stack.enter_context(_set(source.__dict__, _ROTATION, change))
+        watched = any(module._forward_hooks for module in model.modules())  # and may keep what would be turned
+        sources = set() if watched else {sys.modules[type(m).__module__] for m in compat.attention_modules(model)}
+        for source in sources:
+            own = _own_rotation(source)
+            if own is not None and _same_rotation(own, next(model.parameters())):
+                change = _Here(partial(_rotated, own), own, device.type)
+                stack.enter_context(_set(source.__dict__, _ROTATION, change))
         if products:
             for module in model.modules():
                 for part, change in _multiplied(module):
@@ -273,17 +273,16 @@ def _product_is_right(weight: Tensor) -> bool:
 def _rotated(
     own: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """In place, where it is the kernel's rotation: of all channels (`own` may turn the first ones alone)."""
+    """In place, where it is the kernels' rotation: of all channels (`own` may turn the first ones alone)."""
     if args or kwargs or not q.shape[-1] == k.shape[-1] == cos.shape[-1] or not q.dtype == k.dtype == cos.dtype:
         return own(q, k, cos, sin, *args, **kwargs)
-    rotate = _liger("rope", "LigerRopeFunction")
-    if q.shape[2] > 1:
-        return rotate(q, k, cos, sin)
-    # Rows of one token each are given as the tokens of one row: the kernel takes the stride of an axis of size 1 for
-    # that of a row.
-    cos, sin = (x.expand(len(q), -1, -1).transpose(0, 1).contiguous() for x in (cos, sin))
-    turned = rotate(q.permute(2, 1, 0, 3), k.permute(2, 1, 0, 3), cos, sin)
-    return turned[0].permute(2, 1, 0, 3), turned[1].permute(2, 1, 0, 3)
+    if multiplies(q.device):
+        kernel = import_module("foveate.engine.rotary")
+        if kernel.suits(q, k, cos, sin):
+            return kernel.rotate(q, k, cos, sin)
+    # Of one token Liger's kernel takes the stride of an axis of size 1 for that of a row.
+    long = q.shape[2] > 1 and available(q.device)
+    return _liger("rope", "LigerRopeFunction")(q, k, cos, sin) if long else own(q, k, cos, sin)
 
 
 def _liger(module: str, name: str) -> Callable[..., Any]:
