@@ -24,7 +24,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     rows = [0 if len(x) == 1 else x.stride(0) for x in (cos, sin)]
     _rotate[(batch * (heads + k.shape[1]),)](
         q, k, cos, sin, heads, heads + k.shape[1], *q.stride()[:2], *k.stride()[:2], *rows, HALF=dim // 2,
-        WIDE=power_of_two(dim // 2), num_warps=1,
+        WIDE=power_of_two(dim // 2), num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return q, k
 

@@ -108,10 +108,16 @@ def in_base_2(scale: float, softcap: float | None) -> tuple[float, float]:
 
 @jit
 def in_turn(EARLY: tl.constexpr):
-    """In an `early` kernel: let the next one start, and wait for what the one in front wrote."""
+    """In an `early` kernel: wait for what the one in front wrote."""
+    if EARLY:
+        gdc_wait()
+
+
+@jit
+def let_follow(EARLY: tl.constexpr):
+    """In an `early` kernel: once all of its programs were here, those of the next one may take their places."""
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
 
 
 @jit
