@@ -43,8 +43,7 @@ from sweep_grid import Grid, Missing, merge, write
 from sweep_worker import Died, Failed, Job, Processes, Result, shared_gpus
 
 GRACE = 60.0
-"""Seconds that jobs under way have when the time is over. A process that is killed while it computes may leave CUDA's
-Multi-Process Service waiting for it for minutes."""
+"""Seconds that jobs under way have when the time is over. A batch takes some tens of them, and is lost otherwise."""
 
 TRACES = "errors.log"
 """Name of the file in the state folder with the tracebacks of jobs that failed."""

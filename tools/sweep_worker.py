@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing as mp
 import os
+import pickle
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -156,11 +158,15 @@ def _quiet(done: float, total: float, what: str) -> None:
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def serve(wire: Connection, request: Request, dtype: str, device: str, threads: int) -> None:
-    """A worker's process: says None when the model is open, then answers each job with its result."""
+def serve(wire: Connection, request: Path, dtype: str, device: str, threads: int) -> None:
+    """A worker's process: says None when the model is open, then answers each job with its result.
+
+    Args:
+        request: file with a pickled `Request`.
+    """
     torch.set_num_threads(threads)
     try:
-        worker = Worker(request, dtype, device)
+        worker = Worker(pickle.loads(request.read_bytes()), dtype, device)
     except Exception as error:
         wire.send(_failed(error))
         return
@@ -193,7 +199,12 @@ class Processes:
     def __init__(self, request: Request, dtype: str, device: str, size: int, gpus: int) -> None:
         self.size = size
         threads = max(1, (os.cpu_count() or 1) // max(1, size)) if device == "cpu" else 1
-        self.given = (request, dtype, device, threads)
+        self.folder = tempfile.TemporaryDirectory()
+        # A process that is started with more than a pipe holds keeps its parent until it has imported everything: one
+        # after the other, sixteen took two minutes.
+        file = Path(self.folder.name) / "request"
+        file.write_bytes(pickle.dumps(request))
+        self.given = (file, dtype, device, threads)
         shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         self.gpus = shown.split(",")[:gpus] if device == "cuda" else []
         self.context = mp.get_context("spawn")
@@ -217,6 +228,7 @@ class Processes:
             process.kill()
         for process in self.processes:
             process.join()
+        self.folder.cleanup()
 
     def _start(self, number: int) -> tuple[Connection, BaseProcess]:
         mine, theirs = self.context.Pipe()

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,20 @@ def test_the_command_measures_in_processes_and_merges(tool: Any, whole: Path, pa
     assert (partial / "records.jsonl").read_bytes().startswith(before)
     assert_same([r for r in read(partial) if r.cell.method not in ("dense", LEFT)], wanted(tool, whole))
     assert tool.sweep_grid.Grid.open(partial).missing() == []
+
+
+def test_workers_are_started_side_by_side(tool: Any, partial: Path) -> None:
+    """A process takes seconds to import everything, and reads what it is given behind that. A corpus is larger than a
+    pipe holds: whoever gave it there would wait for each of them."""
+    request = replace(tool.sweep_grid.Grid.open(partial, METHODS).request, command="x" * 2**22)
+    started = time.monotonic()
+    with tool.sweep_worker.Processes(request, "float32", "cpu", 2, 1) as crew:
+        begun = time.monotonic() - started
+        ready: list[int] = []
+        while len(ready) < 2:
+            ready += [worker for worker, result in crew.wait(1.0) if result is None]
+        opened = time.monotonic() - started
+    assert sorted(ready) == [0, 1] and begun < opened / 4
 
 
 def test_what_is_missing_is_the_command_without_what_is_there(tool: Any, partial: Path) -> None:
