@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.attention.early import early_starts
 from foveate.cache import FoveateCache
 from foveate.cache.cache import WARMUP
 from foveate.engine.fused import fused
@@ -144,7 +143,7 @@ def record(run: Callable[..., Tensor], counters: list[Tensor], device: torch.dev
     before = [t.clone() for t in counters]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream), early_starts(device):
+    with torch.cuda.stream(stream):
         try:
             run(rehearsing=True)  # libraries initialise themselves outside the recording
         finally:
@@ -154,8 +153,7 @@ def record(run: Callable[..., Tensor], counters: list[Tensor], device: torch.dev
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     try:
-        # torch's own stream lies on the GPU that recorded first
-        with uncollected(), early_starts(device), torch.cuda.graph(graph, stream=stream):
+        with uncollected(), torch.cuda.graph(graph, stream=stream):  # torch's own lies on the GPU that recorded first
             result = run()
     except RuntimeError as error:  # something waited for the device
         torch.cuda.synchronize(device)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 
 
 def suits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -18,7 +17,7 @@ def suits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q and k, turned in place: channel d of the first half with channel d of the second. Each product and each sum is
-    rounded, as PyTorch does it. The inputs must suit (see `suits`).
+    rounded, as PyTorch does it, and none is fused into the next. The inputs must suit (see `suits`).
     """
     batch, heads, _, dim = q.shape
     rows = [0 if len(x) == 1 else x.stride(0) for x in (cos, sin)]
@@ -29,13 +28,11 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return q, k
 
 
-@early
 @jit(do_not_specialize=["heads", "both"])
 def _rotate(
     q, k, cos, sin, heads, both, stride_qb, stride_qh, stride_kb, stride_kh, stride_c, stride_s, HALF: tl.constexpr,
-    WIDE: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     row, head = (tl.program_id(0) // both).to(tl.int64), tl.program_id(0) % both
     x = q + row * stride_qb + head * stride_qh
     if head >= heads:

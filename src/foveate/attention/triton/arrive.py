@@ -10,9 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.decode import Stores, places
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 
 _WORDS = {4: torch.int32, 2: torch.int16}
 """What tags of so many bytes are moved as."""
@@ -85,16 +84,14 @@ class Counters:
     extremes: Extremes | None = None
 
 
-@early
 @jit(do_not_specialize=["units"])
 def _arrive(
     k_new, v_new, k, v, starts, pairs, lengths, seen, turn, slots, ring, ring_start, ring_size, positions,
     position_start, tags, tag_start, tag_step, tag_fill, extremes, extreme_start, units, stride_k, stride_kt, stride_v,
     stride_vt, DK: tl.constexpr, DV: tl.constexpr, WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, WORDS: tl.constexpr,
     WIDE: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, PAIRS: tl.constexpr,
-    VALUES: tl.constexpr, PLACED: tl.constexpr, EARLY: tl.constexpr,
+    VALUES: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit = tl.program_id(0)
     length = tl.load(lengths + unit)
     size = tl.load(ring_size + unit)

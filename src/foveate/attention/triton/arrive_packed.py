@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,6 @@ def _side(
     tl.store(tail + (length - begin).to(tl.int64) * stride_t + d, x, mask=d < D)
 
 
-@early
 @jit(do_not_specialize=["stride_p"])
 def _arrive(
     k_new, v_new, k_tail, k_start, k_packed, k_codes, k_scale, k_zero, v_tail, v_start, v_packed, v_codes, v_scale,
@@ -129,9 +127,8 @@ def _arrive(
     EXACT_V: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr, BITS_V: tl.constexpr, GROUP_V: tl.constexpr,
     SHARE_V: tl.constexpr, STARTED_V: tl.constexpr, PACKS_V: tl.constexpr, GROUPS_V: tl.constexpr,
     BYTES_V: tl.constexpr,
-    VALUES: tl.constexpr, PLACED: tl.constexpr, EARLY: tl.constexpr,
+    VALUES: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit = tl.program_id(0)
     length = tl.load(lengths + unit)
     now = tl.load(seen + unit)

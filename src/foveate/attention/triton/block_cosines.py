@@ -10,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
-from foveate.attention.early import early
 from foveate.attention.triton.turning import channels, halves, others, turned
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 from foveate.errors import BadArgument
 
 TILE = 16
@@ -24,15 +23,13 @@ def _row(x, d, inside):
     return tl.load(x + d, mask=inside, other=0.0).to(tl.float32)
 
 
-@early
 @jit(do_not_specialize=["blocks", "place", "ahead"])
 def _cosines(
     q, known, lengths, frequencies, out, place, ahead, blocks, stride_l, stride_b, stride_h, stride_n,
     STORES: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
     DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, RP: tl.constexpr,
-    OTHERS: tl.constexpr, EARLY: tl.constexpr,
+    OTHERS: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     b = tl.program_id(0).to(tl.int64)
     n, d, g = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, FP), tl.arange(0, GP)
     length = tl.load(lengths + b * stride_l)

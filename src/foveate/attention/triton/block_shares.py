@@ -9,19 +9,16 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.topk import AT_ONCE, best_of, ordered
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 from foveate.errors import BadArgument
 
 
-@early
 @jit(do_not_specialize=["blocks", "least", "most", "total", "number", "layers", "width"])
 def _recall(
     scores, left, means, lists, entropy, after, blocks, least, most, total, number, layers, width, N: tl.constexpr,
-    L: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     b = tl.program_id(0).to(tl.int64)
     n, layer = tl.arange(0, N), tl.arange(0, L)
     s = tl.load(scores + b * blocks + n, mask=n < blocks, other=float("-inf"))

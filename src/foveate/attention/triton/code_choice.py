@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
-from foveate.attention.early import early
 from foveate.attention.triton.code_reach import reach, widen
 from foveate.attention.triton.turning import channels, halves, others, turned
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 from foveate.errors import BadArgument
 
 MOST = 8192
@@ -64,17 +63,15 @@ def _vector(x, at, FIRST: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, cos, 
     return x1.to(x.dtype.element_ty).to(tl.float32), x2.to(x.dtype.element_ty).to(tl.float32)
 
 
-@early
 @jit(do_not_specialize=["distance", "sink", "window"])
 def _prepare(
     q, k, lengths, frequencies, metric, codes, counts, counted, rows, seen, distance, sink, window, count, stride_k,
     stride_kt, stride_c, stride_ct, STORES: tl.constexpr, R: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
-    RP: tl.constexpr, OTHERS: tl.constexpr, EARLY: tl.constexpr,
+    RP: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     """Turn the queries to `distance`, the newest key to where it was made, and that as its metric sees it; count who
     left the window."""
-    in_turn(EARLY)
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length, d, c = tl.load(lengths + pair), tl.arange(0, FP), part * TILE + tl.arange(0, TILE)
     own, speed = length - 1, tl.load(frequencies + d, mask=d < F, other=0.0)
@@ -115,14 +112,12 @@ def _prepare(
         tl.store(counted + pair, end)
 
 
-@early
 @jit
 def _look_up(
     rows, seen, centroids, sizes, table, near, which, count, tiles, STORES: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, DK: tl.constexpr, DP: tl.constexpr, EARLY: tl.constexpr,
+    TILE: tl.constexpr, DK: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """What each centroid gives the queries, and which of these is nearest to the newest key."""
-    in_turn(EARLY)
     pair, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, DP)
     there, head = x < count, pair % STORES
@@ -138,16 +133,14 @@ def _look_up(
     tl.store(which + pair * tiles + tile, tl.min(tl.where(away == least, x, count), 0))
 
 
-@early
 @jit(do_not_specialize=["sink", "window", "width", "pieces"])
 def _list(
     marks, cuts, nexts, opens, lengths, codes, numbers, lists, totals, sink, window, count, width, pieces, stride_c,
     stride_ct, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, LAST: tl.constexpr,
-    NEXT: tl.constexpr, EARLY: tl.constexpr,
+    NEXT: tl.constexpr,
 ):  # fmt: skip
     """How many tokens of a piece are read; LAST: which, behind those of the pieces before. NEXT: the one token more of
     each head only if there is room, the first of these first."""
-    in_turn(EARLY)
     pair, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = piece * BLOCK + tl.arange(0, BLOCK)
     length = tl.load(lengths + pair)

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from foveate.attention.early import early
 from foveate.attention.triton.topk import ordered
-from foveate.attention.triton.workers import in_turn, jit
+from foveate.attention.triton.workers import jit
 
 
-@early
 @jit(do_not_specialize=["sink", "window", "room", "most"])
-def widen(first, counts, lengths, wanted, sink, window, room, most, count, N: tl.constexpr, EARLY: tl.constexpr):
+def widen(first, counts, lengths, wanted, sink, window, room, most, count, N: tl.constexpr):
     """How many of its best tokens each query head of a pair may choose, `most` at most, so that all of them together
     have room; `first` [P, X]: the best rank that any head gives a token of each code."""
-    in_turn(EARLY)
     pair = tl.program_id(0).to(tl.int64)
     x = tl.arange(0, N)
     some = tl.load(counts + pair * count + x, mask=x < count, other=0)
@@ -31,16 +28,14 @@ def widen(first, counts, lengths, wanted, sink, window, room, most, count, N: tl
     tl.store(wanted + pair, low)
 
 
-@early
 @jit(do_not_specialize=["sink", "window", "most"])
 def reach(
     table, counts, wanted, near, which, lengths, codes, marks, cuts, nexts, most, sink, window, count, tiles, stride_c,
     stride_ct, STORES: tl.constexpr, R: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    NEXT: tl.constexpr, EARLY: tl.constexpr,
+    NEXT: tl.constexpr,
 ):  # fmt: skip
     """Mark the codes whose tokens a query head chooses, all of them (1) or those in front of its cut (2). NEXT: one
     token more, if it wants fewer than `most`, and which that is."""
-    in_turn(EARLY)
     head = tl.program_id(0).to(tl.int64)
     pair = head // R
     x = tl.arange(0, N)

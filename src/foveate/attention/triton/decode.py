@@ -11,7 +11,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.workers import (
     LOG2E,
     Tuning,
@@ -20,7 +19,6 @@ from foveate.attention.triton.workers import (
     deliver,
     gather_parts,
     in_base_2,
-    in_turn,
     jit,
     leave,
     logits,
@@ -127,7 +125,6 @@ def _step(
     return absorb(s, v0, v1, acc0, acc1, top, mass, V1, PRECISION)
 
 
-@early
 @jit(do_not_specialize=["units", "workers"])
 def _decode(
     q, k, v, lengths, starts, pairs, part, weight, scores, factor, softcap, units, workers,
@@ -135,9 +132,8 @@ def _decode(
     R: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     STARTS: tl.constexpr, PAIRS: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
-    LEAN: tl.constexpr, SCORES: tl.constexpr, EARLY: tl.constexpr,
+    LEAN: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     worker = tl.program_id(0) // TILES
     row = tl.program_id(0) % TILES * M + tl.arange(0, M)
     valid = row < R
@@ -179,14 +175,12 @@ def _decode(
         unit += 1
 
 
-@early
 @jit(do_not_specialize=["units", "workers"])
 def _merge(
     part, weight, lengths, pairs, sinks, out, lse, units, workers,
     R: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DV: tl.constexpr,
-    D: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit = tl.program_id(0) // R
     row = tl.program_id(0) % R
     blocks = pair_blocks(lengths, units, UNITS, BLOCK)

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.coded import CodedSide, Coding, levels_dtype
-from foveate.attention.early import early
 from foveate.attention.triton.basis import BARE, PIECE, turn, turn_back, wide
 from foveate.attention.triton.workers import (
     LN2,
@@ -19,7 +18,6 @@ from foveate.attention.triton.workers import (
     check_tails,
     gather_channels,
     in_base_2,
-    in_turn,
     jit,
     leave,
     multiprocessors,
@@ -157,17 +155,15 @@ def _whole(k_packed, v_packed, lengths, number, keep, BLOCK: tl.constexpr):
 
 
 # Layers have rows of other widths each, and all of them one kernel.
-@early
 @jit(do_not_specialize=["units", "workers", "stride_k", "stride_v", "width_k", "width_v"])
 def _decode(
     turned, k_codes, k_packed, k_heads, k_fields, k_levels, k_sizes, v_codes, v_packed, v_heads, v_fields, v_levels,
     v_sizes, lengths, part, weight, factor, softcap, units, workers, stride_k, stride_v, width_k, width_v,
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr,
     WCK: tl.constexpr, WCV: tl.constexpr, WV: tl.constexpr, FROM_K: tl.constexpr, FROM_V: tl.constexpr,
-    ONE_K: tl.constexpr, ONE_V: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    ONE_K: tl.constexpr, ONE_V: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks that are coded throughout."""
-    in_turn(EARLY)
     worker, number = tl.program_id(0), tl.arange(0, UNITS)
     row, n = tl.arange(0, M), tl.arange(0, BLOCK)
     valid = row < R
@@ -217,7 +213,6 @@ def _decode(
         unit += 1
 
 
-@early
 @jit(do_not_specialize=["stride_kc", "stride_vc", "width_k", "width_v"])
 def _edge(
     q, turned, k_codes, k_tail, k_packed, k_heads, k_fields, k_levels, k_sizes, v_codes, v_tail, v_packed, v_heads,
@@ -226,10 +221,9 @@ def _edge(
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, WCK: tl.constexpr, WCV: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
     FROM_K: tl.constexpr, FROM_V: tl.constexpr, ONE_K: tl.constexpr, ONE_V: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The newest tokens, of which some are exact: few, so that a program does all of a pair."""
-    in_turn(EARLY)
     unit, n, row = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, M)
     valid, pair = row < R, unit.to(tl.int64)
     length, pk, pv = tl.load(lengths + unit), tl.load(k_packed + unit), tl.load(v_packed + unit)
@@ -265,14 +259,12 @@ def _edge(
     _leave(part, weight, unit, row, valid, acc, exact, beside, coded, top, mass, R, WCV, WV)
 
 
-@early
 @jit(do_not_specialize=["units", "workers"])
 def _merge(
     part, weight, k_packed, v_packed, lengths, edge, edge_weight, found, lse, units, workers,
     R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, TOTAL: tl.constexpr, PIECE: tl.constexpr,
-    WIDE: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit, row, number = tl.program_id(0) // R, tl.program_id(0) % R, tl.arange(0, UNITS)
     d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     blocks = _whole(k_packed, v_packed, lengths, number, number < units, BLOCK)

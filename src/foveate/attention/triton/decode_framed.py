@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
-from foveate.attention.early import early
 from foveate.attention.triton.decode_moved import read_moved, serves
 from foveate.attention.triton.splits import merge_splits
 from foveate.attention.triton.turning import channels, circle, halves, others, product, tokens_at_once, turned
@@ -17,7 +16,6 @@ from foveate.attention.triton.workers import (
     capped,
     check_heads,
     in_base_2,
-    in_turn,
     jit,
     multiprocessors,
     outputs,
@@ -28,16 +26,14 @@ from foveate.attention.triton.workers import (
 from foveate.errors import BadArgument
 
 
-@early
 @jit(do_not_specialize=["width", "splits"])
 def _read(
     q, k, v, lists, places, lengths, frequencies, part, weight, factor, softcap, width, splits, stride_k, stride_kt,
     stride_v, stride_vt, stride_l, stride_p, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     DV: tl.constexpr, VP: tl.constexpr, DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FIRST: tl.constexpr,
     REST: tl.constexpr, RP: tl.constexpr, OTHERS: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
-    SHARE: tl.constexpr, EARLY: tl.constexpr,
+    SHARE: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = unit // SHARE
     row, n, d = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, FP)

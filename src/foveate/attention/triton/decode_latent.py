@@ -11,19 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import __version__, knobs
 
-from foveate.attention.early import early
 from foveate.attention.triton.decode import Stores, decode_ragged
-from foveate.attention.triton.workers import (
-    LN2,
-    LOG2E,
-    in_turn,
-    jit,
-    join,
-    multiprocessors,
-    outputs,
-    partials,
-    power_of_two,
-)
+from foveate.attention.triton.workers import LN2, LOG2E, jit, join, multiprocessors, outputs, partials, power_of_two
 from foveate.errors import BadArgument
 
 
@@ -133,14 +122,12 @@ def merge(
     return out, lse
 
 
-@early
 @jit(do_not_specialize=["units", "workers", "heads", "queries"])
 def _merge(
     part, weight, lengths, pairs, sinks, out, lse, units, workers, heads, queries, DV: tl.constexpr,
     WIDTH: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
-    SINKS: tl.constexpr, EARLY: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     rows = heads * queries
     unit, row = tl.program_id(0) // rows, tl.program_id(0) % rows
     pair = unit

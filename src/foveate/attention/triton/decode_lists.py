@@ -8,7 +8,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.workers import (
     Tuning,
     absorb,
@@ -16,7 +15,6 @@ from foveate.attention.triton.workers import (
     deliver_channels,
     gather_channels,
     in_base_2,
-    in_turn,
     jit,
     leave,
     logits,
@@ -74,7 +72,6 @@ def _blocks(
     return (first + last + listed + BLOCK - 1) // BLOCK
 
 
-@early
 @jit(do_not_specialize=["units", "workers", "sink", "window", "width"])
 def _decode(
     q, k, v, lists, counts, lengths, windows, part, weight, scores, factor, softcap, units, workers, sink, window,
@@ -82,9 +79,8 @@ def _decode(
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, HEADS: tl.constexpr,
     STORES: tl.constexpr, LISTS: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    NEAR: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr, EARLY: tl.constexpr,
+    NEAR: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     worker = tl.program_id(0)
     row = tl.arange(0, M)
     valid = row < R
@@ -147,15 +143,13 @@ def _decode(
         unit += 1
 
 
-@early
 @jit(do_not_specialize=["units", "workers", "sink", "window", "width"])
 def _merge(
     part, weight, counts, lengths, windows, out, lse, units, workers, sink, window, width, stride_c, stride_ch,
     R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, HEADS: tl.constexpr, STORES: tl.constexpr,
     LISTS: tl.constexpr, PAGE: tl.constexpr, WINDOWS: tl.constexpr, DV: tl.constexpr, PIECE: tl.constexpr,
-    WIDE: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     place = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     blocks = _blocks(

@@ -11,10 +11,9 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.splits import merge_splits
 from foveate.attention.triton.turning import channels, circle, halves, held_halves, others, turned
-from foveate.attention.triton.workers import capped, in_base_2, in_turn, jit, partials, power_of_two
+from foveate.attention.triton.workers import capped, in_base_2, jit, partials, power_of_two
 
 LEAST = 32
 """Slots of a block from which on a program that meets one block alone is worth it."""
@@ -25,16 +24,13 @@ def serves(rows: int, page: int) -> bool:
     return rows == 1 and page >= LEAST
 
 
-@early
 @jit(do_not_specialize=["width", "splits"])
 def _read(
     q, k, v, lists, places, lengths, frequencies, part, weight, factor, softcap, width, splits, stride_k, stride_kt,
     stride_v, stride_vt, stride_l, stride_p, BLOCK: tl.constexpr, PAGE: tl.constexpr, PIECES: tl.constexpr,
     DV: tl.constexpr, VP: tl.constexpr, DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FIRST: tl.constexpr,
     REST: tl.constexpr, RP: tl.constexpr, OTHERS: tl.constexpr, CAPPED: tl.constexpr, SHARE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     entry, piece = split // PIECES, split % PIECES
     listed = tl.load(lists + unit * stride_l + entry)

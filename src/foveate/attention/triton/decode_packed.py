@@ -9,7 +9,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.decode import pair_blocks
 from foveate.attention.triton.packed_words import in_order, shuffled, whole_tile
 from foveate.attention.triton.workers import (
@@ -19,7 +18,6 @@ from foveate.attention.triton.workers import (
     deliver_channels,
     gather_channels,
     in_base_2,
-    in_turn,
     jit,
     leave,
     logits,
@@ -128,7 +126,6 @@ def _side(
     return x
 
 
-@early
 @jit(do_not_specialize=["units", "workers"])
 def _decode(
     q, k_codes, k_scale, k_zero, k_tail, k_packed, v_codes, v_scale, v_zero, v_tail, v_packed, lengths, part, weight,
@@ -137,9 +134,8 @@ def _decode(
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     WK: tl.constexpr, WV: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, GROUP_K: tl.constexpr,
     GROUP_V: tl.constexpr, EVEN_K: tl.constexpr, EVEN_V: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
-    SWIFT: tl.constexpr, EARLY: tl.constexpr,
+    SWIFT: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     worker = tl.program_id(0)
     row = tl.arange(0, M)
     valid = row < R
@@ -193,14 +189,12 @@ def _decode(
         unit += 1
 
 
-@early
 @jit(do_not_specialize=["units", "workers"])
 def _merge(
     part, weight, lengths, out, lse, units, workers,
     R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DV: tl.constexpr, PIECE: tl.constexpr,
-    WIDE: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit = tl.program_id(0) // R
     row = tl.program_id(0) % R
     d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)

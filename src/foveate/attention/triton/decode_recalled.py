@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
-from foveate.attention.early import early
 from foveate.attention.recalled import Borders
 from foveate.attention.triton.splits import merge_splits
 from foveate.attention.triton.turning import channels, halves, others, product, tokens_at_once, turned
@@ -23,7 +22,6 @@ from foveate.attention.triton.workers import (
     capped,
     check_heads,
     in_base_2,
-    in_turn,
     jit,
     leave,
     outputs,
@@ -74,16 +72,14 @@ def _edge(length, INIT: tl.constexpr, LOCAL: tl.constexpr, BLOCK: tl.constexpr):
     return tl.minimum(tl.maximum(length - LOCAL, 0), INIT + ready * BLOCK)
 
 
-@early
 @jit(do_not_specialize=["width", "splits", "near_splits"])
 def _read(
     q, k, v, lengths, chosen, frequencies, part, weight, scores, factor, softcap, width, splits, near_splits, stride_k,
     stride_kt, stride_v, stride_vt, STORES: tl.constexpr, R: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
     TILES: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr,
     VP: tl.constexpr, DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
-    RP: tl.constexpr, OTHERS: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    RP: tl.constexpr, OTHERS: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, i, d, c = tl.arange(0, M), tl.arange(0, T), tl.arange(0, FP), tl.arange(0, VP)
     valid = row < R
@@ -227,14 +223,12 @@ def _(
     return (*outputs(q, v.shape[2]), scores, weight)
 
 
-@early
 @jit(do_not_specialize=["splits", "near_splits", "wide", "slots", "history", "number", "layers"])
 def _settle(
     scores, weight, lengths, entropy, mass, past, means, splits, near_splits, wide, slots, history, number, layers,
     STORES: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr, NEAR: tl.constexpr, SLOTS: tl.constexpr,
-    HISTORY: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    HISTORY: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if part > 0:
         n, h, j = tl.arange(0, NEAR), tl.arange(0, HP), (part - 1) * SLOTS + tl.arange(0, SLOTS)

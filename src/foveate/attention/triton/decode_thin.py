@@ -8,14 +8,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.workers import (
     Tuning,
     check_heads,
     deliver,
     gather_parts,
     in_base_2,
-    in_turn,
     jit,
     leave,
     multiprocessors,
@@ -71,16 +69,14 @@ def _channels_of_q(
     return tl.load(q + row[:, None] * DK + which[None, :], mask=keep, other=0.0)
 
 
-@early
 @jit(do_not_specialize=["units", "workers", "room"])
 def _decode_thin(
     q, body, channels, tail, v, starts, lengths, part, weight, factor, softcap, units, workers, room,
     stride_t, stride_tt, stride_v, stride_vt,
     R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, KEPT: tl.constexpr, T0: tl.constexpr,
     T1: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    V1: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     worker = tl.program_id(0)
     row, n = tl.arange(0, M), tl.arange(0, BLOCK)
     valid = row < R
@@ -120,14 +116,11 @@ def _decode_thin(
         unit += 1
 
 
-@early
 @jit(do_not_specialize=["units", "workers"])
 def _merge(
     part, weight, starts, lengths, out, lse, units, workers,
     R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit = tl.program_id(0) // R
     row = tl.program_id(0) % R
     blocks = _blocks(starts, lengths, units, UNITS, BLOCK)

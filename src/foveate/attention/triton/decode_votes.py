@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
-from foveate.attention.early import early
 from foveate.attention.triton.turning import channels, circle, halves, others, product, tokens_at_once, turned
-from foveate.attention.triton.workers import LOG2E, in_turn, jit, multiprocessors, power_of_two, precision_of
+from foveate.attention.triton.workers import LOG2E, jit, multiprocessors, power_of_two, precision_of
 from foveate.errors import BadArgument
 
 
@@ -35,15 +34,13 @@ def _product(
         return product(a, b, s, SPLIT, PRECISION)
 
 
-@early
 @jit(do_not_specialize=["voters", "splits", "capacity", "begin"])
 def _logits(
     q, k, edges, stands, frequencies, scores, masses, factor, voters, splits, capacity, begin, stride, stride_token,
     G: tl.constexpr, STORES: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, STANDS: tl.constexpr,
     DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, RP: tl.constexpr,
-    OTHERS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    OTHERS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch = pair // STORES
     row = tl.arange(0, N)
@@ -107,13 +104,11 @@ def _logits(
     tl.store(masses + place * splits + split, total, mask=valid)
 
 
-@early
 @jit(do_not_specialize=["voters", "splits", "capacity", "begin"])
 def _sum_votes(
     scores, masses, edges, stands, out, voters, splits, capacity, begin, HEADS: tl.constexpr, HP: tl.constexpr,
-    SP: tl.constexpr, BLOCK: tl.constexpr, STANDS: tl.constexpr, ROUND: tl.constexpr, EARLY: tl.constexpr,
+    SP: tl.constexpr, BLOCK: tl.constexpr, STANDS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     voter = tl.program_id(0).to(tl.int64)
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     edge = tl.load(edges + voter)

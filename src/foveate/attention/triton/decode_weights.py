@@ -10,9 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.decode import Stores, run
-from foveate.attention.triton.workers import LOG2E, in_turn, jit, power_of_two
+from foveate.attention.triton.workers import LOG2E, jit, power_of_two
 from foveate.errors import BadArgument
 
 ALIGNED = 128
@@ -26,13 +25,10 @@ def weights(scores, place, mass, keep):
     return tl.exp2(s - tl.where(mass == float("-inf"), 0.0, mass))
 
 
-@early
 @jit(do_not_specialize=["width"])
 def _probabilities(
-    scores, lse, lengths, pairs, width, stride, R: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    in_turn(EARLY)
+    scores, lse, lengths, pairs, width, stride, R: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr
+):
     unit, row = tl.program_id(0) // R, tl.program_id(0) % R
     pair = unit
     if PAIRS:
@@ -44,13 +40,11 @@ def _probabilities(
     tl.store(scores + at * stride + slot, p, mask=slot < width)
 
 
-@early
 @jit
 def _add_mass(
     scores, lse, lengths, pairs, columns, column_start, stride, R: tl.constexpr, AT_ONCE: tl.constexpr,
-    BLOCK: tl.constexpr, PAIRS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit = tl.program_id(0)
     pair = unit
     if PAIRS:

@@ -9,13 +9,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.decode_lists import tuning
 from foveate.attention.triton.splits import merge_splits
 from foveate.attention.triton.workers import (
     check_heads,
     in_base_2,
-    in_turn,
     jit,
     leave,
     multiprocessors,
@@ -47,16 +45,14 @@ def _turned(
     return (x.to(tl.float32) * cos[None, :] + other.to(tl.float32) * sin[None, :]).to(x.dtype)
 
 
-@early
 @jit(do_not_specialize=["used", "sink", "splits", "per"])
 def _read(
     q, k, v, place, seen, speeds, part, weight, factor, softcap, used, sink, splits, per, stride_k, stride_kt, stride_v,
     stride_vt, STORES: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
     F: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    V1: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first piece is that of the first tokens, to which the queries are moved; the others divide the window."""
-    in_turn(EARLY)
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.arange(0, M)
     valid = row < R

@@ -8,10 +8,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.arrive import Counters
 from foveate.attention.triton.decode import Stores, places
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 from foveate.errors import BadArgument
 
 _BLOCK = 1024
@@ -31,13 +30,11 @@ class Guard(NamedTuple):
     recent: Tensor
 
 
-@early
 @jit(do_not_specialize=["pieces", "sink"])
 def _least(
     scores, positions, position_start, lengths, seen, recent, pairs, value, where, pieces, sink, stride_row,
-    stride_head, HEADS: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr, EARLY: tl.constexpr,
+    stride_head, HEADS: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit, piece = tl.program_id(0), tl.program_id(1)
     pair = unit
     if PAIRS:
@@ -55,15 +52,13 @@ def _least(
     tl.store(where + unit * pieces + piece, tl.min(tl.where(s == least, slot, _NOWHERE), 0))
 
 
-@early
 @jit(do_not_specialize=["pieces", "units"])
 def _drop(
     value, where, k, v, starts, pairs, lengths, positions, position_start, tags, tag_start, tag_step, slots, pieces,
     units, stride_k, stride_kt, stride_v, stride_vt, PIECES: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr, STARTS: tl.constexpr,
-    VALUES: tl.constexpr, NEWEST: tl.constexpr, EARLY: tl.constexpr,
+    VALUES: tl.constexpr, NEWEST: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit = tl.program_id(0)
     last = tl.load(lengths + unit) - 1
     piece = tl.arange(0, PIECES)

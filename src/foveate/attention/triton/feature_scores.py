@@ -7,9 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
-from foveate.attention.early import early
 from foveate.attention.triton.turning import channels, circle, turned
-from foveate.attention.triton.workers import in_turn, jit
+from foveate.attention.triton.workers import jit
 from foveate.errors import BadArgument
 
 TILE = 32
@@ -21,15 +20,12 @@ def _row(x, d, inside):
     return tl.load(x + d, mask=inside, other=0.0).to(tl.float32)
 
 
-@early
 @jit(do_not_specialize=["blocks", "place"])
 def _scores(
     q, features, own, high, sure, frequencies, out, place, blocks, scale, softcap, stride_b, stride_h, stride_n,
     HEADS: tl.constexpr, SHARE: tl.constexpr, TILE: tl.constexpr, DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
     FIRST: tl.constexpr, REST: tl.constexpr, RP: tl.constexpr, OTHERS: tl.constexpr, CAPPED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     unit = tl.program_id(0).to(tl.int64)
     b, head = unit // HEADS, unit % HEADS // SHARE
     n, d = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, FP)

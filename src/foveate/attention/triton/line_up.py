@@ -6,18 +6,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 from foveate.errors import BadArgument
 
 
-@early
 @jit(do_not_specialize=["heads", "width", "most", "near"])
 def _line_up(
-    chosen, own, lists, places, heads, width, most, near, stride_o, SIZE: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr,
+    chosen, own, lists, places, heads, width, most, near, stride_o, SIZE: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    in_turn(EARLY)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDE)
     listed = tl.load(chosen + row * width + i, mask=i < width, other=-1)

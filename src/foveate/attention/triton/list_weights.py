@@ -11,10 +11,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.decode_lists import run
 from foveate.attention.triton.decode_weights import ALIGNED, weights
-from foveate.attention.triton.workers import LOG2E, in_turn, jit, power_of_two
+from foveate.attention.triton.workers import LOG2E, jit, power_of_two
 from foveate.errors import BadArgument
 
 _BLOCK = 4096
@@ -48,13 +47,11 @@ def _agreed(scores, lse, pair, place, keep, stride, R: tl.constexpr, AT_ONCE: tl
     return agreed
 
 
-@early
 @jit(do_not_specialize=["width", "recent"])
 def _token_weights(
     scores, lse, lengths, heads, out, width, recent, stride, STORES: tl.constexpr, COUNT: tl.constexpr,
-    R: tl.constexpr, AT_ONCE: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    R: tl.constexpr, AT_ONCE: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     number = tl.program_id(0).to(tl.int64)
     pair = number // COUNT * STORES + tl.load(heads + number % COUNT)
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -64,13 +61,11 @@ def _token_weights(
     tl.store(out + number * width + slot, tl.where(slot < length, p, float("-inf")), mask=slot < width)
 
 
-@early
 @jit
 def _replace_least(
     lists, scores, lse, lengths, width, stride, R: tl.constexpr, AT_ONCE: tl.constexpr, MEAN: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     pair = tl.program_id(0).to(tl.int64)
     newest = tl.load(lengths + pair) - 1
     entries = lists + pair * width

@@ -11,20 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.angles import Angles
-from foveate.attention.early import early
 from foveate.attention.triton.turning import channels, circle, halves, others, tokens_at_once, turned
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 from foveate.errors import BadArgument
 
 
-@early
 @jit
 def _newest_mean(
     means, k, lengths, frequencies, stride_b, stride_h, stride_n, ksb, ksh, kst, stride_l,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FIRST: tl.constexpr,
-    REST: tl.constexpr, RP: tl.constexpr, OTHERS: tl.constexpr, EARLY: tl.constexpr,
+    REST: tl.constexpr, RP: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + b * stride_l)
     if (length > 0) & (length % SIZE == 0):

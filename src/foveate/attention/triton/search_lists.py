@@ -12,9 +12,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.tree import halved
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 from foveate.errors import BadArgument
 
 
@@ -25,12 +24,8 @@ def _window(own, row, heads, stores, window, PAGE: tl.constexpr):
     return tl.maximum(tl.load(own + pair).to(tl.int32) - window + 1, 0) // PAGE
 
 
-@early
 @jit(do_not_specialize=["heads", "stores", "first", "window", "slots"])
-def _groups(
-    own, groups, heads, stores, first, window, slots, PAGE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
-):  # fmt: skip
-    in_turn(EARLY)
+def _groups(own, groups, heads, stores, first, window, slots, PAGE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     count = tl.maximum(_window(own, row, heads, stores, window, PAGE) - first, 0).to(tl.int64)
@@ -40,13 +35,11 @@ def _groups(
     tl.store(to + slots, end - start, mask=i < slots)
 
 
-@early
 @jit(do_not_specialize=["heads", "stores", "first", "window", "slots", "before", "width"])
 def _lists(
     own, groups, chosen, lists, counts, heads, stores, first, window, slots, before, width, PAGE: tl.constexpr,
-    WIDE: tl.constexpr, CHOSEN: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     row = tl.program_id(0)
     begin = _window(own, row, heads, stores, window, PAGE)
     i, far = tl.arange(0, WIDE), row.to(tl.int64)

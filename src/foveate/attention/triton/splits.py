@@ -6,17 +6,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
-from foveate.attention.triton.workers import deliver, in_turn, jit, join, outputs, power_of_two
+from foveate.attention.triton.workers import deliver, jit, join, outputs, power_of_two
 
 
-@early
 @jit(do_not_specialize=["splits"])
-def _merge(
-    part, weight, out, lse, splits, R: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    in_turn(EARLY)
+def _merge(part, weight, out, lse, splits, R: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D)
     acc = tl.zeros([D], tl.float32)

@@ -14,19 +14,16 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.turning import channels, circle, halves, others, turned
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 
 
-@early
 @jit(do_not_specialize=["first", "local", "wanted"])
 def _voter(
     q, lengths, frequencies, query, held, out, edges, stands, theta, first, local, wanted, stride,
     HEADS: tl.constexpr, HP: tl.constexpr, STATE: tl.constexpr, DK: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    FIRST: tl.constexpr, REST: tl.constexpr, RP: tl.constexpr, OTHERS: tl.constexpr, EARLY: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, RP: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     batch = tl.program_id(0).to(tl.int64)
     own = tl.load(lengths + batch * stride) - 1
     edge = tl.maximum(own - local + 1, first)
@@ -99,13 +96,11 @@ def _no_voter(q: Tensor, *state: object) -> tuple[Tensor, Tensor, Tensor]:
 newest_voter.register_fake(_no_voter)
 
 
-@early
 @jit(do_not_specialize=["first", "wanted", "width"])
 def _tally(
     voter, edges, lengths, stands, chosen, counts, query, winners, lists, places, new_query, new_winners, new_held,
-    first, wanted, width, numbers, stride, STATE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    first, wanted, width, numbers, stride, STATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     batch = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     edge, length = tl.load(edges + batch), tl.load(lengths + batch * stride)

@@ -9,11 +9,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
 from foveate.attention.triton.topk_rounds import LONGEST, best_of_long
 from foveate.attention.triton.workers import (
     check_heads,
-    in_turn,
     jit,
     power_of_two,
     precision_of,
@@ -41,14 +39,12 @@ def _halves(x):
     return tl.maximum(x.to(tl.float32), 0.0).to(x.dtype), tl.minimum(x.to(tl.float32), 0.0).to(x.dtype)
 
 
-@early
 @jit(do_not_specialize=["pages"])
 def _bounds(
     q, summary, lengths, out, pages, stride, stride_page, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
     PAGE: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    in_turn(EARLY)
     pair = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, M)
     q0, q1 = rows_of_q(q, pair * R + row, row < R, DK, K0, K1)
@@ -163,15 +159,13 @@ def best_of(key, need):
     return chosen, need
 
 
-@early
 @jit(do_not_specialize=["wanted", "pieces"])
 def _select(
     scores, numbers, limits, lists, kept, counts, n, wanted, pieces, N: tl.constexpr, WIDE: tl.constexpr,
-    NUMBERED: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
+    NUMBERED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """The best of N scores of a row from piece * N on, `wanted` of them and no more than the limit of the part,
     ascending. NUMBERED: by the numbers given for them; KEPT: their scores are written, too, and no count."""
-    in_turn(EARLY)
     part = tl.program_id(0)
     number = part % pieces * N + tl.arange(0, N)
     there = number < n

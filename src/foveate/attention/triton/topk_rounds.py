@@ -11,8 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.early import early
-from foveate.attention.triton.workers import in_turn, jit, power_of_two
+from foveate.attention.triton.workers import jit, power_of_two
 
 PIECE = 4096
 """Scores of a program."""
@@ -23,12 +22,10 @@ _CHUNK = 64
 """Pieces whose counts are added up at once."""
 
 
-@early
 @jit(do_not_specialize=["n", "wanted", "rows", "pieces"])
 def _round(
     scores, limits, hist, above, state, lists, counts, n, wanted, rows, pieces, ROUND: tl.constexpr,
     ROUNDS: tl.constexpr, PIECE: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One round over piece `program_id` of all rows' pieces.
 
@@ -36,7 +33,6 @@ def _round(
     [ROUNDS, rows, pieces]; of each row the digits so far, how many are above them and how many are needed in state
     [ROUNDS, rows, 3].
     """
-    in_turn(EARLY)
     part, bins = tl.program_id(0), tl.arange(0, BINS)
     row, piece = part // pieces, part % pieces
     number = piece * PIECE + tl.arange(0, PIECE)

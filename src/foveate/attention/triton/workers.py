@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from foveate.errors import BadArgument
 
@@ -104,20 +103,6 @@ def in_base_2(scale: float, softcap: float | None) -> tuple[float, float]:
     if softcap is None:
         return scale * LOG2E.value, 0.0
     return scale / softcap, softcap * LOG2E.value
-
-
-@jit
-def in_turn(EARLY: tl.constexpr):
-    """In an `early` kernel: wait for what the one in front wrote."""
-    if EARLY:
-        gdc_wait()
-
-
-@jit
-def let_follow(EARLY: tl.constexpr):
-    """In an `early` kernel: once all of its programs were here, those of the next one may take their places."""
-    if EARLY:
-        gdc_launch_dependents()
 
 
 @jit
