@@ -202,6 +202,25 @@ def test_tags_of_a_token_that_arrives_are_filled(seed: int, split: bool, words) 
             assert torch.equal(now[name][i].cpu(), want)
 
 
+def test_positions_of_a_token_that_arrives_are_noted_wherever_they_lie(seed: int) -> None:
+    """Memory is given out in any order: those of a second band may lie in front of the first's. One may have none."""
+    torch.manual_seed(seed)
+    held = Held(True)
+    pool = torch.full((2, 2, 1300), -1, dtype=torch.int32, device=DEVICE)
+    new = torch.randn(2, 2, 1, 40, device=DEVICE), torch.randn(2, 2, 1, 24, device=DEVICE)
+    for places in ([pool[1], pool[0, :, :1290]], [None, pool[0, :, :1290]], [pool[1], None]):
+        pool.fill_(-1)
+        turn = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+        held.now.copy_(held.lengths)
+        arrive(
+            *new, held.stores, counters(held.now, held.seen.clone().to(DEVICE), turn, [None] * 2, places, held.sizes)
+        )
+        assert (pool >= 0).sum() == 2 * sum(x is not None for x in places)
+        for unit, (band, i) in enumerate((band, i) for band in range(2) for i in range(2)):
+            x = places[band]
+            assert x is None or x[i, int(held.lengths[unit])] == held.seen[unit]
+
+
 def test_what_cannot_be_served() -> None:
     held = Held(False)
     with pytest.raises(BadArgument, match="positions"):

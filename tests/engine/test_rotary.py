@@ -1,4 +1,4 @@
-"""The rotation of one token per row, against the model's own, to the bit."""
+"""The rotation of one token per row, against the model's own, to the bit: alone, and on the way into a store."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import torch
 from tests.attention.test_triton_decode import DEVICE
+from tests.attention.test_triton_decode_weights import Held
 from tests.closeness import assert_close
+from tests.contract.recorded import steps_in_place
+from tests.contract.runs import left_padded, tokens
+from tests.contract.subjects import CASES, applied, model
 from tests.families import family_model
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from foveate.attention import decoding
+from foveate.attention.triton.arrive import Turn, arrive
 from foveate.engine import fused as module
+from foveate.engine.later import now, rotation_of
 
 rotary = pytest.importorskip("foveate.engine.rotary", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="kernels need a GPU, or Triton's interpreter")
@@ -67,3 +74,79 @@ def test_a_step_is_turned_by_it(count: int, seed: int, monkeypatch: pytest.Monke
             got = model(ids).logits
     assert len(turned) == (2 if count == 1 else 0)
     assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("heads", "shared"), [(2, True), (6, False)])
+def test_a_token_is_turned_on_its_way_in(heads: int, shared: bool, split: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k = torch.randn(2, heads, 1, 40).to(DEVICE), torch.randn(2, 2, 1, 40).to(DEVICE)
+    v, angle = torch.randn(2, 2, 1, 24).to(DEVICE), torch.rand(1 if shared else 2, 1, 40).to(DEVICE) * 6
+    cos, sin = angle.cos(), angle.sin()
+    torch.manual_seed(seed)
+    one = Held(split)
+    torch.manual_seed(seed)
+    other = Held(split)
+    turned_q, turned_k = apply_rotary_pos_emb(q.clone(), k.clone(), cos, sin)
+    arrive(turned_k, v, one.stores, one.counters)
+    kept = k.clone()
+    arrive(k, v, other.stores, other.counters, Turn(q, cos, sin))
+    assert torch.equal(q, turned_q) and torch.equal(k, kept) and torch.equal(one.now, other.now)
+    for part, same in zip(one.there, other.there, strict=True):
+        assert all(torch.equal(part[name], same[name]) for name in part)
+    assert not torch.equal(one.there[0]["k"].cpu(), one.parts[0]["k"])
+
+
+@pytest.mark.parametrize("name", ["dense", "quest", "duo-attention", "h2o", "kivi"])
+def test_a_recorded_step_turns_what_comes_in(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the launch that takes in the token, where it is one; of packed tokens before it."""
+    if DEVICE.type != "cpu":
+        pytest.skip("recorded on a GPU by tests/contract/test_capture_gpu.py")
+    net, case = model("llama", 2), CASES[name]
+    ids, mask = left_padded([tokens(seed, 61), tokens(seed + 1, 88)])
+    new = torch.stack([tokens(seed + 2, 6), tokens(seed + 3, 6)])
+    turned: list[Any] = []
+    before: list[Any] = []
+    plain, alone = decoding.Held.arrive, rotary.rotate
+
+    def arrived(held: Any, k: Any, v: Any, turn: Any = None) -> None:
+        turned.append(turn)
+        plain(held, k, v, turn)
+
+    with applied(net, case) as handle:
+        _, want = steps_in_place(net, handle, ids, mask, new)
+        monkeypatch.setattr(module, "available", lambda device: False)
+        monkeypatch.setattr(module, "multiplies", lambda device: True)
+        monkeypatch.setattr(decoding.Held, "arrive", arrived)
+        with module.fused(net):
+            pass  # probes
+        monkeypatch.setattr(rotary, "rotate", lambda *args: before.append(args) or alone(*args))
+        cache, got = steps_in_place(net, handle, ids, mask, new)
+    assert cache.step is not None
+    assert (None not in turned and turned and not before) if name != "kivi" else (before and not turned)
+    assert_close(got, want, 1e-6)
+
+
+def test_queries_and_keys_are_turned_once_whoever_asks_first(seed: int) -> None:
+    torch.manual_seed(seed)
+    angle = torch.rand(1, 1, 64, device=DEVICE) * 6
+    cos, sin = angle.cos(), angle.sin()
+
+    def drawn() -> tuple[Any, tuple[torch.Tensor, torch.Tensor]]:
+        q, k = torch.randn(2, 4, 1, 64, device=DEVICE), torch.randn(2, 2, 1, 64, device=DEVICE)
+        want = apply_rotary_pos_emb(q.clone(), k.clone(), cos, sin)
+        return rotary.Rotation(q, k, cos, sin, apply_rotary_pos_emb), want
+
+    for order in ((0, 1), (1, 0)):
+        rotation, want = drawn()
+        assert rotation_of(*rotation.laters) is rotation
+        for which in order:
+            assert torch.equal(rotation.laters[which] + 0, want[which])
+            assert rotation_of(*rotation.laters) is None
+    rotation, want = drawn()
+    rotary.rotate(rotation.turn.q, rotation.k.clone(), cos, sin)  # as a store does it that takes the keys
+    rotation.taken()
+    assert torch.equal(now(rotation.laters[0]), want[0]) and torch.equal(now(rotation.laters[1]), want[1])
+    other, _ = drawn()
+    assert rotation_of(other.laters[0], rotation.laters[1]) is None
+    assert rotation_of(other.laters[0], want[1]) is None

@@ -149,10 +149,14 @@ class Held:
         `triton.list_weights.replace_least`."""
         _kernels("list_weights").replace_least(lists, read, self.stores.lengths, mean=mean)
 
-    def arrive(self, k: Tensor, v: Tensor | None) -> None:
+    def arrive(self, k: Tensor, v: Tensor | None, turn: Any = None) -> None:
         """Take in a token of every pair: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv] or None; its tags are filled if they are
-        `tagged`, and the extremes of its block are brought up to date if they are known."""
-        _kernels("arrive").arrive(k, v, self.stores, self.counters)
+        `tagged`, and the extremes of its block are brought up to date if they are known.
+
+        Args:
+            turn: `triton.arrive.Turn`, by which keys are turned on the way and queries in place.
+        """
+        _kernels("arrive").arrive(k, v, self.stores, self.counters, turn)
 
     @property
     def tagged(self) -> bool:
@@ -196,7 +200,7 @@ def held(
     stores, arrive = _kernels("decode").Stores.of(bands, counts[0]), _kernels("arrive")
     words = arrive.tags_of([list(band.values()) for band in tags])
     ends = arrive.Extremes(*arrive.reached(extremes, sizes, counts[0].device), block) if extremes else None
-    counters = arrive.counters(*counts, list(rings), list(positions), sizes, words, ends)
+    counters = arrive.counters(*counts, rings, positions, sizes, words, ends)
     plain = [name for name, (x, _) in tags[0].items() if x.dtype == torch.float32 and x.shape[2:] == (1,)]
     columns = {name: arrive.reached([band[name][0] for band in tags], sizes, counts[0].device) for name in plain}
     return Held(stores, counters, sizes, columns)

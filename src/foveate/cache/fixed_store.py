@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -86,6 +88,11 @@ class FixedStore(Store):
             self._folded = name
         return self._kernels
 
+    @property
+    def turns(self) -> bool:
+        """Whether a token may come in before it is turned."""
+        return self.kernels is not None
+
     def attend(self, q: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor | None:
         """All that is held, of all bands in one launch, q [B, H, 1, Dk] -> [B, H, 1, Dv]; None where no kernel can."""
         kernels = self.kernels
@@ -104,11 +111,15 @@ class FixedStore(Store):
             return None
         return kernels.weigh(q, max(b.used for b in self.bands), scale, softcap, sinks, probs=probs, add=add)
 
-    def append(self, k: Tensor, v: Tensor | None, fresh: object = None) -> None:
-        """Append one token of every row: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv]."""
+    def append(self, k: Tensor, v: Tensor | None, fresh: object = None, turn: Any = None) -> None:
+        """Append one token of every row: k [B, Hs, 1, Dk], v [B, Hs, 1, Dv].
+
+        Args:
+            turn: what the keys and queries are still to be turned by (`decoding.Held.arrive`), where the kernels are.
+        """
         kernels = self.kernels
         if kernels is not None:
-            kernels.arrive(k, v)
+            kernels.arrive(k, v, turn)
             for band, slot in zip(self.bands, kernels.slots, strict=True):
                 if band.declared.keys() - {self._folded} or (band.tags and not kernels.tagged):
                     band.note(slot.long(), tagged=kernels.tagged, folded=self._folded)

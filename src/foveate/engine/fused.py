@@ -273,13 +273,14 @@ def _product_is_right(weight: Tensor) -> bool:
 def _rotated(
     own: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """In place, where it is the kernels' rotation: of all channels (`own` may turn the first ones alone)."""
+    """In place, where it is the kernels' rotation: of all channels (`own` may turn the first ones alone). Of one token
+    when it is needed."""
     if args or kwargs or not q.shape[-1] == k.shape[-1] == cos.shape[-1] or not q.dtype == k.dtype == cos.dtype:
         return own(q, k, cos, sin, *args, **kwargs)
     if multiplies(q.device):
         kernel = import_module("foveate.engine.rotary")
         if kernel.suits(q, k, cos, sin):
-            return kernel.rotate(q, k, cos, sin)
+            return kernel.Rotation(q, k, cos, sin, own).laters if q.is_contiguous() else kernel.rotate(q, k, cos, sin)
     # Of one token Liger's kernel takes the stride of an axis of size 1 for that of a row.
     long = q.shape[2] > 1 and available(q.device)
     return _liger("rope", "LigerRopeFunction")(q, k, cos, sin) if long else own(q, k, cos, sin)

@@ -36,10 +36,12 @@ class Later(Tensor):
         make: makes it.
         norm: what it is, if it is the norm of something.
         plus: makes its sum with another tensor of the same shape.
+        rotation: what turns it (`rotary.Rotation`), if it is queries or keys to be turned.
     """
 
     make: Callable[[], Tensor]
     norm: Norm | None
+    rotation: Any
     plus: Callable[[Tensor], Tensor] | None
     made: Tensor | None
 
@@ -52,10 +54,11 @@ class Later(Tensor):
         *,
         norm: Norm | None = None,
         plus: Callable[[Tensor], Tensor] | None = None,
+        rotation: Any = None,
     ) -> Later:
         shape = (*like.shape[:-1], width)
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
-        self.make, self.norm, self.plus, self.made = make, norm, plus, None
+        self.make, self.norm, self.plus, self.rotation, self.made = make, norm, plus, rotation, None
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -95,6 +98,13 @@ def now(x: Tensor) -> Tensor:
     if x.made is None:
         x.made = x.make()
     return x.made
+
+
+def rotation_of(q: Tensor, k: Tensor) -> Any:
+    """What queries and keys are still to be turned by, if nobody has asked for either; else None."""
+    if not (isinstance(q, Later) and isinstance(k, Later)) or q.rotation is not k.rotation:
+        return None
+    return q.rotation if q.made is None and k.made is None else None
 
 
 def _adds(term: Any, other: Any) -> bool:

@@ -1,18 +1,62 @@
-"""Rotary embeddings of a decode step: queries and keys of one token per row turned in one launch, in place."""
+"""Rotary embeddings of a decode step: queries and keys of one token per row, turned in place where they are needed.
+
+Whoever takes in the key turns it on the way, and the queries beside it, so that a step has a launch less in each layer.
+The model's own code stands between: it is handed tensors that say what they are to be turned by. Everything else that
+touches one finds an ordinary tensor, turned at that moment.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import triton.language as tl
 from torch import Tensor
 
+from foveate.attention.triton.arrive import Turn, turn_rows
 from foveate.attention.triton.workers import jit, power_of_two
+from foveate.engine.later import Later
 
 
 def suits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether the kernel can turn q [B, H, 1, D] and k [B, Hk, 1, D] by cos and sin, [B, 1, D] or [1, 1, D] each."""
+    """Whether the kernels can turn q [B, H, 1, D] and k [B, Hk, 1, D] by cos and sin, [B, 1, D] or [1, 1, D] each."""
     rows, dim = (1, len(q)), q.shape[3]
     turns = all(x.dim() == 3 and x.shape[0] in rows and x.shape[1:] == (1, dim) for x in (cos, sin))
     return q.shape[2] == k.shape[2] == 1 and dim % 2 == 0 and turns and all(x.stride(-1) == 1 for x in (q, k, cos, sin))
+
+
+class Rotation:
+    """Queries and keys that are turned together when the first of them is needed.
+
+    Args:
+        q, k, cos, sin: what suits (see `suits`); q and k are turned in place.
+        own: the model's way, (q, k, cos, sin) -> turned q and k.
+
+    Attributes:
+        laters: stand in for q and k.
+        k, turn: for whoever turns both, and says so by `taken`.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, own: Callable[..., Any]) -> None:
+        self.k, self.turn, self.own = k, Turn(q, cos, sin), own
+        self.turned: tuple[Tensor, Tensor | None] | None = None
+        self.laters = Later(q, q.shape[-1], self._q, rotation=self), Later(k, k.shape[-1], self._k, rotation=self)
+
+    def taken(self) -> None:
+        """The queries were turned in place, and the keys where they are kept now."""
+        self.turned = self.turn.q, None
+
+    def _q(self) -> Tensor:
+        return self._both()[0]
+
+    def _k(self) -> Tensor:
+        k = self._both()[1]
+        return self.own(self.k, self.k, self.turn.cos, self.turn.sin)[1] if k is None else k
+
+    def _both(self) -> tuple[Tensor, Tensor | None]:
+        if self.turned is None:
+            self.turned = rotate(self.turn.q, self.k, self.turn.cos, self.turn.sin)
+        return self.turned
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,21 +81,5 @@ def _rotate(
     x = q + row * stride_qb + head * stride_qh
     if head >= heads:
         x = k + row * stride_kb + (head - heads) * stride_kh
-    d = tl.arange(0, WIDE)
-    keep = d < HALF
-    a, b = _number(x, d, keep), _number(x + HALF, d, keep)
-    c, s = cos + row * stride_c, sin + row * stride_s
-    first = _rounded(a * _number(c, d, keep), x) - _rounded(b * _number(s, d, keep), x)
-    second = _rounded(b * _number(c + HALF, d, keep), x) + _rounded(a * _number(s + HALF, d, keep), x)
-    tl.store(x + d, first.to(x.dtype.element_ty), mask=keep)
-    tl.store(x + HALF + d, second.to(x.dtype.element_ty), mask=keep)
-
-
-@jit
-def _number(x, d, keep):
-    return tl.load(x + d, mask=keep, other=0.0).to(tl.float32)
-
-
-@jit
-def _rounded(number, like):
-    return number.to(like.dtype.element_ty).to(tl.float32)
+    one = tl.arange(0, 1)
+    turn_rows(x, one, one < 1, cos + row * stride_c, sin + row * stride_s, HALF, WIDE)

@@ -18,6 +18,7 @@ from foveate.cache.fixed_store import FixedStore, FixedView
 from foveate.cache.remembered import State
 from foveate.engine import seal as sealing
 from foveate.engine.context import LayerContext
+from foveate.engine.later import now, rotation_of
 from foveate.engine.plan import COLUMNS, LayerPlan
 from foveate.engine.read import Reading, read
 from foveate.engine.rows import Rows
@@ -85,9 +86,15 @@ class StepCall:
         plan, store = self.plans[index], self.stores[index]
         k, v = self.layers[index].take()
         projection = compat.LatentProjection(module) if plan.value_dim is not None else None
+        rotation = rotation_of(query, k) if projection is None and store.turns else None
+        if rotation is not None:
+            store.append(rotation.k, v, turn=rotation.turn)
+            rotation.taken()
+        query = now(query)
         if projection is not None:
-            k, v, query = torch.cat([k, v], dim=-1), None, projection.absorb(query)
-        store.append(k, v)
+            k, v, query = torch.cat([now(k), v], dim=-1), None, projection.absorb(query)
+        if rotation is None:
+            store.append(now(k), v)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         how = Reading(self.rows, (), scale, softcap, s_aux, self.binding.move, angles=self.binding.angles)
         out = self._attend(plan, store, query, how)

@@ -1,5 +1,5 @@
 """One new token of every pair, in one launch: where it goes, the counts that change, keys, values and positions, and
-what its block of keys is summarised by."""
+what its block of keys is summarised by. Its key and the queries of its group are turned first, if they have to be."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from foveate.attention.triton.workers import jit, power_of_two
 
 _WORDS = {4: torch.int32, 2: torch.int16}
 """What tags of so many bytes are moved as."""
+
+
+NOWHERE = tl.constexpr(-(2**62))
+"""Where something begins that is not there."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,21 @@ class Extremes:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """Rotary embeddings that the token does not have yet: of all channels, those of the first half with those of the
+    second.
+
+    Args:
+        q: [B, H, 1, Dk], contiguous, turned in place.
+        cos, sin: [B, 1, Dk] or [1, 1, Dk].
+    """
+
+    q: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
 class Counters:
     """What a step counts for each of P pairs, all on the device.
 
@@ -66,7 +85,8 @@ class Counters:
         ring: int64 [R], slots of all full windows in the order in which they are overwritten, pair behind pair.
         ring_start, ring_size: int64 [P], the part of `ring` that is a pair's; size 0: it has no full window.
         positions: int32, any tensor of positions of the store, or None where nobody has any.
-        position_start: int64 [P], where a pair's positions begin, in elements from the first of `positions`; -1: none.
+        position_start: int64 [P], where a pair's positions begin, in elements from the first of `positions` (negative
+            where they lie in front of it); `NOWHERE`: none.
         tags: what else is held of each token, or None.
         extremes: what is held of each block of keys, or None; none of the pairs has a full window then.
     """
@@ -84,13 +104,40 @@ class Counters:
     extremes: Extremes | None = None
 
 
+@jit
+def _number(x, d, keep):
+    return tl.load(x + d, mask=keep, other=0.0).to(tl.float32)
+
+
+@jit
+def _rounded(number, like):
+    return number.to(like.dtype.element_ty).to(tl.float32)
+
+
+@jit
+def turn_rows(x, rows, keep, cos, sin, HALF: tl.constexpr, WIDE: tl.constexpr):
+    """Turn the rows [M] behind x in place: channel d of the first half with channel d of the second. Each product and
+    each sum is rounded, as PyTorch does it, where the kernel is launched without fusing them."""
+    d = tl.arange(0, WIDE)
+    inside = d < HALF
+    place, keep = rows[:, None] + d[None, :], keep[:, None] & inside[None, :]
+    a, b = _number(x, place, keep), _number(x, place + HALF, keep)
+    c1, c2 = _number(cos, d, inside)[None, :], _number(cos, HALF + d, inside)[None, :]
+    s1, s2 = _number(sin, d, inside)[None, :], _number(sin, HALF + d, inside)[None, :]
+    first = _rounded(a * c1, x) - _rounded(b * s1, x)
+    second = _rounded(b * c2, x) + _rounded(a * s2, x)
+    tl.store(x + place, first.to(x.dtype.element_ty), mask=keep)
+    tl.store(x + place + HALF, second.to(x.dtype.element_ty), mask=keep)
+
+
 @jit(do_not_specialize=["units"])
 def _arrive(
-    k_new, v_new, k, v, starts, pairs, lengths, seen, turn, slots, ring, ring_start, ring_size, positions,
+    k_new, v_new, q, cos, sin, k, v, starts, pairs, lengths, seen, turn, slots, ring, ring_start, ring_size, positions,
     position_start, tags, tag_start, tag_step, tag_fill, extremes, extreme_start, units, stride_k, stride_kt, stride_v,
-    stride_vt, DK: tl.constexpr, DV: tl.constexpr, WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, WORDS: tl.constexpr,
-    WIDE: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, PAIRS: tl.constexpr,
-    VALUES: tl.constexpr, PLACED: tl.constexpr,
+    stride_vt, stride_cos, stride_sin, DK: tl.constexpr, DV: tl.constexpr, WIDE_K: tl.constexpr, WIDE_V: tl.constexpr,
+    WORDS: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr,
+    PAIRS: tl.constexpr, VALUES: tl.constexpr, PLACED: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
+    R: tl.constexpr, WIDE_R: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0)
     length = tl.load(lengths + unit)
@@ -106,6 +153,16 @@ def _arrive(
     k_at, v_at = places(starts, unit, units, stride_k, stride_v, STARTS)
     d = tl.arange(0, WIDE_K)
     x = tl.load(k_new + pair.to(tl.int64) * DK + d, mask=d < DK, other=0.0)
+    if TURNED:
+        HALF: tl.constexpr = DK // 2
+        c, s = cos + (pair // HEADS).to(tl.int64) * stride_cos, sin + (pair // HEADS).to(tl.int64) * stride_sin
+        other = tl.where(d < HALF, d + HALF, d - HALF)
+        y = _number(k_new + pair.to(tl.int64) * DK, other, d < DK)
+        turned = _rounded(x.to(tl.float32) * _number(c, d, d < DK), k_new)
+        turned += _rounded(tl.where(d < HALF, -y, y) * _number(s, d, d < DK), k_new)
+        x = turned.to(x.dtype)
+        r = tl.arange(0, WIDE_R)
+        turn_rows(q, (pair.to(tl.int64) * R + r) * DK, r < R, c, s, HALF, WIDE_K // 2)
     tl.store(k + k_at + slot.to(tl.int64) * stride_kt + d, x, mask=d < DK)
     if SIZE:
         # All keys of the block are read again: a step that is made twice must leave what it leaves when made once.
@@ -127,7 +184,7 @@ def _arrive(
         tl.store(v + v_at + slot.to(tl.int64) * stride_vt + d, x, mask=d < DV)
     if PLACED:
         begin = tl.load(position_start + unit)
-        tl.store(positions + begin + slot, now.to(tl.int32), mask=begin >= 0)
+        tl.store(positions + begin + slot, now.to(tl.int32), mask=begin != NOWHERE)
     if WORDS:
         word = tl.arange(0, WIDE)
         some = word < WORDS
@@ -142,13 +199,14 @@ def _arrive(
     tl.store(slots + unit, slot)
 
 
-def arrive(k_new: Tensor, v_new: Tensor | None, stores: Stores, counters: Counters) -> None:
+def arrive(k_new: Tensor, v_new: Tensor | None, stores: Stores, counters: Counters, turn: Turn | None = None) -> None:
     """Take in one token of every pair, in place. There must be room for it. Never waits for the device.
 
     Args:
         k_new: [B, Hs, 1, Dk], in the order of the pairs' numbers.
         v_new: [B, Hs, 1, Dv]; None where values are a view of the keys.
         stores: where to.
+        turn: what keys and queries are still to be turned by.
     """
     k, v, c, tags, extremes = stores.k, stores.v, counters, counters.tags, counters.extremes
     words = 0 if tags is None else tags.words
@@ -157,17 +215,21 @@ def arrive(k_new: Tensor, v_new: Tensor | None, stores: Stores, counters: Counte
     units = c.lengths.shape[0]
     some = c.lengths  # stands where a pointer is not read
     wide = power_of_two(k.shape[-1])
+    q, cos, sin = (k_flat, k_flat, k_flat) if turn is None else (turn.q, turn.cos, turn.sin)
+    group = 1 if turn is None else q.shape[1] // k_new.shape[1]
     _arrive[(units,)](
-        k_flat, v_flat, k, v, some if stores.starts is None else stores.starts,
+        k_flat, v_flat, q, cos, sin, k, v, some if stores.starts is None else stores.starts,
         some if stores.pairs is None else stores.pairs, c.lengths, c.seen, c.turn, c.slots, c.ring, c.ring_start,
         c.ring_size, some if c.positions is None else c.positions, c.position_start,
         some if tags is None else tags.base, some if tags is None else tags.start, some if tags is None else tags.step,
         some if tags is None else tags.fill, some if extremes is None else extremes.base,
         some if extremes is None else extremes.start, units, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        DK=k.shape[-1], DV=v.shape[-1], WIDE_K=wide, WIDE_V=power_of_two(v.shape[-1]), WORDS=words,
-        WIDE=power_of_two(words), SIZE=0 if extremes is None else extremes.size, ROWS=max(1, min(16, 2048 // wide)),
+        *(0 if len(x) == 1 else x.stride(0) for x in (cos, sin)), DK=k.shape[-1], DV=v.shape[-1], WIDE_K=wide,
+        WIDE_V=power_of_two(v.shape[-1]), WORDS=words, WIDE=power_of_two(words),
+        SIZE=0 if extremes is None else extremes.size, ROWS=max(1, min(16, 2048 // wide)),
         STARTS=stores.starts is not None, PAIRS=stores.pairs is not None, VALUES=v_new is not None,
-        PLACED=c.positions is not None, num_warps=1,
+        PLACED=c.positions is not None, TURNED=turn is not None, HEADS=k_new.shape[1],
+        R=group, WIDE_R=power_of_two(group), num_warps=1 if group <= 8 else 4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -175,9 +237,9 @@ def counters(
     lengths: Tensor,
     seen: Tensor,
     turn: Tensor,
-    rings: list[Tensor | None],
-    positions: list[Tensor | None],
-    sizes: list[int],
+    rings: Sequence[Tensor | None],
+    positions: Sequence[Tensor | None],
+    sizes: Sequence[int],
     tags: Tags | None = None,
     extremes: Extremes | None = None,
 ) -> Counters:
@@ -206,12 +268,12 @@ def counters(
 
 def reached(parts: Sequence[Tensor | None], sizes: Sequence[int], device: torch.device) -> tuple[Tensor | None, Tensor]:
     """Where each pair's part of several tensors [P, ...] of one dtype begins, in elements from the first of any one of
-    them, which is returned, too: int64 [sum of sizes], -1 where a band has none. It notes addresses."""
+    them, which is returned, too: int64 [sum of sizes], `NOWHERE` where a band has none. It notes addresses."""
     base = next((x for x in parts if x is not None), None)
     starts = []
     for x, count in zip(parts, sizes, strict=True):
         if x is None or base is None:
-            starts.append(torch.full((count,), -1, device=device))
+            starts.append(torch.full((count,), NOWHERE.value, device=device))
         else:
             away = (x.data_ptr() - base.data_ptr()) // x.element_size()
             starts.append(away + x.stride(0) * torch.arange(count, device=device))
