@@ -280,7 +280,7 @@ def _rotated(
     if multiplies(q.device):
         kernel = import_module("foveate.engine.rotary")
         if kernel.suits(q, k, cos, sin):
-            return kernel.Rotation(q, k, cos, sin, own).laters if q.is_contiguous() else kernel.rotate(q, k, cos, sin)
+            return kernel.Rotation(q, k, cos, sin, own).laters() if q.is_contiguous() else kernel.rotate(q, k, cos, sin)
     # Of one token Liger's kernel takes the stride of an axis of size 1 for that of a row.
     long = q.shape[2] > 1 and available(q.device)
     return _liger("rope", "LigerRopeFunction")(q, k, cos, sin) if long else own(q, k, cos, sin)

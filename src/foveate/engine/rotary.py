@@ -33,14 +33,17 @@ class Rotation:
         own: the model's way, (q, k, cos, sin) -> turned q and k.
 
     Attributes:
-        laters: stand in for q and k.
         k, turn: for whoever turns both, and says so by `taken`.
     """
 
     def __init__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, own: Callable[..., Any]) -> None:
         self.k, self.turn, self.own = k, Turn(q, cos, sin), own
         self.turned: tuple[Tensor, Tensor | None] | None = None
-        self.laters = Later(q, q.shape[-1], self._q, rotation=self), Later(k, k.shape[-1], self._k, rotation=self)
+
+    def laters(self) -> tuple[Later, Later]:
+        """What stands in for q and k. Not kept here: they and this would keep each other alive."""
+        q, k = self.turn.q, self.k
+        return Later(q, q.shape[-1], self._q, rotation=self), Later(k, k.shape[-1], self._k, rotation=self)
 
     def taken(self) -> None:
         """The queries were turned in place, and the keys where they are kept now."""
