@@ -19,13 +19,16 @@ from foveate.models import tiny
 def test_looks_are_made_behind_a_step_and_anew_after_changes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net = tiny("llama")
     looks: list[bool] = []
+    kinds: list[bool] = []
     stale: Any = StepCall.stale
+    kind = StepCall.kind
 
     def counted(self: StepCall) -> bool:
         looks.append(True)
         return stale.fget(self)
 
     monkeypatch.setattr(StepCall, "stale", property(counted))
+    monkeypatch.setattr(StepCall, "kind", lambda self: kinds.append(True) or kind(self))
     ids, new = tokens(seed, 1, 30), tokens(seed + 1, 1, 12)
 
     def step(i: int) -> Tensor:
@@ -40,11 +43,12 @@ def test_looks_are_made_behind_a_step_and_anew_after_changes(seed: int, monkeypa
         recorded = cache.step
         assert recorded is not None
         looks.clear()
+        kinds.clear()
         step(4)
-        assert len(looks) == 1  # behind it, for the next
+        assert len(looks) == len(kinds) == 1  # behind it, for the next
         cache.crop(-1)
         want = step(4)
-        assert len(looks) == 3 and cache.step is recorded
+        assert len(looks) == len(kinds) == 3 and cache.step is recorded
         other = cache.fork(handle.binding)
         cache.crop(-1)
         cache.waiting, cache.step = 99, None

@@ -11,7 +11,7 @@ import functools
 import gc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,22 @@ _HARMLESS = frozenset({"use_cache", "return_dict", "attention_mask", "cache_posi
 _KNOWN = _HARMLESS | {"past_key_values"}
 
 
+class Look(NamedTuple):
+    """At what may have changed before a step.
+
+    Args:
+        changes: count of what was changed by other means than a replay.
+        caught: whether it could be caught up with.
+        stale: something lies elsewhere now, or has no room for one more token.
+        kind: of the next step; None if it is made in the ordinary way.
+    """
+
+    changes: int
+    caught: bool
+    stale: bool
+    kind: Hashable
+
+
 class Step:
     """The recorded decode steps of one cache, one of each kind.
 
@@ -62,7 +78,7 @@ class Step:
         self.forward, self.cache = forward, cache
         self.ids, self.positions, self.options = ids.clone(), positions.clone(), dict(options)
         self.form: Any = None
-        self._looked: tuple[int, bool, bool] | None = None
+        self._looked: Look | None = None
         self._replays: dict[Hashable, Callable[[], Tensor]] = {}
         for index in self.call.stores:
             cache.touch(index)  # what was reserved counts
@@ -74,18 +90,17 @@ class Step:
 
     def catches_up(self) -> bool:
         """Take over what came by another way since the last replay. False if the next step can be none of these."""
-        return self._look()[1]
+        return self._look().caught
 
     def fits(self, ids: Tensor, options: dict[str, Any]) -> bool:
         """Whether the next step is one of these."""
-        return ids.shape == self.ids.shape and options == self.options and not self._look()[2]
+        return ids.shape == self.ids.shape and options == self.options and not self._look().stale
 
-    def _look(self) -> tuple[int, bool, bool]:
-        """At what changes: whether it could be caught up with, and whether something lies elsewhere now."""
+    def _look(self) -> Look:
         changes = self.call.changes
-        if self._looked is None or self._looked[0] != changes:
+        if self._looked is None or self._looked.changes != changes:
             caught = self.call.catch_up()
-            self._looked = changes, caught, self.call.stale
+            self._looked = Look(changes, caught, self.call.stale, self.call.kind())
         return self._looked
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Any:
@@ -94,7 +109,7 @@ class Step:
         Raises:
             Refused: if it cannot be recorded.
         """
-        kind = self.call.kind()
+        kind = self._look().kind
         if kind is None:
             return None
         self.ids.copy_(ids)
