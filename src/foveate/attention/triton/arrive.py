@@ -110,24 +110,24 @@ def _number(x, d, keep):
 
 
 @jit
-def _rounded(number, like):
-    return number.to(like.dtype.element_ty).to(tl.float32)
+def _turned(number, aside, cos, sin, kind: tl.constexpr):
+    """number * cos + aside * sin. Each product and the sum is rounded, as PyTorch does it, where the kernel is launched
+    without fusing them."""
+    return ((number * cos).to(kind).to(tl.float32) + (aside * sin).to(kind).to(tl.float32)).to(kind)
 
 
 @jit
 def turn_rows(x, rows, keep, cos, sin, HALF: tl.constexpr, WIDE: tl.constexpr):
-    """Turn the rows [M] behind x in place: channel d of the first half with channel d of the second. Each product and
-    each sum is rounded, as PyTorch does it, where the kernel is launched without fusing them."""
+    """Turn the rows [M] behind x in place: channel d of the first half with channel d of the second."""
+    kind: tl.constexpr = x.dtype.element_ty
     d = tl.arange(0, WIDE)
     inside = d < HALF
     place, keep = rows[:, None] + d[None, :], keep[:, None] & inside[None, :]
     a, b = _number(x, place, keep), _number(x, place + HALF, keep)
     c1, c2 = _number(cos, d, inside)[None, :], _number(cos, HALF + d, inside)[None, :]
     s1, s2 = _number(sin, d, inside)[None, :], _number(sin, HALF + d, inside)[None, :]
-    first = _rounded(a * c1, x) - _rounded(b * s1, x)
-    second = _rounded(b * c2, x) + _rounded(a * s2, x)
-    tl.store(x + place, first.to(x.dtype.element_ty), mask=keep)
-    tl.store(x + place + HALF, second.to(x.dtype.element_ty), mask=keep)
+    tl.store(x + place, _turned(a, -b, c1, s1, kind), mask=keep)
+    tl.store(x + place + HALF, _turned(b, a, c2, s2, kind), mask=keep)
 
 
 @jit(do_not_specialize=["units"])
@@ -158,9 +158,8 @@ def _arrive(
         c, s = cos + (pair // HEADS).to(tl.int64) * stride_cos, sin + (pair // HEADS).to(tl.int64) * stride_sin
         other = tl.where(d < HALF, d + HALF, d - HALF)
         y = _number(k_new + pair.to(tl.int64) * DK, other, d < DK)
-        turned = _rounded(x.to(tl.float32) * _number(c, d, d < DK), k_new)
-        turned += _rounded(tl.where(d < HALF, -y, y) * _number(s, d, d < DK), k_new)
-        x = turned.to(x.dtype)
+        by, aside = _number(c, d, d < DK), tl.where(d < HALF, -y, y)
+        x = _turned(x.to(tl.float32), aside, by, _number(s, d, d < DK), k_new.dtype.element_ty)
         r = tl.arange(0, WIDE_R)
         turn_rows(q, (pair.to(tl.int64) * R + r) * DK, r < R, c, s, HALF, WIDE_K // 2)
     tl.store(k + k_at + slot.to(tl.int64) * stride_kt + d, x, mask=d < DK)
