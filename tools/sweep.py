@@ -115,6 +115,10 @@ class Sweep:
                     if lost >= LIVES:
                         raise FoveateError(f"{lost} workers died while they opened the model; give fewer --workers")
                     free = [each for each in free if each != worker]
+                elif job is not None and busy and isinstance(result, Failed) and result.crowded:
+                    self.jobs.append(job)  # the others go on with the memory there is; this worker rests
+                    say(f"{job.what}: the device's memory is full; {len(busy)} workers go on")
+                    continue
                 else:
                     free.append(worker)
                 if job is not None:

@@ -71,10 +71,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Failed:
-    """A job or the opening of a model ended in an error that is no property of the cell."""
+    """A job or the opening of a model ended in an error that is no property of the cell.
+
+    Args:
+        crowded: the device's memory was full, maybe of what other workers hold.
+    """
 
     reason: str
     trace: str = ""
+    crowded: bool = False
 
 
 class Died:
@@ -125,7 +130,7 @@ class Worker:
             try:
                 return runner.batch(bound, job.length, task, job.start)
             except FoveateError as error:
-                if isinstance(error.__context__, torch.OutOfMemoryError):  # there may be room without the neighbours
+                if _crowded(error):  # there may be room without the neighbours
                     raise
                 cell = runner.request.cell(job.setting, job.length, task)
                 floor = getattr(error, "floor", None)
@@ -165,27 +170,29 @@ def serve(wire: Connection, request: Path, dtype: str, device: str, threads: int
         request: file with a pickled `Request`.
     """
     torch.set_num_threads(threads)
-    try:
-        worker = Worker(pickle.loads(request.read_bytes()), dtype, device)
-    except Exception as error:
-        wire.send(_failed(error))
-        return
-    wire.send(None)
-    while True:
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # whoever gives the jobs is gone
         try:
-            job = wire.recv()
-        except EOFError:  # whoever gave the jobs is gone
-            return
-        try:
-            result: Result = worker.do(job)
+            worker = Worker(pickle.loads(request.read_bytes()), dtype, device)
         except Exception as error:
-            result = _failed(error)
-        wire.send(result)
+            wire.send(_failed(error))
+            return
+        wire.send(None)
+        while True:
+            job = wire.recv()
+            try:
+                result: Result = worker.do(job)
+            except Exception as error:
+                result = _failed(error)
+            wire.send(result)
 
 
 def _failed(error: Exception) -> Failed:
     words = str(error) if isinstance(error, FoveateError) else f"{type(error).__name__}: {error}"
-    return Failed(words.strip().partition("\n")[0], traceback.format_exc())
+    return Failed(words.strip().partition("\n")[0], traceback.format_exc(), _crowded(error))
+
+
+def _crowded(error: BaseException) -> bool:
+    return any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__context__))
 
 
 class Processes:

@@ -280,6 +280,41 @@ def test_a_cell_that_fails_is_left_out_and_one_whose_worker_died_is_given_again(
     assert "its trace" in (tmp_path / "state" / "errors.log").read_text()
 
 
+def test_a_worker_without_room_rests_and_others_do_its_job(
+    tool: Any, whole: Path, partial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rests: list[int] = []
+
+    class Crowded(InProcess):
+        def wait(self, seconds: float) -> list[tuple[int, Any]]:
+            found, result = super().wait(seconds)[0]
+            if result is not None and not rests and any(self.given.values()):
+                rests.append(found)
+                return [(found, tool.sweep_worker.Failed("no room", crowded=True))]
+            return [(found, result)]
+
+        def give(self, worker: int, job: Any) -> None:
+            assert worker not in rests
+            super().give(worker, job)
+
+    got = swept(tool, partial, tmp_path / "state", lambda worker: Crowded(worker, 2))
+    assert len(rests) == 1
+    assert_same([tool.sweep_grid.slim(r) for r in got], wanted(tool, whole))
+    assert "memory is full; 1 workers go on" in capsys.readouterr().err
+
+
+def test_a_worker_without_room_that_is_alone_fails(
+    tool: Any, partial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(InProcess):
+        def wait(self, seconds: float) -> list[tuple[int, Any]]:
+            found, result = super().wait(seconds)[0]
+            return [(found, result and tool.sweep_worker.Failed("no room", crowded=True))]
+
+    assert swept(tool, partial, tmp_path / "state", lambda worker: Full(worker, 1)) == []
+    assert "perplexity, snapkv 0.5: no room" in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_be_opened_ends_the_sweep(tool: Any, partial: Path, tmp_path: Path) -> None:
     class Shut(InProcess):
         def wait(self, seconds: float) -> list[tuple[int, Any]]:
