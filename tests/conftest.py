@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from tests.interpreter import quicken
 from tests.turns import is_on_turn, place_of
 
 # An example that is slow on a busy machine is not wrong.
 settings.register_profile("foveate", deadline=None)
 settings.load_profile("foveate")
+quicken()
 
 
 @pytest.fixture

@@ -90,14 +90,15 @@ def read_by(
         seen &= visible(span.for_head(store_head), distance, k)
     chosen = None if part.span is None else visible(part.span.for_head(store_head), distance, k)
     if part.lists is not None:
-        listed = torch.zeros(queries, length, dtype=torch.bool)
         width = part.lists.shape[1]
-        which = {1: 0, store.spec.heads: store_head}.get(width, head)
-        for n in range(queries):
-            blocks = part.lists[row, which, 0 if part.q_block is None else n // part.q_block]
-            assert len(blocks[blocks >= 0].unique()) == int((blocks >= 0).sum()), "a block is listed twice"
-            for block in blocks[blocks >= 0].tolist():
-                listed[n, block * part.k_block : (block + 1) * part.k_block] = True
+        blocks = part.lists[row, {1: 0, store.spec.heads: store_head}.get(width, head)].long()
+        slots = torch.arange(length)
+        most = max(int(blocks.max()) if blocks.numel() else 0, length // part.k_block) + 1
+        times = torch.zeros(len(blocks), 1 + most, dtype=torch.int64)
+        times.scatter_add_(1, 1 + blocks.clamp_min(-1), torch.ones_like(blocks))
+        assert times[:, 1:].max() <= 1, "a block is listed twice"
+        of = torch.zeros(queries, dtype=torch.int64) if part.q_block is None else torch.arange(queries) // part.q_block
+        listed = times[:, 1:].bool()[:, slots // part.k_block][of]
         chosen = listed if chosen is None else chosen | listed
     assert chosen is not None, "a selection with neither lists nor a span reads nothing"
     return (seen & chosen).long()
