@@ -169,15 +169,28 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "block-sparse" in done.err
 
 
-def test_stopping_leaves_no_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("whole", [0, 2])
+def test_stopping_leaves_what_was_measured(
+    whole: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*args: Any) -> None:
-        raise KeyboardInterrupt
+    """Ctrl-C in a case leaves those before it, beside dense attention as at the end."""
+    begun, of_case = [], measure._How.case
 
-    monkeypatch.setattr(measure._How, "kernel", stop)
-    done = invoke(capsys, ["bench", "kernels", "--cpu", "--families", "select", "--out", tmp_path / "kernels.json"])
-    assert done.code == 130 and list(tmp_path.iterdir()) == []
+    def stop(self: Any, case: Case, slow: bool) -> list[dict[str, Any]]:
+        if len(begun) == whole:
+            raise KeyboardInterrupt
+        begun.append(case.name)
+        return of_case(self, case, slow)
+
+    monkeypatch.setattr(measure._How, "case", stop)
+    words = "bench kernels --cpu --families block-sparse --lengths 256 --heads 2 --kv-heads 1 --head-dim 32 --repeats 1"
+    done = invoke(capsys, [*words.split(), "--out", tmp_path / "kernels.json"])
+    assert done.code == 130
+    assert [file.name for file in tmp_path.iterdir()] == ["kernels.json"] * bool(whole)
+    if whole:
+        rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+        assert list(dict.fromkeys(row["case"] for row in rows)) == begun
+        assert all("of_ideal" in row for row in rows if row["family"] == "block-sparse")
 
 
 @pytest.mark.parametrize(

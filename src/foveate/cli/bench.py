@@ -162,16 +162,16 @@ def kernels(
         kv_heads=kv_heads,
         head_dim=head_dim,
     )
-    asked = ("families", "lengths", "heads", "kv_heads", "head_dim", "repeats", "seed", "limit", "out", "plot")
+    asked = ("families", "lengths", "heads", "kv_heads", "head_dim", "repeats", "seed", "limit")
     words = ["foveate", "bench", "kernels"]
     for name in asked:
         if given[name] not in (None, ""):
             words += [f"--{name.replace('_', '-')}", str(given[name])]
     words += [word for word, on in (("--warm", not cold), ("--cpu", cpu)) if on]
     how: dict[str, Any] = {"cold": cold, "repeats": repeats, "seed": seed, "limit": limit}
-    data = timed.bench(where, names, sizes=sizes, **how, command=shlex.join(words), watch=say)
     if out is not None:
-        write(out, data)
+        how["keep"] = lambda data: write(out, data)
+    data = timed.bench(where, names, sizes=sizes, **how, command=shlex.join(words), watch=say)
     if plot is not None:
         draw(data, plot)
     if as_json:
@@ -231,8 +231,9 @@ def _generation(kind: str, bench: Any, given: dict[str, Any]) -> None:
 
 
 def _command(kind: str, given: dict[str, Any]) -> str:
+    """The command that measures the same again; where it writes to is no part of that."""
     words = ["foveate", "bench", kind, given["shape"]]
-    for name in ("methods", "budgets", "lengths", "repeats", "steps", "rows", "layers", "limit", "out"):
+    for name in ("methods", "budgets", "lengths", "repeats", "steps", "rows", "layers", "limit"):
         if given.get(name) not in (None, ""):
             words += [f"--{name}", str(given[name])]
     return shlex.join([*words, *(f"--{name}" for name in ("cpu", "profile") if given.get(name))])

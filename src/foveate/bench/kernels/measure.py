@@ -52,15 +52,20 @@ def bench(
     limit: float | None = None,
     command: str = "foveate bench kernels",
     watch: Watch = lambda what: None,
+    keep: Callable[[dict[str, Any]], None] = lambda data: None,
 ) -> dict[str, Any]:
-    """`run`, as a record that `bench.record.write` takes."""
+    """`run`, as a record that `bench.record.write` takes. `keep` is given what there is of it after each case."""
     sizes = sizes or Sizes.of(device)
-    rows = run(device, families, sizes=sizes, cold=cold, repeats=repeats, seed=seed, limit=limit, watch=watch)
     facts = {"sizes": sizes.words, "cold": cold and device.type == "cuda", "absent": rivals.absent(device)}
-    data = record("kernels", command, device, rows, **facts)
-    with suppress(PackageNotFoundError):
-        data["versions"]["triton"] = version("triton")
-    return data
+
+    def made(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        data = record("kernels", command, device, rows, **facts)
+        with suppress(PackageNotFoundError):
+            data["versions"]["triton"] = version("triton")
+        return data
+
+    how: dict[str, Any] = {"sizes": sizes, "cold": cold, "repeats": repeats, "seed": seed, "limit": limit}
+    return made(run(device, families, **how, watch=watch, found=lambda rows: keep(made(rows))))
 
 
 def run(
@@ -73,6 +78,7 @@ def run(
     seed: int = 0,
     limit: float | None = None,
     watch: Watch = lambda what: None,
+    found: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Time the kernels of some families. What others are compared with is timed too, asked for or not.
 
@@ -85,6 +91,7 @@ def run(
         seed: of the inputs.
         limit: seconds after which nothing new is begun; the rows that are left say so.
         watch: is told what comes next.
+        found: is given all rows so far after each case.
 
     Returns:
         A row for each case and kernel, JSON values. `refused` says why a row has no time.
@@ -106,15 +113,17 @@ def run(
     ordered = [case for name in FAMILIES for case in asked.get(name, [])]
     how = _How(device, rates(device), cold, repeats, seed, None if limit is None else time.monotonic() + limit)
     rows: list[dict[str, Any]] = []
+    dense = {(case.family, case.name): case.dense for case in ordered}
     longest = max(sizes.lengths)
     with torch.no_grad():
         for case in ordered:
             watch(f"{case.family}: {case.name}, {case.length:,} tokens")
             rows += how.case(case, slow=case.length == longest)
+            _against_dense(rows, dense)
+            found(rows)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    _against_dense(rows, {(case.family, case.name): case.dense for case in ordered})
     return rows
 
 
