@@ -191,7 +191,7 @@ def descriptor(x: Tensor, columns: int, wide: int) -> object:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, columns, wide])
 
 
-@jit(do_not_specialize=["count", "across", "window", "sink", "beyond", "k_heads"])
+@jit(do_not_specialize=["sb", "sh", "sq", "count", "across", "window", "sink", "beyond", "k_heads"])
 def _block_sparse(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, prior_out, prior_lse,
     lists_ptr, begin_ptr, full_ptr, stop_ptr, order_ptr, first_ptr, lengths_ptr, positions_ptr,

@@ -73,7 +73,7 @@ def tiles(
     count = group // how.pack * across
     made = torch.empty(3, batch * k_heads, count, dtype=torch.int32, device=lists.device)
     window, sink = near(at.span)
-    chunk = max(16, min(1024, triton.next_power_of_2(max(1, lists.shape[3]))))
+    chunk = 64 if lists.shape[3] <= 64 else 512
     _count[(batch * k_heads * count,)](
         lists,
         made,
@@ -147,7 +147,8 @@ def given_ends(i, b, h, ends_ptr, esb, first_ptr, lengths_ptr, fsb, fsh, lsb, ls
         return tl.minimum(tl.load(ends_ptr + b * esb + i, mask=i < queries, other=0), keys)
 
 
-@jit(do_not_specialize=["total", "across", "count", "window", "sink", "k_heads"])
+# Lists are of another width in each layer of a prompt: a kernel that knew it would be compiled again and again.
+@jit(do_not_specialize=["sb", "sh", "sq", "width", "total", "across", "count", "window", "sink", "k_heads"])
 def _count(
     lists_ptr, made_ptr, first_ptr, lengths_ptr, positions_ptr, ends_ptr,
     sb, sh, sq, fsb, fsh, lsb, lsh, psb, esb,
