@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -100,12 +101,13 @@ def _download(wheel: Wheel, scratch: Path, report: Report) -> Path:
 
 
 def _size(folder: Path) -> int:
+    """Bytes of all files. pip renames and removes files and folders while we look, and those that are gone are left out
+    (`os.walk` leaves out folders; `Path.rglob` fails)."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # pip renames and removes while we look
-            continue
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 
