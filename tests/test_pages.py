@@ -315,3 +315,15 @@ def test_benches_on_a_cpu_are_left_out(pages: Any, tmp_path: Path) -> None:
     for name, device in (("a", "NVIDIA H100, 79 GiB"), ("b", "2-core CPU, 8 GiB")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"rows": [], "device": device}))
     assert [bench["device"] for bench in pages.grid.benches(tmp_path)] == ["NVIDIA H100, 79 GiB"]
+
+
+def test_a_bench_is_shown_whole_or_by_the_methods_that_are_named(pages: Any) -> None:
+    name = "results/bench/decode-llama3-8b.json"
+    rows = [line.split(" |")[0] for line in pages.generate.benched(name).splitlines() if line.startswith("| ")]
+    some = pages.generate.benched(f"{name}#h2o,quest")
+    shown = [line.split(" |")[0] for line in some.splitlines() if line.startswith("| ")]
+    assert [row.split("(")[0] for row in shown] == ["| method", "| dense", "| quest", "| h2o"]
+    assert set(shown) < set(rows)
+    with pytest.raises(SystemExit, match="no row of nosuch"):
+        pages.generate.benched(f"{name}#h2o,nosuch")
+    assert pages.generate.benched("results/bench/nosuch.json#h2o") == ""

@@ -117,7 +117,7 @@ class Sweep:
                     free = [each for each in free if each != worker]
                 elif job is not None and busy and isinstance(result, Failed) and result.crowded:
                     self.jobs.append(job)  # the others go on with the memory there is; this worker rests
-                    say(f"{job.what}: the device's memory is full; {len(busy)} workers go on")
+                    say(f"{job.what}: the device's memory is full; a worker rests")
                     continue
                 else:
                     free.append(worker)
