@@ -5,7 +5,8 @@ A page says what it wants between two comments, and everything between them is r
     <!-- source: src/foveate/methods/snapkv.py -->   the file, as a listing
     <!-- records: results/demo -->                   heading, table, picture, and how it was measured
     <!-- bench: results/bench/decode.json -->        a bench's rows as a table, and how they were measured
-    <!-- bench: results/bench/decode.json#h2o,sale --> the rows of these methods alone, beside dense
+    <!-- bench: results/bench/decode.json#h2o,sale --> the rows of these methods alone, beside dense; of a bench of
+                                                      kernels those of these families
     <!-- sweep: results/sweep -->                    tables and pictures of a sweep
     <!-- claims: results/sweep -->                   what papers claim beside what a sweep and results/bench show
     <!-- turns: results/turns -->                    several questions about one context, turn by turn
@@ -132,17 +133,18 @@ def cells(view: View, row: Row) -> Iterator[str]:
 
 def benched(name: str) -> str:
     """The rows of a bench as a Markdown table, those that could not be had below it."""
-    file, _, methods = name.partition("#")
+    file, _, some = name.partition("#")
     path = ROOT / file
     if not path.is_file():
         return ""
     data = json.loads(path.read_text(encoding="utf-8"))
-    if methods:
-        asked = set(methods.split(","))
-        if unknown := asked - {row["method"] for row in data["rows"]}:
+    of_kernels = data["kind"] == "kernels"
+    if some:
+        asked, key = set(some.split(",")), "family" if of_kernels else "method"
+        if unknown := asked - {row[key] for row in data["rows"]}:
             raise SystemExit(f"{name}: no row of {', '.join(sorted(unknown))} is there")
-        data["rows"] = [row for row in data["rows"] if row["method"] in asked | {"dense"}]
-    return kernels_part(data) if data["kind"] == "kernels" else bench_part(data)
+        data["rows"] = [row for row in data["rows"] if row[key] in asked | {"dense"}]
+    return kernels_part(data) if of_kernels else bench_part(data)
 
 
 def provenance(view: View, records: list[Record]) -> str:

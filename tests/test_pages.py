@@ -317,6 +317,14 @@ def test_benches_on_a_cpu_are_left_out(pages: Any, tmp_path: Path) -> None:
     assert [bench["device"] for bench in pages.grid.benches(tmp_path)] == ["NVIDIA H100, 79 GiB"]
 
 
+def test_a_bench_of_kernels_is_shown_by_the_families_that_are_named(pages: Any) -> None:
+    name = "results/bench/kernels-rivals-h100.json"
+    titles = [line for line in pages.generate.benched(f"{name}#listed,latent").splitlines() if line.startswith("**")]
+    assert titles == ["**Decoding over lists**", "**Decoding over latents**"]
+    with pytest.raises(SystemExit, match="no row of dense"):
+        pages.generate.benched(f"{name}#listed,dense")
+
+
 def test_a_bench_is_shown_whole_or_by_the_methods_that_are_named(pages: Any) -> None:
     name = "results/bench/decode-llama3-8b.json"
     rows = [line.split(" |")[0] for line in pages.generate.benched(name).splitlines() if line.startswith("| ")]

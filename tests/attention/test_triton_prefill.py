@@ -265,37 +265,39 @@ def test_layouts_change_nothing(seed: int) -> None:
 @pytest.mark.skipif(
     DEVICE.type == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="a kernel for Hopper, not interpreted"
 )
-@pytest.mark.parametrize(("columns", "warps", "stages"), [(128, 8, 2), (64, 8, 3), (64, 4, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    ("shape", "dims", "blocks", "list_heads"),
+    ("shape", "dim", "blocks", "list_heads"),
     [
-        ((1, 2, 2, 1000, 1333), (128, 128), (128, 128), 2),
-        ((2, 8, 2, 777, 777), (64, 128), (64, 128), 2),
-        ((1, 4, 1, 130, 2050), (128, 64), (128, 128), 4),
+        ((1, 2, 2, 1000, 1333), 128, (128, 128), 2),
+        ((2, 8, 2, 777, 777), 64, (64, 128), 2),
+        ((1, 4, 1, 130, 2050), 128, (128, 256), 4),
+        ((1, 8, 2, 901, 1901), 128, (64, 64), 1),
+        ((1, 8, 2, 4001, 4001), 128, (32, 64), 2),
+        ((2, 3, 3, 555, 1901), 64, (256, 64), 3),
+        ((1, 32, 8, 5000, 5000), 128, (128, 64), 32),
     ],
 )
-def test_exponentials_may_run_under_products(
+def test_the_kernel_for_hopper(
     seed: int,
     shape: tuple[int, int, int, int, int],
-    dims: tuple[int, int],
+    dim: int,
     blocks: tuple[int, int],
     list_heads: int,
-    columns: int,
-    warps: int,
-    stages: int,
+    dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from foveate.attention.triton.block_sparse import Config, forward
+    from foveate.attention.triton import block_sparse_hopper
 
-    read = listed(seed, shape, dims, blocks, list_heads)
-    want, lists = read.truth(HALF), read.selection.lists
-    assert lists is not None
-    layout = Config(128, columns, warps, stages, overlap=True)
+    launch, launched = block_sparse_hopper.launch, []
+    monkeypatch.setattr(block_sparse_hopper, "launch", lambda *a: (launched.append(1), launch(*a)))
+    read = listed(seed, shape, (dim, dim), blocks, list_heads)
+    want = read.truth(dtype)
     poisoned(monkeypatch)
-    q, k, v = (x.to(HALF) for x in (read.q, read.k, read.v))
-    out, lse = forward(q, k, v, lists, *blocks, scale=dims[0] ** -0.5, layout=layout)
-    assert_close(out, want.out, BOUND[HALF])
-    assert_close(lse, want.lse, 1e-3)
+    got = replace(read, q=read.q.to(dtype), k=read.k.to(dtype), v=read.v.to(dtype)).attend(backend="triton")
+    assert launched
+    assert_close(got.out, want.out, BOUND[dtype])
+    assert_close(got.lse, want.lse, 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,7 @@ class Config(NamedTuple):
         specialize: give loading its own warps.
         ahead: read the next list entry one step early, so that no step waits for it.
         registers: most registers of a thread, which lets more programs share a processor; None: the compiler's choice.
-        overlap: the kernel that computes exponentials under matrix products, where it can serve (see
-            `block_sparse_overlap`); else this one.
+        hopper: the kernel for Hopper, where it can serve (see `block_sparse_hopper`); else this one.
     """
 
     rows: int = 128
@@ -36,7 +35,7 @@ class Config(NamedTuple):
     specialize: bool = False
     ahead: bool = True
     registers: int | None = None
-    overlap: bool = False
+    hopper: bool = True
 
 
 def config(dtype: torch.dtype, k_dim: int, v_dim: int, k_block: int) -> Config:
@@ -120,12 +119,11 @@ def launch(
     prior: tuple[Tensor, Tensor] | None,
 ) -> None:
     """The kernel alone, over tiles that were found before (see `forward`)."""
-    if layout.overlap and softcap is None and prior is None and _overlaps(q, k, v, lists, k_block, how, layout, at):
-        from foveate.attention.triton import block_sparse_overlap
+    plain = softcap is None and prior is None and all(x is None for x in at) and lists.shape[3] > 0
+    if layout.hopper and plain and _for_hopper(q, k, v, out, k_block, how):
+        from foveate.attention.triton import block_sparse_hopper
 
-        block_sparse_overlap.launch(
-            q, k, v, lists, places, out, lse, q_block, k_block, how, scale * LOG2E, layout.warps, layout.stages
-        )
+        block_sparse_hopper.launch(q, k, v, lists, places, out, lse, q_block, k_block, how, scale * LOG2E)
         return
     k_dim, v_dim, group = q.shape[3], v.shape[3], q.shape[1] // k.shape[1]
     wide_k, wide_v = padded(k_dim), padded(v_dim)
@@ -159,15 +157,12 @@ def launch(
     )  # fmt: skip
 
 
-def _overlaps(
-    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, k_block: int, how: Tiling, layout: Config, at: Place
-) -> bool:
-    """Whether the overlapping kernel can serve: Hopper, half precision, whole tiles by descriptor, the plain case."""
+def _for_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, k_block: int, how: Tiling) -> bool:
+    """Whether the kernel for Hopper can serve: half precision, whole tiles, everything by descriptor."""
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9 or q.dtype == torch.float32:
         return False
-    fits = {q.shape[3], v.shape[3]} <= {64, 128} and k_block % how.columns == 0 and lists.shape[3] > 0
-    plain = at.first is None and at.lengths is None and at.span is None and at.ends is None
-    return fits and plain and how.rows * how.pack >= 16 * layout.warps and described(k) and described(v)
+    fits = q.shape[3] == v.shape[3] and q.shape[3] in (64, 128) and how.rows >= 16 and how.rows * how.pack == 128
+    return fits and k_block >= 64 and all(described(x) for x in (q, k, v, out))
 
 
 def padded(dim: int) -> int:
