@@ -17,6 +17,7 @@ from foveate.attention.backends import BACKENDS
 from foveate.errors import Refused
 
 pytest.importorskip("triton")
+knows_gluon = pytest.importorskip("foveate.attention.triton.workers").knows_gluon
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1"
@@ -262,9 +263,7 @@ def test_layouts_change_nothing(seed: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    DEVICE.type == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="a kernel for Hopper, not interpreted"
-)
+@pytest.mark.skipif(not knows_gluon(DEVICE)[0], reason=knows_gluon(DEVICE)[1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
     ("shape", "dim", "blocks", "list_heads"),

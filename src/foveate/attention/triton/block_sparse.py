@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate.attention.triton.block_sparse_steps import absorb, listed_cols, masked, near_tiles, scores, whole
 from foveate.attention.triton.block_sparse_tiles import Place, Tiles, Tiling, given_ends, jit, near, strides, tiles
+from foveate.attention.triton.workers import knows_gluon
 
 LOG2E = 1.4426950408889634
 
@@ -159,7 +160,7 @@ def launch(
 
 def _for_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, k_block: int, how: Tiling) -> bool:
     """Whether the kernel for Hopper can serve: half precision, whole tiles, everything by descriptor."""
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9 or q.dtype == torch.float32:
+    if q.dtype == torch.float32 or not knows_gluon(q.device)[0]:
         return False
     fits = q.shape[3] == v.shape[3] and q.shape[3] in (64, 128) and how.rows >= 16 and how.rows * how.pack == 128
     return fits and k_block >= 64 and all(described(x) for x in (q, k, v, out))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton import __version__, knobs
 
 from foveate.attention.triton.decode import Stores, decode_ragged
-from foveate.attention.triton.workers import LN2, LOG2E, jit, join, multiprocessors, outputs, partials, power_of_two
+from foveate.attention.triton.workers import (
+    LN2,
+    LOG2E,
+    jit,
+    join,
+    knows_gluon,
+    multiprocessors,
+    outputs,
+    partials,
+    power_of_two,
+)
 from foveate.errors import BadArgument
 
 
@@ -68,18 +76,7 @@ def overlaps(q: Tensor, stores: Stores, scale: float, softcap: float | None) -> 
     step = k.stride(1)
     if stores.starts is not None or step < 576 or step % 8 or k.stride(0) % step or (q.data_ptr() | k.data_ptr()) % 16:
         return False, "the tokens of all rows do not lie in one grid"
-    return _overlaps_on(q.device)
-
-
-@cache
-def _overlaps_on(device: torch.device) -> tuple[bool, str]:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return False, "it is written for Hopper"
-    if knobs.runtime.interpret:
-        return False, "Triton's interpreter knows no Gluon"
-    if not __version__.startswith("3.6."):
-        return False, "Gluon changes from version to version of Triton: it is written for 3.6"
-    return True, ""
+    return knows_gluon(q.device)
 
 
 def overlapped(q: Tensor, stores: Stores, scale: float, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import __version__, knobs
 
 from foveate.errors import BadArgument
 
@@ -37,6 +38,18 @@ class Tuning(NamedTuple):
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least; in the interpreter a few, so that reads are split there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def knows_gluon(device: torch.device) -> tuple[bool, str]:
+    """Whether kernels that are written for Hopper by hand can run on a device; if not, why."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False, "it is written for Hopper"
+    if knobs.runtime.interpret:
+        return False, "Triton's interpreter knows no Gluon"
+    if not __version__.startswith("3.6."):
+        return False, "Gluon changes from version to version of Triton: it is written for 3.6"
+    return True, ""
 
 
 def power_of_two(n: int) -> int:
