@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -138,6 +139,10 @@ DECLARED = [method for path in sorted((SOURCE / "methods").glob("*.py")) for met
 def test_a_file_holds_one_method() -> None:
     assert len({method.path for method in DECLARED}) == len(DECLARED)
     assert len([method for method in DECLARED if method.changes]) >= 8
+
+
+def test_half_of_the_methods_have_less_than_a_hundred_lines() -> None:
+    assert median(len(method.path.read_text().splitlines()) for method in DECLARED) < 100
 
 
 @pytest.mark.parametrize("method", DECLARED, ids=lambda method: method.id)

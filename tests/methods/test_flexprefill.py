@@ -12,9 +12,8 @@ from tests.methods.runs import TOLERANCE, applied, llama, logits, prompt, watchi
 
 import foveate
 from foveate.methods import FlexPrefill
-from foveate.methods.flexprefill import js_distance
 from foveate.methods.policies.lists import coverage_count
-from foveate.methods.policies.probes import block_mean, last_rows, probe_lines
+from foveate.methods.policies.probes import block_mean, js_distance, last_rows, probe_lines
 
 SMALL = {"block": 8, "min_budget": 8, "gamma": 0.6}
 FULL = {"min_budget": 4096}

@@ -12,7 +12,7 @@ from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, 
 
 import foveate
 from foveate.methods import Quest, RandomChoice, SnapKV
-from foveate.methods.random import draw
+from foveate.methods.policies.chance import draw
 from foveate.models import tiny
 
 SMALL = {"budget": 24, "part": "both"}

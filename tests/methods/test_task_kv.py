@@ -11,7 +11,7 @@ from tests.methods.runs import TOLERANCE, applied, held, llama, logits, prompt, 
 
 import foveate
 from foveate.methods import TaskKV
-from foveate.methods.task_kv import distances, divided, full_heads, head_vectors
+from foveate.methods.policies.apart import distances, divided, full_heads, head_vectors
 from foveate.models import ModelShape, tiny
 
 SMALL = {"budget": 24, "sink": 2, "recent": 6, "window": 5, "kernel": 3, "top": 8}

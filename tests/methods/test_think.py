@@ -15,7 +15,7 @@ from torch import Tensor
 import foveate
 from foveate.cache import Observed, PackedColumn
 from foveate.methods import KIVI, SnapKV, StreamingLLM, ThinK
-from foveate.methods.think import Thinned
+from foveate.methods.policies.channels import Thinned
 from foveate.models.shape import ModelShape
 
 SMALL = {"ratio": 0.9, "recent": 5, "window": 7}

@@ -19,7 +19,7 @@ from foveate.errors import Refused
 from foveate.heads.passkeys import running_examples
 from foveate.methods import XKV
 from foveate.methods.declared import Codec, Joint
-from foveate.methods.xkv import LowRank
+from foveate.methods.policies.bases import LowRank, joint_share
 from foveate.models import tiny
 from foveate.models.shape import ModelShape
 
@@ -113,7 +113,7 @@ def test_high_ranks_of_a_budget_are_whole_rows_of_matrix_units(budget: float) ->
     method = XKV(budget=budget)
     (ranks,) = {role.extra["ranks"] for role in method.plan(shape, None, length)}
     assert all(rank < 512 or rank % 8 == 0 for rank in ranks)
-    assert 0.98 * budget <= method.share(shape, length, ranks) <= budget
+    assert 0.98 * budget <= joint_share(shape, method.group, length, ranks) <= budget
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_high_ranks_of_a_budget_are_whole_rows_of_matrix_units(budget: float) ->
 def test_shares_are_the_papers(ranks: tuple[int, int], group: int, ratio: float) -> None:
     """Compression 2 M g w / ((r_k + r_v)(M + g w)) of Llama-3.1-8B at 64K tokens."""
     shape = llama_8b()
-    assert 1 / XKV(group=group).share(shape, 65536, ranks) == pytest.approx(ratio, abs=0.01)
+    assert 1 / joint_share(shape, group, 65536, ranks) == pytest.approx(ratio, abs=0.01)
 
 
 def test_no_other_shared_basis_is_closer() -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.attention import ALL, Parts, Selection, decoding
+from foveate.attention import ALL, Parts, Selection
 from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Needs, Profile, Result, Role, register, tries
 from foveate.methods.budget import Budget
 from foveate.methods.policies.lists import counted_lists
+from foveate.methods.policies.pages import page_weights
 from foveate.models.shape import ModelShape
 
 PLACES = (0.0, 1 / 28, 2 / 28, 14 / 28, 22 / 28)
@@ -96,18 +95,5 @@ class DeltaAttention(Method):
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         if ctx.role.name != "select" or result.probs is None:
             return
-        lists, counts = counted_lists(self._weights(result.probs, view), ctx.role.extra["pages"])
+        lists, counts = counted_lists(page_weights(result.probs, view, self.page, self.recent), ctx.role.extra["pages"])
         ctx.forward["pages"] = lists.unsqueeze(1), None if counts is None else counts.unsqueeze(1)
-
-    def _weights(self, probs: Tensor, view: View) -> Tensor:
-        """What the pages weigh for each query [B, N, pages]: +inf those that are always read, -inf those to come."""
-        power = self.page & (self.page - 1) == 0
-        if probs.shape[2] == 1 and power and not probs.requires_grad and decoding.serves(probs)[0]:
-            return decoding.page_weights(probs, view.lengths[:, 0], self.page, self.recent).unsqueeze(1)
-        queries, slots = probs.shape[2:]
-        count = -(-slots // self.page)
-        token = F.pad(probs.amax(1), (0, count * self.page - slots))
-        mass = token.unflatten(-1, (count, self.page)).sum(-1)
-        own = view.lengths[:, :1] - view.fresh[:, None] + torch.arange(queries, device=probs.device)
-        age = (own // self.page).unsqueeze(-1) - torch.arange(count, device=probs.device)
-        return mass.masked_fill(age < self.recent, torch.inf).masked_fill(age < 0, -torch.inf)

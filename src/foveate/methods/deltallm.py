@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import ALL, Partial, Parts, Selection, Span
 from foveate.cache import Tag, View
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Context, Method, Needs, Profile, Result, Role, register, tries
-from foveate.methods.policies.deltas import changes, follow
+from foveate.methods.policies.deltas import followed, products
 from foveate.models.shape import ModelShape
 
 REFERENCE, CHANGES = "deltallm", "deltallm changes"
@@ -75,24 +74,12 @@ class DeltaLLM(Method):
     def select(self, q: Tensor, view: View, ctx: Context) -> Parts:
         if ctx.role.name != "delta" or view.longest <= self.window:
             return ALL
-        references, changed = self._followed(view)
+        references, changed = followed(view.k(), view, self.theta, view.tag(REFERENCE), view.tag(CHANGES).squeeze(-1))
         ctx.forward[f"followed {ctx.layer}"] = references, changed
         far = Selection(span=Span(beyond=self.window))
         found = ctx.attend(q, view, far, keys=references)
         assert found.lse is not None
         return [Selection(span=Span(window=self.window)), Partial(found.out, found.lse, far)]
-
-    def _followed(self, view: View) -> tuple[Tensor, Tensor]:
-        """References [B, Hs, C, D] of all held tokens and how many of their channels changed [B, Hs, C]: those that are
-        known, the others made now."""
-        keys, references, changed = view.k(), view.tag(REFERENCE), view.tag(CHANGES).squeeze(-1)
-        away = (keys - references).abs()
-        # Where another method holds keys in fewer bits they are not what they were when they arrived.
-        made = (changed >= 0) & ((away < self.theta) | (away == 0)).all(-1) | ~view.valid()
-        if bool(made.all()):
-            return references, changed
-        references = follow(keys, self.theta, references, made)
-        return references, torch.where(made, changed, changes(references).to(changed.dtype))
 
     def attended(self, q: Tensor, view: View, result: Result, ctx: Context) -> None:
         references, changed = ctx.forward.pop(f"followed {ctx.layer}", (None, None))
@@ -100,20 +87,6 @@ class DeltaLLM(Method):
             view.write(REFERENCE, references)
             view.write(CHANGES, changed.unsqueeze(-1))
         if ctx.counts and ctx.role.name == "delta":
-            self._count(q, view, changed, ctx)
-
-    def _count(self, q: Tensor, view: View, changed: Tensor | None, ctx: Context) -> None:
-        """Multiplications of q·K: all channels of near keys, of far ones those that changed."""
-        group, dim = q.shape[1] // view.lengths.shape[1], q.shape[3]
-        positions, order = view.positions.masked_fill(~view.valid(), torch.iinfo(torch.int32).max).sort(dim=-1)
-        cost = torch.full_like(order, dim) if changed is None else changed.long().gather(-1, order)
-        cost = F.pad(cost.cumsum(-1), (1, 0))  # of the first so many tokens
-        columns = torch.arange(q.shape[2], device=q.device)
-        own = ((view.seen - view.fresh)[:, None] + columns).to(positions.dtype)
-        own = own.unsqueeze(1).expand(-1, positions.shape[1], -1).contiguous()
-        real = (columns < view.fresh[:, None]).unsqueeze(1)
-        seen, far = (torch.searchsorted(positions, x, right=True) for x in (own, own - self.window))
-        needed = float((((seen - far) * dim + cost.gather(-1, far)) * real).sum())
-        dense = float((seen * real).sum()) * dim
-        ctx.count(group * needed, of="macs")
-        ctx.count(group * dense, of="macs_dense")
+            needed, dense = products(q, view, changed, self.window)
+            ctx.count(needed, of="macs")
+            ctx.count(dense, of="macs_dense")

@@ -11,8 +11,8 @@ from foveate.attention import ALL, Parts, Selection
 from foveate.cache import View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, register, tries
-from foveate.methods.policies.lists import coverage_count, coverage_mask, mask_lists
-from foveate.methods.policies.probes import block_mean, block_sum, capped, last_rows, probe_lines
+from foveate.methods.policies import probes
+from foveate.methods.policies.lists import coverage_mask, mask_lists
 
 
 @register
@@ -41,10 +41,7 @@ class FlexPrefill(Method):
     chunked = "approximate"
     budgeted = False
     search = tries(
-        block=(32, 64, 128),
-        gamma=(0.7, 0.8, 0.9, 0.95, 0.99),
-        tau=(0.0, 0.1, 0.2),
-        min_budget=(128, 256, 512, 1024),
+        block=(32, 64, 128), gamma=(0.7, 0.8, 0.9, 0.95, 0.99), tau=(0.0, 0.1, 0.2), min_budget=(128, 256, 512, 1024)
     )
 
     block: int = 128
@@ -72,72 +69,31 @@ class FlexPrefill(Method):
         active = torch.zeros(q.shape[0], q.shape[1], q_blocks, blocks, dtype=torch.bool, device=q.device)
         for row, (m, n) in enumerate(zip(lengths.tolist(), fresh.tolist(), strict=True)):
             if n:
-                chosen = self._row(q[row, :, :n], keys[row, :, :m], ctx) if m > short else self._causal(m, n, q.device)
+                chosen = self._row(q[row, :, :n], keys[row, :, :m], short, ctx)
                 active[row, :, : chosen.shape[-2], : chosen.shape[-1]] = chosen
         return Selection(lists=mask_lists(active), q_block=self.block, k_block=self.block)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block)
 
-    def _newest(self, m: int, n: int, device: torch.device) -> Tensor:
-        """Block of the last key that each query block sees."""
-        end = torch.arange(self._blocks(n), device=device).add(1).mul(self.block).clamp_max(n)
-        return (m - n + end - 1) // self.block
-
-    def _causal(self, m: int, n: int, device: torch.device) -> Tensor:
-        return torch.arange(self._blocks(m), device=device) <= self._newest(m, n, device)[:, None]
-
-    def _row(self, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
-        """Active blocks [H, query blocks, key blocks] of one sequence: q [H, n, D] are the last of k [Hk, m, D]."""
+    def _row(self, q: Tensor, k: Tensor, short: int, ctx: Context) -> Tensor:
+        """Active blocks [1 or H, query and key blocks] of one sequence: q [H, n, D] are the last of k [Hk, m, D]."""
         n, m = q.shape[1], k.shape[1]
+        causal = probes.causal_blocks(m, n, self.block, q.device)
+        if m <= short:
+            return causal.unsqueeze(0)
         rows = min(self.block, n)
-        vertical, slash = probe_lines(last_rows(q, k, rows, ctx.scale, ctx.softcap))
-        mean_k = block_mean(k, self.block).repeat_interleave(q.shape[0] // k.shape[0], dim=0)
+        vertical, slash = probes.probe_lines(probes.last_rows(q, k, rows, ctx.scale, ctx.softcap))
+        mean_k = probes.block_mean(k, self.block).repeat_interleave(q.shape[0] // k.shape[0], dim=0)
         # Means are compared with probabilities, so they pass the softcap that these passed.
         estimate = (q[:, -rows:].float().mean(1, keepdim=True) @ mean_k.transpose(1, 2)).squeeze(1) * ctx.scale
-        columns = block_sum(vertical, self.block)
-        aware = js_distance(capped(estimate, ctx.softcap).softmax(-1), columns) < self.tau
-        causal = self._causal(m, n, q.device)
-        lines = self._lines(vertical, slash, columns, aware, causal, self._newest(m, n, q.device), n == m)
+        columns = probes.block_sum(vertical, self.block)
+        aware = probes.js_distance(probes.capped(estimate, ctx.softcap).softmax(-1), columns) < self.tau
+        bounds = self._blocks(self.min_budget), None if self.max_budget is None else self._blocks(self.max_budget)
+        lines = probes.line_blocks(vertical, slash, aware, causal, bounds, self.block, self.gamma, whole=n == m)
         if not aware.any():
             return lines
-        pooled = capped(block_mean(q, self.block) @ mean_k.transpose(1, 2) * ctx.scale, ctx.softcap)
+        pooled = probes.capped(probes.block_mean(q, self.block) @ mean_k.transpose(1, 2) * ctx.scale, ctx.softcap)
         mass = pooled.masked_fill(~causal, -torch.inf).softmax(-1)
         covered = coverage_mask(mass.flatten(1), self.gamma * mass.shape[1]).view_as(mass) & causal
         return torch.where(aware[:, None, None], lines | covered, lines)
-
-    def _lines(
-        self,
-        vertical: Tensor,
-        slash: Tensor,
-        columns: Tensor,
-        aware: Tensor,
-        causal: Tensor,
-        newest: Tensor,
-        whole: bool,
-    ) -> Tensor:
-        """Block columns and block diagonals that cover gamma of the probe; query-aware heads get the least of both."""
-        blocks = columns.shape[1]
-        diagonals = block_sum(slash, self.block)
-        least = min(blocks, max(1, self._blocks(self.min_budget)))
-        most = blocks if self.max_budget is None else max(least, min(blocks, self._blocks(self.max_budget)))
-        chosen = []
-        for tokens, mass in ((vertical, columns), (slash, diagonals)):
-            budget = (coverage_count(tokens, self.gamma) // self.block + 1).clamp(least, most)
-            budget = torch.where(aware, least, budget)
-            forced = mass.clone()
-            # A piece of a prompt need not start on a block border: its own tokens then lie on two block diagonals.
-            forced[:, : 1 if whole or mass is columns else 2] = torch.inf
-            rank = forced.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            chosen.append(rank < budget[:, None])
-        upright, leaning = chosen
-        distance = newest[:, None] - torch.arange(blocks, device=newest.device)
-        diagonal = leaning[:, distance.clamp_min(0)] & (distance >= 0)
-        return (upright[:, None] | diagonal) & causal
-
-
-def js_distance(p: Tensor, q: Tensor) -> Tensor:
-    """Square root of the Jensen-Shannon divergence (natural logarithm) of distributions [..., n]."""
-    middle = (p + q) / 2
-    gap = (torch.xlogy(p, p) - torch.xlogy(p, middle) + torch.xlogy(q, q) - torch.xlogy(q, middle)).sum(-1) / 2
-    return gap.clamp_min(0).sqrt()

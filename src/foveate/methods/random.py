@@ -14,6 +14,8 @@ from foveate.cache import UNBOUNDED, View
 from foveate.errors import BadArgument
 from foveate.methods.base import Context, Method, Profile, Protect, Role, register
 from foveate.methods.budget import Budget
+from foveate.methods.policies.chance import draw, starts
+from foveate.methods.policies.checks import at_least
 from foveate.methods.policies.queries import seen_lists
 from foveate.models.shape import ModelShape
 
@@ -52,10 +54,7 @@ class RandomChoice(Method):
         super().__post_init__()
         if self.part not in PHASES:
             raise BadArgument("part", self.part, 'give "decode", "prefill", "both" or "keep"')
-        if self.sink < 0:
-            raise BadArgument("sink", self.sink, "give 0 or more tokens")
-        if self.recent < 1:
-            raise BadArgument("recent", self.recent, "give at least 1 token, so that a token can see itself")
+        at_least(self, sink=0, recent=1)
         if self.tokens < self.sink + self.recent:
             raise BadArgument("tokens", self.tokens, f"sink and recent alone take {self.sink + self.recent}")
 
@@ -85,36 +84,16 @@ class RandomChoice(Method):
         if view.capacity <= tokens:
             return ALL
         key = view.positions.unsqueeze(2)
-        own = (view.seen - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device)
-        own = own[:, None, :, None]
+        own = ((view.seen - view.fresh)[:, None] + torch.arange(q.shape[2], device=q.device))[:, None, :, None]
 
         def score(some: slice, seen: Tensor) -> Tensor:
             at = own[:, :, some]
-            chance = draw(self._start(ctx, key.shape[1], q.device), at, key)
+            chance = draw(starts(self.seed, ctx.layer, key.shape[1], q.device), at, key)
             return chance.masked_fill((key < self.sink) | (at - key < self.recent), torch.inf)
 
         return Selection(lists=seen_lists(view, q, tokens, score), q_block=1)
 
     def score(self, view: View, ctx: Context) -> Tensor:
         positions = view.positions.unsqueeze(2)
-        return draw(self._start(ctx, positions.shape[1], positions.device), positions).squeeze(2)
-
-    def _start(self, ctx: Context, heads: int, device: torch.device) -> Tensor:
-        """A number of its own for each kv head of the layer: int64 [1, heads, 1, 1]."""
-        head = torch.arange(heads, device=device).view(1, -1, 1, 1)
-        return stirred(stirred(torch.tensor(self.seed, device=device)) + ctx.layer) + head
-
-
-def draw(start: Tensor, *numbers: Tensor) -> Tensor:
-    """Chances in [0, 1), float32, each a function of its numbers alone."""
-    for number in numbers:
-        start = stirred(start) + number
-    return ((stirred(start) >> 20) & 0xFFFFFF).float() / 2**24
-
-
-def stirred(x: Tensor) -> Tensor:
-    """An invertible scrambling of int64 values (the finisher of splitmix64; products wrap around)."""
-    x = x + -7046029254386353131
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
-    return x ^ ((x >> 31) & (2**33 - 1))
+        start = starts(self.seed, ctx.layer, positions.shape[1], positions.device)
+        return draw(start, positions).squeeze(2)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from foveate.cache import View
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import BudgetRule, Context, Method, Needs, Profile, Protect, Role, register
 from foveate.methods.budget import Budget
+from foveate.methods.policies.apart import distances, granted, head_vectors
 from foveate.methods.policies.checks import at_least
-from foveate.methods.policies.window import check_window, pooled, window_mass
+from foveate.methods.policies.window import check_window, mean_attention, pooled
 from foveate.models.shape import ModelShape
 
 
@@ -87,62 +87,12 @@ class TaskKV(Method):
         return budget.held_tokens(shape, length, name=self.id, floor=self.sink + self.recent)
 
     def score(self, view: View, ctx: Context) -> Tensor:
-        return pooled(self._attention(view, ctx), self.kernel)
+        return pooled(mean_attention(view, ctx), self.kernel)
 
     @property
     def rule(self) -> BudgetRule:
         return self._counts
 
     def _counts(self, scores: Tensor, view: View, total: Tensor, ctx: Context) -> Tensor:
-        distance = distances(head_vectors(self._attention(view, ctx), view.v().float(), self.top)).cpu()
-        lengths = view.lengths.cpu()
-        counts = torch.zeros_like(lengths, dtype=torch.int64)
-        for row, grant in enumerate(total.tolist()):
-            whole = full_heads(distance[row], ctx.role.extra["far"])
-            counts[row] = torch.tensor(divided(lengths[row].tolist(), grant, self.sink + self.recent, whole))
-        return counts
-
-    def _attention(self, view: View, ctx: Context) -> Tensor:
-        """Mean attention of the window's queries, and of a group's heads, to each token: [B, Hs, C]."""
-        mass, inside = window_mass(view, ctx)
-        assert ctx.window_valid is not None
-        queries = ctx.window_valid.sum(1).clamp_min(1).view(-1, 1, 1)
-        return mass.unflatten(1, (inside.shape[1], -1)).mean(2) / queries
-
-
-def head_vectors(attention: Tensor, v: Tensor, top: int) -> Tensor:
-    """Values [B, Hs, C, D] of each head's `top` most attended tokens, weighted by their attention: [B, Hs, D]."""
-    weight, slot = attention.topk(min(top, attention.shape[-1]), dim=-1)
-    values = v.gather(2, slot.unsqueeze(-1).expand(*slot.shape, v.shape[-1]))
-    return (weight.unsqueeze(-1) * values).sum(2)
-
-
-def distances(vectors: Tensor) -> Tensor:
-    """How far each head's vector lies from the mean of its layer's: [B, Hs] of [B, Hs, D]."""
-    if vectors.shape[1] == 2:  # equally far, which rounding must not decide
-        return (vectors[:, 0] - vectors[:, 1]).norm(dim=-1, keepdim=True).expand(-1, 2) / 2
-    return (vectors - vectors.mean(1, keepdim=True)).norm(dim=-1)
-
-
-def full_heads(distance: Tensor, far: int) -> list[int]:
-    """The `far` heads of the largest distances, in order, then the one of the smallest; among equals the first."""
-    found = distance.argsort(descending=True, stable=True).tolist()[:far]
-    nearest = int(distance.argmin())
-    return found if nearest in found else [*found, nearest]
-
-
-def divided(lengths: Sequence[int], average: int, least: int, whole: Sequence[int]) -> list[int]:
-    """Tokens per head, len(lengths) * average in all or whatever there is: `least` for each, then everything for the
-    heads in `whole`, one after the other, as far as it reaches, then equal parts for the rest."""
-    found = [min(least, length) for length in lengths]
-    spare = len(lengths) * average - sum(found)
-    for head in whole:
-        given = min(spare, lengths[head] - found[head])
-        found[head] += given
-        spare -= given
-    rest = [head for head in range(len(lengths)) if head not in whole]
-    for number, head in enumerate(rest):
-        given = min(-(-spare // (len(rest) - number)), lengths[head] - found[head])
-        found[head] += given
-        spare -= given
-    return found
+        distance = distances(head_vectors(mean_attention(view, ctx), view.v().float(), self.top)).cpu()
+        return granted(distance, view.lengths.cpu(), total, ctx.role.extra["far"], self.sink + self.recent)

@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from foveate.cache import Observed
 from foveate.errors import BadArgument, Refused
 from foveate.methods.base import Codec, Method, Needs, Profile, Role, register
-from foveate.methods.budget import PAIR_BYTES, Budget
+from foveate.methods.budget import Budget
+from foveate.methods.policies.channels import Thinned, kept, saved
 from foveate.methods.policies.checks import at_least, holds_more
-from foveate.models.shape import LayerShape, ModelShape
-
-INDEX = torch.int16
-"""What a kept channel is named by."""
+from foveate.models.shape import ModelShape
 
 
 @register
@@ -66,15 +60,15 @@ class ThinK(Method):
             )
         ratio = self._ratio(shape, length)
         return [
-            Role("thin", extra={"kept": _kept(layer.head_dim, ratio), "dim": layer.head_dim}) for layer in shape.layers
+            Role("thin", extra={"kept": kept(layer.head_dim, ratio), "dim": layer.head_dim}) for layer in shape.layers
         ]
 
     def needs(self, role: Role) -> Needs:
         return Needs(window=self.window)
 
     def codec(self, role: Role, shape: ModelShape, length: int) -> Codec | None:
-        kept, dim = role.extra["kept"], role.extra["dim"]
-        return None if kept == dim else Codec(Thinned(kept, dim, self.window, self.recent), None)
+        left, dim = role.extra["kept"], role.extra["dim"]
+        return None if left == dim else Codec(Thinned(left, dim, self.window, self.recent), None)
 
     def _ratio(self, shape: ModelShape, length: int) -> float:
         budget = Budget.of(self.budget)
@@ -94,56 +88,5 @@ class ThinK(Method):
     def share(self, shape: ModelShape, length: int, ratio: float) -> float:
         """Share of the dense cache that is held at this length."""
         full = [layer for layer in shape.layers if layer.kind == "full"]
-        saved = sum(self._saved(layer, shape.dtype.itemsize, length, ratio) for layer in full)
-        return 1 - saved / shape.dense_kv_bytes(length)
-
-    def _saved(self, layer: LayerShape, itemsize: int, length: int, ratio: float) -> int:
-        kept = _kept(layer.head_dim, ratio)
-        packed = max(0, length - self.recent)
-        if kept == layer.head_dim:
-            return 0
-        lost = kept * INDEX.itemsize + PAIR_BYTES
-        return layer.store_heads * (packed * (layer.head_dim - kept) * itemsize - lost)
-
-
-def _kept(dim: int, ratio: float) -> int:
-    return max(1, dim - int(ratio * dim + 1e-9))
-
-
-@dataclass(frozen=True)
-class Thinned:
-    """Keys with `kept` channels of each pair, chosen when the prompt is over; `tail` newest ones stay whole."""
-
-    kept: int
-    dim: int
-    window: int
-    tail: int
-    flush: int = 0
-    unit: int = 1
-
-    def fit(self, x: Tensor, lengths: Tensor, observed: Observed | None) -> tuple[Tensor, ...]:
-        """The channels to keep, [P, kept], ascending."""
-        assert observed is not None, "channels are weighed by Needs(window=...)"
-        q = observed.q[:, :, -self.window :].float()
-        q = q * observed.real[:, None, -self.window :, None]
-        there = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        k = x.float().masked_fill(~there.unsqueeze(-1), 0.0)
-        energy = q.square().sum((1, 2)) * k.square().sum(1)
-        order = energy.argsort(dim=-1, descending=True, stable=True)[:, : self.kept]
-        return (order.sort(dim=-1).values.to(INDEX),)
-
-    def channels(self, *fitted: Tensor) -> Tensor:
-        """Which channels the packed tensor holds, [P, kept]."""
-        return fitted[0]
-
-    def pack(self, x: Tensor, *fitted: Tensor) -> tuple[Tensor, ...]:
-        """[P, n, D] -> ([P, n, kept],)."""
-        return (x.gather(2, self._index(fitted, x.shape[1])),)
-
-    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype, *fitted: Tensor) -> Tensor:
-        (x,) = packed
-        whole = x.new_zeros(*x.shape[:2], self.dim, dtype=dtype)
-        return whole.scatter_(2, self._index(fitted, x.shape[1]), x.to(dtype))
-
-    def _index(self, fitted: tuple[Tensor, ...], tokens: int) -> Tensor:
-        return fitted[0].long().unsqueeze(1).expand(-1, tokens, -1)
+        spared = sum(saved(layer, shape.dtype.itemsize, length - self.recent, ratio) for layer in full)
+        return 1 - spared / shape.dense_kv_bytes(length)

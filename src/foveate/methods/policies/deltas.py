@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import decoding
+from foveate.cache import View
 
 
 @torch.no_grad()
@@ -60,3 +62,31 @@ def changes(references: Tensor) -> Tensor:
     """How many channels of r_t [..., C, D] differ from r_(t-1), int64 [..., C]: the numbers that a delta stream stores,
     and that a logit adds up. The first token's are those that are not 0."""
     return torch.cat([references[..., :1, :], references.diff(dim=-2)], dim=-2).count_nonzero(dim=-1)
+
+
+def followed(keys: Tensor, view: View, theta: float, references: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
+    """References [B, Hs, C, D] of all held tokens and how many of their channels changed [B, Hs, C]: those that are
+    known (`changed` is not below 0), the others made now."""
+    away = (keys - references).abs()
+    # Where another method holds keys in fewer bits they are not what they were when they arrived.
+    made = (changed >= 0) & ((away < theta) | (away == 0)).all(-1) | ~view.valid()
+    if bool(made.all()):
+        return references, changed
+    references = follow(keys, theta, references, made)
+    return references, torch.where(made, changed, changes(references).to(changed.dtype))
+
+
+def products(q: Tensor, view: View, changed: Tensor | None, window: int) -> tuple[float, float]:
+    """Multiplications of q·K: all channels of the `window` newest keys, of far ones those that changed [B, Hs, C]
+    (None: all); and those of dense attention."""
+    group, dim = q.shape[1] // view.lengths.shape[1], q.shape[3]
+    positions, order = view.positions.masked_fill(~view.valid(), torch.iinfo(torch.int32).max).sort(dim=-1)
+    cost = torch.full_like(order, dim) if changed is None else changed.long().gather(-1, order)
+    cost = F.pad(cost.cumsum(-1), (1, 0))  # of the first so many tokens
+    columns = torch.arange(q.shape[2], device=q.device)
+    own = ((view.seen - view.fresh)[:, None] + columns).to(positions.dtype)
+    own = own.unsqueeze(1).expand(-1, positions.shape[1], -1).contiguous()
+    real = (columns < view.fresh[:, None]).unsqueeze(1)
+    seen, far = (torch.searchsorted(positions, x, right=True) for x in (own, own - window))
+    needed = float((((seen - far) * dim + cost.gather(-1, far)) * real).sum())
+    return group * needed, group * float((seen * real).sum()) * dim

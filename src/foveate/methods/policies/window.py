@@ -58,6 +58,14 @@ def window_mass(view: View, ctx: Context, voters: Sequence[int] | None = None) -
     return mass.view(mass.shape[0], -1, mass.shape[-1]), inside
 
 
+def mean_attention(view: View, ctx: Context) -> Tensor:
+    """Mean attention of the window's queries, and of a group's heads, to each token: [B, Hs, C]."""
+    mass, inside = window_mass(view, ctx)
+    assert ctx.window_valid is not None
+    queries = ctx.window_valid.sum(1).clamp_min(1).view(-1, 1, 1)
+    return mass.unflatten(1, (inside.shape[1], -1)).mean(2) / queries
+
+
 def pooled(mass: Tensor, kernel: int, pool: Literal["avg", "max"] = "avg") -> Tensor:
     """Mass [B, n, C] smoothed along the keys; beyond both ends there is nothing."""
     if kernel == 1:
