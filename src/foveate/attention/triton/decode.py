@@ -16,8 +16,8 @@ from foveate.attention.triton.workers import (
     Tuning,
     absorb,
     check_heads,
-    deliver,
-    gather_parts,
+    deliver_channels,
+    gather_channels,
     in_base_2,
     jit,
     leave,
@@ -179,10 +179,11 @@ def _decode(
 def _merge(
     part, weight, lengths, pairs, sinks, out, lse, units, workers,
     R: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DV: tl.constexpr,
-    D: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr,
+    PIECE: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0) // R
     row = tl.program_id(0) % R
+    d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     blocks = pair_blocks(lengths, units, UNITS, BLOCK)
     pair = unit
     if PAIRS:
@@ -194,8 +195,8 @@ def _merge(
     else:
         top = float("-inf")
         mass = 0.0
-    value, total = gather_parts(part, weight, unit, row, blocks, workers, top, mass, R, DV, D, UNITS, WIDE)
-    deliver(out, lse, place, value, total, DV, D)
+    value, total = gather_channels(part, weight, unit, row, blocks, workers, top, mass, d, R, DV, UNITS, WIDE)
+    deliver_channels(out, lse, place, d, value, total, tl.program_id(1) == 0, DV)
 
 
 def tuning(q: Tensor, k_dim: int, rows: int) -> Tuning:
@@ -256,11 +257,12 @@ def run(
         SCORES=scores is not None,
         **shapes(k_dim, v_dim, shared=shared), num_warps=layout.warps, num_stages=layout.stages,
     )  # fmt: skip
-    _merge[(units * rows,)](
+    # Each row is merged by a few small programs: what one load fetches is all that most of them wait for.
+    piece = min(64, power_of_two(v_dim))
+    _merge[(units * rows, -(-v_dim // piece))](
         part, weight, stores.lengths, some if pairs is None else pairs, some if sinks is None else sinks, out, lse,
-        units, workers, R=rows, N=queries, H=heads, BLOCK=layout.block, UNITS=wide, DV=v_dim,
-        D=power_of_two(v_dim), WIDE=32 if v_dim <= 128 else 8, PAIRS=pairs is not None,
-        SINKS=sinks is not None,
+        units, workers, R=rows, N=queries, H=heads, BLOCK=layout.block, UNITS=wide, DV=v_dim, PIECE=piece,
+        WIDE=32, PAIRS=pairs is not None, SINKS=sinks is not None, num_warps=2,
     )  # fmt: skip
     return out, lse
 

@@ -4,7 +4,9 @@ Triton waits for all matrix products before a softmax. Here two groups of four w
 units always have work: the even group makes the scores of every second block of 64 tokens, the odd group those of the
 others, and each adds up one half of the output columns over all, giving its weights to the other through shared memory
 (the schedule that FlashMLA describes). A third group fetches: tokens by descriptor, once for scores and values, each
-half of a block as soon as its room is free.
+half of a block as soon as its room is free, in pieces of 64 channels, of which scores are made as they arrive. There is
+room for one block alone, so that reading would begin when products end: the next block is called into the L2 cache
+before, by all tiles that read it, a part each.
 
 Blocks of 128 tokens of all units stand in one row and are split evenly among workers, as `workers` describes; the
 program of (worker, tile) reads those of the worker for 64 query rows.
@@ -38,16 +40,17 @@ BLOCK = 128
 
 _LOW = gl.constexpr(-3.0e38)
 """Below all logits, and finite: differences of it are no NaN."""
-# Barriers. Halves of blocks are arrived (and free again) in the order in which they are fetched: what is first of the
-# even block, first of the odd one, second of the even one, second of the odd one. A group adds up the values of the
-# first half of its own block and of the second half of the other one, which are the same columns.
+# Barriers. Pieces of 64 channels arrive: 9 of the even block, 9 of the odd one, in the order in which scores want them.
+# Halves are free again in the order in which they are fetched: what is first of the even block, first of the odd one,
+# second of the even one, second of the odd one. A group adds up the values of the first half of its own block and of
+# the second half of the other one, which are the same columns: 0 to 255 for the even group.
 _HERE = gl.constexpr(0)
-_FREE = gl.constexpr(4)
-_Q_HERE = gl.constexpr(8)
-_Q_FREE = gl.constexpr(9)
-_TOP = gl.constexpr(10)
-_WEIGHTS = gl.constexpr(11)  # of the even group; 12: of the odd group
-_BARRIERS = gl.constexpr(13)
+_FREE = gl.constexpr(18)
+_Q_HERE = gl.constexpr(22)
+_Q_FREE = gl.constexpr(23)
+_TOP = gl.constexpr(24)
+_WEIGHTS = gl.constexpr(25)  # of the even group; 26: of the odd group
+_BARRIERS = gl.constexpr(27)
 
 _S = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _O = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
@@ -81,12 +84,13 @@ def start(
     tiles = -(-rows // TILE)
     layout = gl.NVMMASharedLayout(128, 16, 2)
 
-    def blocks(x: Tensor, height: int, distance: int) -> list[TensorDescriptor]:
-        return [TensorDescriptor(x, [height, dim], [distance, 1], [TILE, width], layout) for width in (256, 64)]
+    def pieces(x: Tensor, height: int, distance: int) -> TensorDescriptor:
+        return TensorDescriptor(x, [height, dim], [distance, 1], [TILE, 64], layout)
 
     _decode[(workers * tiles,)](
-        *blocks(q, batch * rows, dim), *blocks(c, (units - 1) * stride + c.shape[1], c.stride(1)), lengths,
-        lengths if pairs is None else pairs, part, weight, factor, units, workers, stride, rows, queries, tiles,
+        pieces(q, batch * rows, dim), pieces(c, (units - 1) * stride + c.shape[1], c.stride(1)), c, c.stride(1),
+        lengths, lengths if pairs is None else pairs, part, weight, factor, units, workers, stride, rows, queries,
+        tiles,
         UNITS=max(128, 1 << (units - 1).bit_length()), PAIRS=pairs is not None, num_warps=4,
     )  # fmt: skip
 
@@ -105,15 +109,40 @@ def _part_of(lengths, unit, before, end):
 
 
 @jit
+def _fetch_half(
+    desc, rooms, bars, t, phase, FREE: gl.constexpr, CHANNEL: gl.constexpr, ROOM: gl.constexpr, HERE: gl.constexpr,
+    COUNT: gl.constexpr,
+):  # fmt: skip
+    """COUNT pieces of a block from CHANNEL on, when their room is free."""
+    mbarrier.wait(bars.index(_FREE + FREE), phase)
+    for i in gl.static_range(COUNT):
+        mbarrier.expect(bars.index(HERE + i), 64 * 64 * 2)
+        tma.async_copy_global_to_shared(desc, [t, CHANNEL + 64 * i], bars.index(HERE + i), rooms.index(ROOM + i))
+
+
+@jit
+def _announce(c, apart, first, start, stop, tile, tiles):
+    """Call a tile's share of the 128 tokens from `start` on, those before `stop`, into the L2 cache."""
+    row = gl.arange(0, 128, _LINE)
+    # One tile alone is bound by memory's rate, and only delayed by it.
+    wanted = (start + row < stop) & (row * tiles // 128 == tile) & (tiles > 1)
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 1152; mov.u32 $0, 0; }",
+        "=r,l,r", [c + (first + start + row).to(gl.int64) * apart, wanted.to(gl.int32)], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit
 def _fetch(
-    q_half, q_rest, c_half, c_rest, q, even, odd, bars, lengths, pairs, at, end, unit, before, tile, stride, rows,
+    q_desc, c_desc, c, apart, q, even, odd, bars, lengths, pairs, at, end, unit, before, tile, tiles, stride, rows,
     PAIRS: gl.constexpr,
 ):  # fmt: skip
     """The fetching group."""
     phase = 1
     q_phase = 1
     while at < end:
-        _, blocks, stop = _part_of(lengths, unit, before, end)
+        length, blocks, stop = _part_of(lengths, unit, before, end)
         if stop > at:
             pair = unit
             if PAIRS:
@@ -122,25 +151,19 @@ def _fetch(
             mbarrier.wait(bars.index(_Q_FREE), q_phase)
             q_phase ^= 1
             mbarrier.expect(bars.index(_Q_HERE), 64 * 576 * 2)
-            tma.async_copy_global_to_shared(q_half, [row, 0], bars.index(_Q_HERE), q[0].index(0))
-            tma.async_copy_global_to_shared(q_half, [row, 256], bars.index(_Q_HERE), q[1].index(0))
-            tma.async_copy_global_to_shared(q_rest, [row, 512], bars.index(_Q_HERE), q[2].index(0))
+            for i in gl.static_range(9):
+                tma.async_copy_global_to_shared(q_desc, [row, 64 * i], bars.index(_Q_HERE), q.index(i))
+            last = gl.minimum(length, (stop - before) * 128)
             for j in range(at - before, stop - before):
                 t = unit * stride + j * 128
-                mbarrier.wait(bars.index(_FREE), phase)
-                mbarrier.expect(bars.index(_HERE), 64 * 256 * 2)
-                tma.async_copy_global_to_shared(c_half, [t, 0], bars.index(_HERE), even[0].index(0))
-                mbarrier.wait(bars.index(_FREE + 1), phase)
-                mbarrier.expect(bars.index(_HERE + 1), 64 * 256 * 2)
-                tma.async_copy_global_to_shared(c_half, [t + 64, 256], bars.index(_HERE + 1), odd[0].index(0))
-                mbarrier.wait(bars.index(_FREE + 2), phase)
-                mbarrier.expect(bars.index(_HERE + 2), 64 * 320 * 2)
-                tma.async_copy_global_to_shared(c_half, [t, 256], bars.index(_HERE + 2), even[1].index(0))
-                tma.async_copy_global_to_shared(c_rest, [t, 512], bars.index(_HERE + 2), even[2].index(0))
-                mbarrier.wait(bars.index(_FREE + 3), phase)
-                mbarrier.expect(bars.index(_HERE + 3), 64 * 320 * 2)
-                tma.async_copy_global_to_shared(c_half, [t + 64, 0], bars.index(_HERE + 3), odd[1].index(0))
-                tma.async_copy_global_to_shared(c_rest, [t + 64, 512], bars.index(_HERE + 3), odd[2].index(0))
+                _fetch_half(c_desc, even, bars, t, phase, 0, 0, 0, _HERE, 4)
+                _fetch_half(c_desc, odd, bars, t + 64, phase, 1, 256, 4, _HERE + 9, 4)
+                _fetch_half(c_desc, even, bars, t, phase, 2, 256, 4, _HERE + 4, 5)
+                _fetch_half(c_desc, odd, bars, t + 64, phase, 3, 0, 0, _HERE + 13, 4)
+                # Its place holds the weights of the odd group in between.
+                mbarrier.expect(bars.index(_HERE + 17), 64 * 64 * 2)
+                tma.async_copy_global_to_shared(c_desc, [t + 64, 512], bars.index(_HERE + 17), odd.index(8))
+                _announce(c, apart, unit * stride, j * 128 + 128, last, tile, tiles)
                 phase ^= 1
         at = stop
         before += blocks
@@ -148,17 +171,17 @@ def _fetch(
 
 
 @jit
-def _clear(x, kept):
-    """Zero the values [64, 256] of the tokens from `kept` on."""
+def _clear(rooms, kept):
+    """Zero the values of the tokens from `kept` on."""
     n = gl.arange(0, 64, gl.SliceLayout(1, _CHUNK))
-    for chunk in gl.static_range(4):
-        part = x.slice(64 * chunk, 64, dim=1)
+    for i in gl.static_range(8):
+        part = rooms.index(i)
         y = part.load(_CHUNK)
-        part.store(gl.where(gl.expand_dims(n < kept, 1), y, gl.zeros([64, 64], x.dtype, _CHUNK)))
+        part.store(gl.where(gl.expand_dims(n < kept, 1), y, gl.zeros([64, 64], rooms.dtype, _CHUNK)))
 
 
 @jit
-def _masked(s, start, length, tile, queries, block):
+def _masked(s, start, length, tile, queries, own):
     """Scores of the 64 tokens from `start` on, -inf where a query does not see them. What the tokens behind the length
     hold may be anything, and a weight of 0 would not make up for NaN, so that they are cleared."""
     if start + 64 > length - queries + 1:
@@ -167,8 +190,7 @@ def _masked(s, start, length, tile, queries, block):
         ends = length - queries + 1 + row % queries
         s = gl.where(gl.expand_dims(here, 0) < gl.expand_dims(ends, 1), s, float("-inf"))
         if start + 64 > length:
-            _clear(block[0].index(0), length - start)
-            _clear(block[1].index(0), length - start)
+            _clear(own, length - start)
             fence_async_shared()
     return s
 
@@ -178,20 +200,28 @@ def _scores(q, own, bars, zero, phase, acc, SIDE: gl.constexpr, LATER: gl.conste
     """Scores [64, 64] of the own block. LATER: the products before it go on meanwhile, and the room that they read is
     given free when they end."""
     s = gl.zeros([64, 64], gl.float32, _S)
-    mbarrier.wait(bars.index(_HERE + SIDE), phase)
-    s = warpgroup_mma(q[SIDE].index(zero), own[0].index(zero).permute((1, 0)), s, use_acc=False, is_async=True)
-    if LATER:
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-        mbarrier.arrive(bars.index(_FREE + 3 - SIDE), count=1)
-    mbarrier.wait(bars.index(_HERE + 2 + SIDE), phase)
-    s = warpgroup_mma(q[1 - SIDE].index(zero), own[1].index(zero).permute((1, 0)), s, is_async=True)
-    s = warpgroup_mma(q[2].index(zero), own[2].index(zero).permute((1, 0)), s, is_async=True)
+    for i in gl.static_range(9):
+        # The odd block's channels from 256 on come first.
+        piece = zero + ((i + 4 * SIDE) % 8 if i < 8 else 8)
+        mbarrier.wait(bars.index(_HERE + 9 * SIDE + i), phase)
+        keys = own.index(piece).permute((1, 0))
+        s = warpgroup_mma(q.index(piece), keys, s, use_acc=i > 0, is_async=True)
+        if LATER and i == 0:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(bars.index(_FREE + 3 - SIDE), count=1)
     s = warpgroup_mma_wait(0, deps=(s,))
     return s, acc
 
 
 @jit
-def _absorb_even(s, acc, top, mass, factor, own, other, mine, theirs, tops, bars, zero, phase):
+def _columns(rooms, zero, SIDE: gl.constexpr):
+    """Columns [64, 256] of a block that a group adds up."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    return rooms._reinterpret(rooms.dtype, [2, 64, 256], layout).index(zero + SIDE)
+
+
+@jit
+def _absorb_even(s, acc, top, mass, factor, own, other, spare, tops, bars, zero, phase):
     """Both blocks into the columns of the even group; returns with the products with the odd block under way."""
     new = gl.maximum(top, gl.max(s, 1) * factor)
     tops[0].store(new)
@@ -200,38 +230,38 @@ def _absorb_even(s, acc, top, mass, factor, own, other, mine, theirs, tops, bars
     shrink = gl.exp2(top - new)
     mass = mass * shrink + gl.sum(p, 1)
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, _O_ROW), 1)
-    acc = warpgroup_mma(gl.convert_layout(p.to(mine.dtype), _P), own[0].index(zero), acc, is_async=True)
+    acc = warpgroup_mma(gl.convert_layout(p.to(spare.dtype), _P), _columns(own, zero, 0), acc, is_async=True)
     mbarrier.wait(bars.index(_WEIGHTS + 1), phase)
     top = tops[1].load(_S_ROW)
     shrink = gl.exp2(new - top)
-    mine.index(zero).store((p * gl.expand_dims(shrink, 1)).to(mine.dtype))
+    spare.index(zero).store((p * gl.expand_dims(shrink, 1)).to(spare.dtype))
     fence_async_shared()
     mbarrier.arrive(bars.index(_WEIGHTS), count=1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(bars.index(_FREE), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, _O_ROW), 1)
-    acc = warpgroup_mma(theirs.index(zero), other[1].index(zero), acc, is_async=True)
+    acc = warpgroup_mma(other.index(zero + 8), _columns(other, zero, 0), acc, is_async=True)
     return acc, top, mass * shrink
 
 
 @jit
-def _absorb_odd(s, acc, top, mass, factor, own, other, mine, theirs, tops, bars, zero, phase, even_phase):
+def _absorb_odd(s, acc, top, mass, factor, own, other, spare, tops, bars, zero, phase, even_phase):
     """Both blocks into the columns of the odd group; returns with the products with the even block under way."""
     high = gl.max(s, 1) * factor
     mbarrier.wait(bars.index(_TOP), phase)
     new = gl.maximum(tops[0].load(_S_ROW), high)
     tops[1].store(new)
     p = gl.exp2(s * factor - gl.expand_dims(new, 1))
-    small = p.to(mine.dtype)
-    mine.index(zero).store(small)
+    small = p.to(spare.dtype)
+    own.index(zero + 8).store(small)
     fence_async_shared()
     mbarrier.arrive(bars.index(_WEIGHTS + 1), count=1)
     shrink = gl.exp2(top - new)
     mass = mass * shrink + gl.sum(p, 1)
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, _O_ROW), 1)
-    acc = warpgroup_mma(gl.convert_layout(small, _P), own[0].index(zero), acc, is_async=True)
+    acc = warpgroup_mma(gl.convert_layout(small, _P), _columns(own, zero, 1), acc, is_async=True)
     mbarrier.wait(bars.index(_WEIGHTS), even_phase)
-    acc = warpgroup_mma(theirs.index(zero), other[1].index(zero), acc, is_async=True)
+    acc = warpgroup_mma(spare.index(zero), _columns(other, zero, 1), acc, is_async=True)
     acc = warpgroup_mma_wait(1, deps=(acc,))
     mbarrier.arrive(bars.index(_FREE + 1), count=1)
     return acc, new, mass
@@ -239,22 +269,20 @@ def _absorb_odd(s, acc, top, mass, factor, own, other, mine, theirs, tops, bars,
 
 @jit
 def _absorb(
-    s, acc, top, mass, start, length, tile, queries, factor, own, other, mine, theirs, tops, bars, zero, phase,
+    s, acc, top, mass, start, length, tile, queries, factor, own, other, spare, tops, bars, zero, phase,
     even_phase, SIDE: gl.constexpr,
 ):  # fmt: skip
     s = _masked(s, start, length, tile, queries, own)
     if SIDE == 0:
-        acc, top, mass = _absorb_even(s, acc, top, mass, factor, own, other, mine, theirs, tops, bars, zero, phase)
+        acc, top, mass = _absorb_even(s, acc, top, mass, factor, own, other, spare, tops, bars, zero, phase)
     else:
-        acc, top, mass = _absorb_odd(
-            s, acc, top, mass, factor, own, other, mine, theirs, tops, bars, zero, phase, even_phase
-        )
+        acc, top, mass = _absorb_odd(s, acc, top, mass, factor, own, other, spare, tops, bars, zero, phase, even_phase)
     return acc, top, mass
 
 
 @jit
 def _reckon(
-    q, own, other, mine, theirs, tops, bars, part, weight, factor, lengths, at, end, unit, before, worker, tile, rows,
+    q, own, other, spare, tops, bars, part, weight, factor, lengths, at, end, unit, before, worker, tile, rows,
     queries, SIDE: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: scores of its blocks, outputs of its columns."""
@@ -275,7 +303,7 @@ def _reckon(
             for j in range(at - before, stop - before - 1):
                 start = j * 128 + SIDE * 64
                 acc, top, mass = _absorb(
-                    s, acc, top, mass, start, length, tile, queries, factor, own, other, mine, theirs, tops, bars,
+                    s, acc, top, mass, start, length, tile, queries, factor, own, other, spare, tops, bars,
                     j >> 31, told, phase, SIDE,
                 )  # fmt: skip
                 told ^= 1
@@ -283,7 +311,7 @@ def _reckon(
                 s, acc = _scores(q, own, bars, j >> 31, phase, acc, SIDE, True)
             start = (stop - before - 1) * 128 + SIDE * 64
             acc, top, mass = _absorb(
-                s, acc, top, mass, start, length, tile, queries, factor, own, other, mine, theirs, tops, bars,
+                s, acc, top, mass, start, length, tile, queries, factor, own, other, spare, tops, bars,
                 stop >> 31, told, phase, SIDE,
             )  # fmt: skip
             told ^= 1
@@ -325,7 +353,7 @@ def _leave(part, weight, slot, tile, rows, acc, top, mass, SIDE: gl.constexpr):
 
 @jit(do_not_specialize=["units", "workers", "stride", "rows", "queries", "tiles"])
 def _decode(
-    q_half, q_rest, c_half, c_rest, lengths, pairs, part, weight, factor, units, workers, stride, rows, queries, tiles,
+    q_desc, c_desc, c, apart, lengths, pairs, part, weight, factor, units, workers, stride, rows, queries, tiles,
     UNITS: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     worker = gl.program_id(0) // tiles
@@ -339,24 +367,11 @@ def _decode(
     unit = gl.sum((ends <= at).to(gl.int32), 0)
     before = gl.sum(gl.where(ends <= at, blocks, 0), 0)
 
-    kind: gl.constexpr = c_half.dtype
-    wide: gl.constexpr = c_half.layout
-    slim: gl.constexpr = c_rest.layout
-    q = (
-        gl.allocate_shared_memory(kind, [1, 64, 256], wide),
-        gl.allocate_shared_memory(kind, [1, 64, 256], wide),
-        gl.allocate_shared_memory(kind, [1, 64, 64], slim),
-    )
-    even = (
-        gl.allocate_shared_memory(kind, [1, 64, 256], wide),
-        gl.allocate_shared_memory(kind, [1, 64, 256], wide),
-        gl.allocate_shared_memory(kind, [1, 64, 64], slim),
-    )
-    odd = (
-        gl.allocate_shared_memory(kind, [1, 64, 256], wide),
-        gl.allocate_shared_memory(kind, [1, 64, 256], wide),
-        gl.allocate_shared_memory(kind, [1, 64, 64], slim),
-    )
+    kind: gl.constexpr = c_desc.dtype
+    slim: gl.constexpr = c_desc.layout
+    q = gl.allocate_shared_memory(kind, [9, 64, 64], slim)
+    even = gl.allocate_shared_memory(kind, [9, 64, 64], slim)
+    odd = gl.allocate_shared_memory(kind, [9, 64, 64], slim)
     # Weights of the even group. Those of the odd one take the room of the last channels of its block, which only
     # scores need.
     spare = gl.allocate_shared_memory(kind, [1, 64, 64], slim)
@@ -371,21 +386,21 @@ def _decode(
             (
                 _fetch,
                 (
-                    q_half, q_rest, c_half, c_rest, q, even, odd, bars, lengths, pairs, at, end, unit, before, tile,
+                    q_desc, c_desc, c, apart, q, even, odd, bars, lengths, pairs, at, end, unit, before, tile, tiles,
                     stride, rows, PAIRS,
                 ),
             ),
             (
                 _reckon,
                 (
-                    q, even, odd, spare, odd[2], tops, bars, part, weight, factor, lengths, at, end, unit, before,
+                    q, even, odd, spare, tops, bars, part, weight, factor, lengths, at, end, unit, before,
                     worker, tile, rows, queries, 0,
                 ),
             ),
             (
                 _reckon,
                 (
-                    q, odd, even, odd[2], spare, tops, bars, part, weight, factor, lengths, at, end, unit, before,
+                    q, odd, even, spare, tops, bars, part, weight, factor, lengths, at, end, unit, before,
                     worker, tile, rows, queries, 1,
                 ),
             ),

@@ -11,8 +11,8 @@ from torch import Tensor
 from foveate.attention.triton.workers import (
     Tuning,
     check_heads,
-    deliver,
-    gather_parts,
+    deliver_channels,
+    gather_channels,
     in_base_2,
     jit,
     leave,
@@ -119,15 +119,15 @@ def _decode_thin(
 @jit(do_not_specialize=["units", "workers"])
 def _merge(
     part, weight, starts, lengths, out, lse, units, workers,
-    R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DV: tl.constexpr, PIECE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0) // R
     row = tl.program_id(0) % R
+    d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     blocks = _blocks(starts, lengths, units, UNITS, BLOCK)
-    value, total = gather_parts(
-        part, weight, unit, row, blocks, workers, float("-inf"), 0.0, R, DV, D, UNITS, WIDE
-    )  # fmt: skip
-    deliver(out, lse, unit.to(tl.int64) * R + row, value, total, DV, D)
+    value, mass = gather_channels(part, weight, unit, row, blocks, workers, float("-inf"), 0.0, d, R, DV, UNITS, WIDE)
+    deliver_channels(out, lse, unit.to(tl.int64) * R + row, d, value, mass, tl.program_id(1) == 0, DV)
 
 
 def tuning(q: Tensor, kept: int) -> Tuning:
@@ -191,9 +191,10 @@ def run(
         CAPPED=softcap is not None, PRECISION=precision_of(q.dtype), **shapes(dim, v_dim), num_warps=layout.warps,
         num_stages=layout.stages,
     )  # fmt: skip
-    _merge[(pairs * rows,)](
+    piece = min(64, power_of_two(v_dim))
+    _merge[(pairs * rows, -(-v_dim // piece))](
         part, weight, start, lengths, out, lse, pairs, workers, R=rows, BLOCK=layout.block, UNITS=wide, DV=v_dim,
-        D=power_of_two(v_dim), WIDE=32 if v_dim <= 128 else 8,
+        PIECE=piece, WIDE=32, num_warps=2,
     )  # fmt: skip
     return out, lse
 

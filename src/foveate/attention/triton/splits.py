@@ -6,14 +6,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.triton.workers import deliver, jit, join, outputs, power_of_two
+from foveate.attention.triton.workers import deliver_channels, jit, join, outputs, power_of_two
 
 
 @jit(do_not_specialize=["splits"])
-def _merge(part, weight, out, lse, splits, R: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
+def _merge(part, weight, out, lse, splits, R: tl.constexpr, DV: tl.constexpr, PIECE: tl.constexpr, WIDE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
-    acc = tl.zeros([D], tl.float32)
+    d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    acc = tl.zeros([PIECE], tl.float32)
     top = float("-inf")
     mass = 0.0
     for first in range(0, splits, WIDE):
@@ -26,7 +26,8 @@ def _merge(part, weight, out, lse, splits, R: tl.constexpr, DV: tl.constexpr, D:
         acc, top, mass = join(e, x, acc, top, mass)
     seen = mass > 0
     some = tl.where(seen, mass, 1.0)
-    deliver(out, lse, place, acc / some, tl.where(seen, top + tl.log2(some), float("-inf")), DV, D)
+    total = tl.where(seen, top + tl.log2(some), float("-inf"))
+    deliver_channels(out, lse, place, d, acc / some, total, tl.program_id(1) == 0, DV)
 
 
 def merge_splits(q: Tensor, part: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,8 +43,10 @@ def merge_splits(q: Tensor, part: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     """
     (slots, rows, dim), heads = part.shape, q.shape[0] * q.shape[1]
     out, lse = outputs(q, dim)
-    _merge[(heads,)](
-        part, weight, out, lse, slots * rows // heads, R=rows, DV=dim, D=power_of_two(dim), WIDE=32 if dim <= 128 else 8
+    # What one load fetches is all that a program waits for, of few parts and of many.
+    piece = min(32, power_of_two(dim))
+    _merge[(heads, -(-dim // piece))](
+        part, weight, out, lse, slots * rows // heads, R=rows, DV=dim, PIECE=piece, WIDE=128, num_warps=4
     )
     return out, lse
 
@@ -60,8 +63,8 @@ def merge_rows(part: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     *shape, splits, dim = part.shape
     out = torch.empty(*shape, dim, dtype=part.dtype, device=part.device)
     lse = torch.empty(shape, dtype=torch.float32, device=part.device)
-    wide = min(32 if dim <= 128 else 8, power_of_two(splits))
-    _merge[(lse.numel(),)](
-        part, weight, out, lse, splits, R=1, DV=dim, D=power_of_two(dim), WIDE=wide, num_warps=1 if wide < 32 else 4
+    wide, piece = min(32 if dim <= 128 else 8, power_of_two(splits)), power_of_two(dim)
+    _merge[(lse.numel(), 1)](
+        part, weight, out, lse, splits, R=1, DV=dim, PIECE=piece, WIDE=wide, num_warps=1 if wide < 32 else 4
     )
     return out, lse

@@ -120,8 +120,9 @@ def in_base_2(scale: float, softcap: float | None) -> tuple[float, float]:
 
 @jit
 def begin_of(worker, workers, total):
-    """The first block of a worker."""
-    return ((worker.to(tl.int64) * total) // workers).to(tl.int32)
+    """The first block of a worker. No memory holds so many blocks that products of them with workers need more than 32
+    bits."""
+    return (tl.cast(worker, tl.uint32) * tl.cast(total, tl.uint32) // tl.cast(workers, tl.uint32)).to(tl.int32)
 
 
 @jit
@@ -267,10 +268,10 @@ def gather_channels(
     total = tl.sum(blocks, 0)
     before = tl.sum(tl.where(number < unit, blocks, 0), 0)
     mine = tl.sum(tl.where(number == unit, blocks, 0), 0)
-    some = tl.maximum(total, 1)
+    some = tl.cast(tl.maximum(total, 1), tl.uint32)
     # Worker w begins at or before block b as long as w T < (b + 1) W.
-    first = (((before + 1).to(tl.int64) * workers - 1) // some).to(tl.int32)
-    last = (((before + mine).to(tl.int64) * workers - 1) // some).to(tl.int32)
+    first = ((tl.cast(before + 1, tl.uint32) * tl.cast(workers, tl.uint32) - 1) // some).to(tl.int32)
+    last = ((tl.cast(before + mine, tl.uint32) * tl.cast(workers, tl.uint32) - 1) // some).to(tl.int32)
     last = tl.where(mine > 0, last, first - 1)
     acc = tl.zeros_like(d).to(tl.float32)
     top, mass = tl.cast(top, tl.float32), tl.cast(mass, tl.float32)
@@ -289,24 +290,7 @@ def gather_channels(
 
 
 @jit
-def gather_parts(
-    part, weight, unit, row, blocks, workers, top, mass, R: tl.constexpr, DV: tl.constexpr, D: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """`gather_channels` of all channels."""
-    return gather_channels(part, weight, unit, row, blocks, workers, top, mass, tl.arange(0, D), R, DV, UNITS, WIDE)
-
-
-@jit
 def deliver_channels(out, lse, row, d, value, mass, first, DV: tl.constexpr):
     """Write channels d of the merged output of one row, and its natural log-mass if they are the first ones."""
     tl.store(out + row * DV + d, value.to(out.dtype.element_ty), mask=d < DV)
     tl.store(lse + row, mass * LN2, mask=first)
-
-
-@jit
-def deliver(out, lse, row, value, mass, DV: tl.constexpr, D: tl.constexpr):
-    """Write the merged output and natural log-mass of one row."""
-    d = tl.arange(0, D)
-    tl.store(out + row * DV + d, value.to(out.dtype.element_ty), mask=d < DV)
-    tl.store(lse + row, mass * LN2)
